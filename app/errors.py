@@ -1,0 +1,249 @@
+"""Everything that can go wrong and that somebody outside has to understand: code, HTTP status, sentence, advice.
+
+    EspalierError
+    ├── RequestError                    refused at the door: an HTTP answer
+    │   ├── InvalidSpec                 422 invalid_spec: faults with JSON pointers
+    │   ├── InvalidParameter            422 invalid_parameter
+    │   ├── NotFound                    404 not_found
+    │   ├── IllegalTransition           409 illegal_transition
+    │   ├── NotFinished                 409 not_finished
+    │   ├── InUse                       409 in_use
+    │   ├── IdempotencyMismatch         422 idempotency_mismatch
+    │   └── Unavailable                 503 unavailable
+    │       └── StorageFull             503 storage_full
+    ├── JobError                        ends a job: `failed` with code, sentence, hint
+    │   ├── BudgetMissed, DataInvalid, DataUnavailable, DiskFull, Diverged, OutOfMemory,
+    │   └── Poisoned, TimeLimit, VerificationFailed, WorkerBroken
+    ├── LostOwnership                   another worker owns the job now: stop, write nothing
+    └── StartupError                    a process cannot start: one sentence that says what to do
+
+The class docstring is the default sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong in what was sent: where (JSON pointer), what, and the limit it broke."""
+
+    pointer: str
+    message: str
+    limit: JsonValue = None
+    value: JsonValue = None
+
+    def document(self) -> dict[str, JsonValue]:
+        """The fault as it stands in `errors[]` of a problem answer."""
+        document: dict[str, JsonValue] = {"pointer": self.pointer, "message": self.message}
+        if self.limit is not None:
+            document["limit"] = self.limit
+        if self.value is not None:
+            document["value"] = self.value
+        return document
+
+
+class EspalierError(Exception):
+    """Something went wrong."""
+
+    code: ClassVar[str] = "internal"
+
+    def __init__(self, message: str | None = None) -> None:
+        self.message = message or (type(self).__doc__ or "").strip().splitlines()[0]
+        super().__init__(self.message)
+
+
+class RequestError(EspalierError):
+    """The request cannot be carried out."""
+
+    status: ClassVar[int] = 400
+    title: ClassVar[str] = "Bad request"
+
+    def __init__(self, message: str | None = None, faults: Sequence[Fault] = ()) -> None:
+        super().__init__(message)
+        self.faults = tuple(faults)
+
+
+class InvalidSpec(RequestError):
+    """The job's description has mistakes."""
+
+    code = "invalid_spec"
+    status = 422
+    title = "Invalid job"
+
+    def __init__(self, faults: Sequence[Fault], message: str | None = None) -> None:
+        super().__init__(message or "; ".join(f"{f.pointer}: {f.message}" for f in faults[:3]), faults)
+
+
+class InvalidParameter(RequestError):
+    """A parameter of the request is not what it may be."""
+
+    code = "invalid_parameter"
+    status = 422
+    title = "Invalid parameter"
+
+
+class IdempotencyMismatch(RequestError):
+    """This Idempotency-Key was used with another body: send a new key for a new request."""
+
+    code = "idempotency_mismatch"
+    status = 422
+    title = "Idempotency key reused"
+
+
+class NotFound(RequestError):
+    """There is no such thing."""
+
+    code = "not_found"
+    status = 404
+    title = "Not found"
+
+
+class IllegalTransition(RequestError):
+    """The job's state does not allow this."""
+
+    code = "illegal_transition"
+    status = 409
+    title = "Not possible in this state"
+
+    def __init__(self, verb: str, state: str, allowed: Sequence[str]) -> None:
+        super().__init__(f"a job that is {state} cannot {verb}" + (f"; it can {', '.join(allowed)}" if allowed else ""))
+        self.state = state
+        self.allowed = tuple(allowed)
+
+
+class NotFinished(RequestError):
+    """The job has not finished: wait for a terminal state."""
+
+    code = "not_finished"
+    status = 409
+    title = "Not finished"
+
+
+class InUse(RequestError):
+    """It is used by a job that has not finished."""
+
+    code = "in_use"
+    status = 409
+    title = "In use"
+
+
+class Unavailable(RequestError):
+    """The database or the object store does not answer: try again."""
+
+    code = "unavailable"
+    status = 503
+    title = "Try again"
+    retry_after_s: ClassVar[int] = 2
+
+
+class StorageFull(Unavailable):
+    """The disk is full: free space, then try again."""
+
+    code = "storage_full"
+    retry_after_s = 60
+
+
+class JobError(EspalierError):
+    """The job cannot go on."""
+
+    code = "failed"
+    hint: ClassVar[str] = "look at the job's log"
+
+    def __init__(self, message: str | None = None, *, pointer: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.pointer = pointer
+        self.advice = hint or self.hint
+
+    def document(self) -> dict[str, JsonValue]:
+        """The job's `error`: code, message, pointer, hint."""
+        return {"code": self.code, "message": self.message, "pointer": self.pointer, "hint": self.advice}
+
+
+class BudgetMissed(JobError):
+    """The pruned network is larger than its budget."""
+
+    code = "budget_missed"
+    hint = "raise the budget, or lower min_channels and the exclusions that hold the network up"
+
+
+class DataInvalid(JobError):
+    """The data cannot be used."""
+
+    code = "data_invalid"
+    hint = "look at the data set's problems, mend the upload and send it again"
+
+
+class DataUnavailable(JobError):
+    """The data set cannot be had on this machine."""
+
+    code = "data_unavailable"
+    hint = "put the files where ESPALIER_DATA_PATH points"
+
+
+class DiskFull(JobError):
+    """The worker's disk is full."""
+
+    code = "disk_full"
+    hint = "free space under ESPALIER_HOME, then retry the job"
+
+
+class Diverged(JobError):
+    """The loss is no longer a number."""
+
+    code = "diverged"
+    hint = "lower training.optimizer.lr, add warm-up, or set training.gradient_clipping"
+
+
+class OutOfMemory(JobError):
+    """The device ran out of memory."""
+
+    code = "out_of_memory"
+    hint = "lower training.batch_size or the network's width"
+
+
+class Poisoned(JobError):
+    """The trainer crashed three times without progress."""
+
+    code = "poison"
+    hint = "the log's last lines say how it ended; a retry starts from the beginning"
+
+
+class TimeLimit(JobError):
+    """The job ran longer than it may."""
+
+    code = "time_limit"
+    hint = "lower training.epochs or raise ESPALIER_JOB_TIME_LIMIT_S"
+
+
+class VerificationFailed(JobError):
+    """An exported file does not reproduce the trained network; nothing was delivered."""
+
+    code = "verification_failed"
+    hint = "retry the job; if it fails again, report it with the job's log"
+
+
+class WorkerBroken(JobError):
+    """The worker cannot train."""
+
+    code = "worker_broken"
+    hint = "install the worker's extra: pip install -c constraints.txt -e '.[worker]'"
+
+
+class LostOwnership(EspalierError):
+    """Another worker owns this job now."""
+
+    code = "lost_ownership"
+
+
+class StartupError(EspalierError):
+    """The process cannot start."""
+
+    code = "startup"
+
+
