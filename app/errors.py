@@ -2,6 +2,21 @@
 
     EspalierError
     ├── RequestError                    refused at the door: an HTTP answer
+    │   ├── MalformedRequest            400 malformed_request
+    │   ├── InvalidJson                 400 invalid_json
+    │   ├── InvalidHeader               400 invalid_parameter
+    │   ├── Unauthorized                401 unauthorized
+    │   ├── HostNotAllowed              403 host_not_allowed
+    │   ├── RequestTimeout              408 request_timeout
+    │   ├── PreconditionFailed          412 precondition_failed
+    │   ├── TooLarge                    413 too_large
+    │   ├── UriTooLong                  414 uri_too_long
+    │   ├── UnsupportedMediaType        415 unsupported_media_type
+    │   ├── RangeNotSatisfiable         416 range_not_satisfiable
+    │   ├── DuplicateKey                422 duplicate_key
+    │   ├── InvalidIdempotencyKey       422 invalid_idempotency_key
+    │   ├── TooManyStreams              429 too_many_streams
+    │   ├── HeadersTooLarge             431 headers_too_large
     │   ├── InvalidSpec                 422 invalid_spec: faults with JSON pointers
     │   ├── InvalidParameter            422 invalid_parameter
     │   ├── NotFound                    404 not_found
@@ -67,6 +82,123 @@ class RequestError(EspalierError):
     def __init__(self, message: str | None = None, faults: Sequence[Fault] = ()) -> None:
         super().__init__(message)
         self.faults = tuple(faults)
+
+
+class MalformedRequest(RequestError):
+    """The request is not valid HTTP for this service."""
+
+    code = "malformed_request"
+
+
+class InvalidJson(RequestError):
+    """The body is not one JSON document: UTF-8 without a byte order mark, numbers finite, at most 200 levels deep."""
+
+    code = "invalid_json"
+    title = "Invalid JSON"
+
+
+class InvalidHeader(RequestError):
+    """A header of the request is not what it may be."""
+
+    code = "invalid_parameter"
+    title = "Invalid header"
+
+
+class Unauthorized(RequestError):
+    """This needs a key: send `Authorization: Bearer <key>`."""
+
+    code = "unauthorized"
+    status = 401
+    title = "Unauthorized"
+
+
+class HostNotAllowed(RequestError):
+    """This service answers to localhost only; set ESPALIER_HOST and ESPALIER_API_KEY to serve others."""
+
+    code = "host_not_allowed"
+    status = 403
+    title = "Host not allowed"
+
+
+class RequestTimeout(RequestError):
+    """The body came too slowly: send it again."""
+
+    code = "request_timeout"
+    status = 408
+    title = "Too slow"
+
+
+class PreconditionFailed(RequestError):
+    """It has changed since the version that If-Match names: read it again."""
+
+    code = "precondition_failed"
+    status = 412
+    title = "Changed meanwhile"
+
+
+class TooLarge(RequestError):
+    """The body is larger than it may be."""
+
+    code = "too_large"
+    status = 413
+    title = "Too large"
+
+
+class UriTooLong(RequestError):
+    """The address is longer than 8,192 bytes."""
+
+    code = "uri_too_long"
+    status = 414
+    title = "Address too long"
+
+
+class UnsupportedMediaType(RequestError):
+    """The body must be JSON: send `Content-Type: application/json` and no Content-Encoding."""
+
+    code = "unsupported_media_type"
+    status = 415
+    title = "Unsupported media type"
+
+
+class RangeNotSatisfiable(RequestError):
+    """The range begins behind the end of the file."""
+
+    code = "range_not_satisfiable"
+    status = 416
+    title = "Range not satisfiable"
+
+
+class DuplicateKey(RequestError):
+    """An object of the body names a key twice."""
+
+    code = "duplicate_key"
+    status = 422
+    title = "Duplicate key"
+
+
+class InvalidIdempotencyKey(RequestError):
+    """Idempotency-Key takes 1 to 255 visible ASCII characters."""
+
+    code = "invalid_idempotency_key"
+    status = 422
+    title = "Invalid Idempotency-Key"
+
+
+class TooManyStreams(RequestError):
+    """Too many event streams are open: close one, or poll."""
+
+    code = "too_many_streams"
+    status = 429
+    title = "Too many streams"
+    retry_after_s: ClassVar[int] = 5
+
+
+class HeadersTooLarge(RequestError):
+    """The request has more than 100 headers or 32 KiB of them."""
+
+    code = "headers_too_large"
+    status = 431
+    title = "Headers too large"
 
 
 class InvalidSpec(RequestError):
@@ -245,5 +377,3 @@ class StartupError(EspalierError):
     """The process cannot start."""
 
     code = "startup"
-
-
