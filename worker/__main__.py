@@ -1,0 +1,65 @@
+"""Start a worker: `python -m worker`, settings from `ESPALIER_*`."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+import sys
+import threading
+
+from app.db import Database
+from app.errors import StartupError
+from app.lifeline import end_with_parent
+from app.logs import configure_logs
+from app.queue import BellListener
+from app.settings import Settings, load_settings
+from app.storage import Storage
+from worker.supervisor import Supervisor
+
+
+def main() -> int:
+    """Run until SIGTERM or Ctrl-C; the exit code."""
+    end_with_parent(signal.SIGTERM)
+    configure_logs()
+    try:
+        serve(load_settings())
+    except StartupError as error:
+        print(f"espalier worker: {error.message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def serve(settings: Settings) -> None:
+    """Work until told to stop; raises StartupError with one sentence if the machine is not ready."""
+    if importlib.util.find_spec("torch") is None:
+        raise StartupError("torch is not installed here; run: pip install -c constraints.txt -e '.[worker]'")
+    db = Database(settings.database, pool_size=4)
+    db.check_version()
+    supervisor = Supervisor(settings, db, Storage.open(settings.storage))
+    poller = threading.Thread(target=_poll, args=(supervisor, settings), name="poll")
+    try:
+        if settings.broker_url is None:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda _number, _frame: supervisor.stopping.set())
+            _poll(supervisor, settings)
+        else:
+            from worker.tasks import run_celery
+
+            poller.start()
+            run_celery(supervisor, settings.broker_url, settings.slots)
+    finally:
+        supervisor.close()
+        if poller.is_alive():
+            poller.join()
+        db.close()
+
+
+def _poll(supervisor: Supervisor, settings: Settings) -> None:
+    """Look at the queue at every ring of the local bell, and every `poll_s` without one."""
+    with BellListener(settings.home_folder) as bell:
+        while not supervisor.stopping.is_set():
+            supervisor.look(bell.wait(settings.poll_s))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

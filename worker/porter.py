@@ -1,0 +1,149 @@
+"""Carries files between the worker's disk and the object store, beside the training and never in its way.
+
+One thread per attempt, first in first out. Of checkpoints only the newest waits: a slow store skips some and falls behind none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from app import attempts
+from app.attempts import Claim
+from app.db import Database
+from app.errors import Unavailable
+from app.failpoints import failpoint
+from app.storage import ObjectNotFound, Storage
+
+T = TypeVar("T")
+RETRY_FOR_S = 600.0
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """A checkpoint on the worker's disk, as the trainer announced it."""
+
+    step: int
+    epoch: int
+    phase: str
+    tensors: Path
+    state: Path
+    metrics: dict[str, float]
+
+
+class Porter:
+    """The storage side of one attempt."""
+
+    def __init__(self, claim: Claim, db: Database, storage: Storage) -> None:
+        self._claim = claim
+        self._db = db
+        self._storage = storage
+        self._prefix = f"jobs/{claim.job_id}/attempts/{claim.attempt}"
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="porter")
+        self._lock = threading.Lock()
+        self._newest: CheckpointFiles | None = None
+        self._closed = threading.Event()
+
+    def do(self, work: Callable[[], T]) -> Future[T]:
+        """Run `work` in the porter's thread, after what waits already."""
+        return self._pool.submit(work)
+
+    def publish_checkpoint(self, files: CheckpointFiles) -> Future[None]:
+        """Bytes into the store, then the row; a newer checkpoint takes the place of one that still waits."""
+        with self._lock:
+            replaced, self._newest = self._newest, files
+        if replaced is not None:
+            _remove(replaced)
+        return self._pool.submit(self._publish_newest)
+
+    def publish_artifact(self, name: str, path: Path) -> str:
+        """The key under which the file now lies; called in the porter's thread."""
+        key = f"{self._prefix}/artifacts/{name}"
+        self._keep_trying(lambda: self._storage.put_file(key, path))
+        return key
+
+    def fetch_checkpoint(self, folder: Path) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint whose bytes are what the row says, in `folder`, and a sentence for each that is not."""
+        problems = []
+        for saved in attempts.latest_checkpoints(self._db, self._claim.job_id):
+            tensors, state = folder / "checkpoint.safetensors", folder / "checkpoint.json"
+            try:
+                for key, path in ((saved.key, tensors), (_state_key(saved.key), state)):
+                    self._keep_trying(lambda key=key, path=path: self._storage.fetch(key, path))  # type: ignore[misc]
+            except ObjectNotFound:
+                problems.append(f"the checkpoint of step {saved.step} is missing from the store")
+                continue
+            if sha256_of(tensors) == saved.sha256:
+                return folder, problems
+            problems.append(f"the checkpoint of step {saved.step} is not what was written")
+        return None, problems
+
+    def close(self) -> None:
+        """Stop after the work at hand; what still waits is dropped."""
+        self._closed.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _publish_newest(self) -> None:
+        with self._lock:
+            files, self._newest = self._newest, None
+        if files is None:
+            return  # an earlier turn took the newer one
+        key = f"{self._prefix}/checkpoints/{files.step:012d}.safetensors"
+        self._keep_trying(lambda: self._storage.put_file(key, files.tensors))
+        self._keep_trying(lambda: self._storage.put_file(_state_key(key), files.state))
+        failpoint("checkpoint_after_bytes")
+        self._keep_trying(
+            lambda: attempts.record_checkpoint(
+                self._db,
+                self._claim,
+                step=files.step,
+                epoch=files.epoch,
+                phase=files.phase,
+                key=key,
+                size_bytes=files.tensors.stat().st_size,
+                sha256=sha256_of(files.tensors),
+                metrics=files.metrics,
+            )
+        )
+        _remove(files)
+
+    def _keep_trying(self, work: Callable[[], Any]) -> None:
+        """Call `work` until the store or the database answers: they come back, the training must not end for them."""
+        started, delay_s = time.monotonic(), 0.5
+        while True:
+            try:
+                work()
+                return
+            except Unavailable:
+                if self._closed.is_set() or time.monotonic() - started > RETRY_FOR_S:
+                    raise
+            self._closed.wait(delay_s * random.uniform(0.5, 1.5))
+            delay_s = min(30.0, delay_s * 2)
+
+
+def sha256_of(path: Path) -> str:
+    """The file's sha256 in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _state_key(tensors_key: str) -> str:
+    return tensors_key.removesuffix(".safetensors") + ".json"
+
+
+def _remove(files: CheckpointFiles) -> None:
+    files.tensors.unlink(missing_ok=True)
+    files.state.unlink(missing_ok=True)
+
+

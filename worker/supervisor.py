@@ -1,0 +1,131 @@
+"""The worker: claims jobs, runs each in a trainer process, says that it is alive.
+
+It has `slots` places, one per GPU. A ring (a Celery message, or a datagram of the API next door) makes it look at the queue at
+once; without one it looks every `poll_s`. The ring is never the job: the row is.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import secrets
+import shutil
+import threading
+
+import structlog
+
+from app import attempts
+from app.db import Database
+from app.errors import Unavailable
+from app.recovery import Sweeper
+from app.settings import Settings
+from app.storage import Storage
+from worker.job_run import JobRun
+from worker.nursery import Nursery
+
+log = structlog.get_logger()
+
+
+class Supervisor:
+    """One worker process: its slots, its nursery of trainers, its row in the workers table."""
+
+    def __init__(self, settings: Settings, db: Database, storage: Storage) -> None:
+        self.id = f"w_{secrets.token_hex(6)}"
+        self.stopping = threading.Event()
+        self._settings = settings
+        self._db = db
+        self._storage = storage
+        self._free = list(range(settings.slots))
+        self._running: dict[int, str] = {}
+        self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        _clear_scratch(settings)
+        threads = {"ESPALIER_THREADS": str(settings.threads)} if settings.threads else {}
+        self._nursery = Nursery(settings.scratch, spares=settings.slots, environment=threads)
+        attempts.register_worker(
+            db, self.id, host=platform.node(), pid=os.getpid(), slots=settings.slots, device=settings.device
+        )
+        self._threads.append(threading.Thread(target=self._beat, name="beat"))
+        self._threads[0].start()
+
+    def run_until_idle(self, hint: str | None = None) -> None:
+        """Claim and run jobs in a free slot until none waits; return at once when no slot is free."""
+        slot = self._take_slot()
+        if slot is None:
+            return  # the running job's slot looks again when it ends
+        try:
+            while not self.stopping.is_set():
+                claim = attempts.claim(self._db, worker_id=self.id, hint=hint, lease_s=self._settings.lease_s)
+                if claim is None:
+                    return
+                hint = None
+                self._running[slot] = claim.job_id
+                JobRun(
+                    claim,
+                    db=self._db,
+                    storage=self._storage,
+                    settings=self._settings,
+                    nursery=self._nursery,
+                    worker_id=self.id,
+                    slot=slot,
+                    stopping=self.stopping.is_set,
+                ).run()
+                self._running.pop(slot, None)
+        except Unavailable as error:
+            log.warning("database or store away", reason=str(error))  # the next look finds them back
+        finally:
+            self._running.pop(slot, None)
+            with self._lock:
+                self._free.append(slot)
+
+    def look(self, hint: str | None = None) -> None:
+        """Look at the queue from a thread of its own, if a slot is free."""
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        if self._free and not self.stopping.is_set():
+            thread = threading.Thread(target=self.run_until_idle, args=(hint,), name="slot")
+            self._threads.append(thread)
+            thread.start()
+
+    def close(self) -> None:
+        """Let running jobs checkpoint and be released, end the trainers, take the row away."""
+        self.stopping.set()
+        for thread in self._threads:
+            thread.join()
+        self._nursery.close()
+        try:
+            attempts.forget_worker(self._db, self.id)
+        except Unavailable as error:
+            log.warning("worker row stays", reason=str(error))
+
+    def _take_slot(self) -> int | None:
+        with self._lock:
+            return self._free.pop(0) if self._free else None
+
+    def _beat(self) -> None:
+        """Say that this worker is alive, and sweep; both idempotent, both may fail and come again."""
+        sweeper = Sweeper(self._db, self._storage, None, self._settings)
+        while not self.stopping.wait(self._settings.sweep_s):
+            try:
+                attempts.beat_worker(self._db, self.id, running=sorted(self._running.values()))
+                sweeper.sweep()
+            except Unavailable as error:
+                log.warning("sweep failed", reason=str(error))
+
+
+def _clear_scratch(settings: Settings) -> None:
+    """Remove what attempts of dead workers of this host left; a running attempt's folder names a living worker."""
+    settings.scratch.mkdir(parents=True, exist_ok=True)
+    for leftover in settings.scratch.iterdir():
+        owner = leftover.name.split("-")[1] if leftover.name.startswith("trainer-") else None
+        if owner is not None and owner.isdigit() and not _alive(int(owner)):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
