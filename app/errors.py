@@ -27,7 +27,7 @@
     │   └── Unavailable                 503 unavailable
     │       └── StorageFull             503 storage_full
     ├── JobError                        ends a job: `failed` with code, sentence, hint
-    │   ├── BudgetMissed, DataInvalid, DataUnavailable, DiskFull, Diverged, OutOfMemory,
+    │   ├── BudgetMissed, DataInvalid, DataUnavailable, DiskFull, Diverged, LayerEmptied, OutOfMemory,
     │   └── Poisoned, TimeLimit, VerificationFailed, WorkerBroken
     ├── LostOwnership                   another worker owns the job now: stop, write nothing
     └── StartupError                    a process cannot start: one sentence that says what to do
@@ -330,6 +330,13 @@ class Diverged(JobError):
 
     code = "diverged"
     hint = "lower training.optimizer.lr, add warm-up, or set training.gradient_clipping"
+
+
+class LayerEmptied(JobError):
+    """Pruning would leave nothing of a layer."""
+
+    code = "layer_emptied"
+    hint = "lower the threshold, or exclude the layer"
 
 
 class OutOfMemory(JobError):
