@@ -1,0 +1,26 @@
+"""Bring the database to this release's schema: `python -m app.migrate`. Safe to run again."""
+
+from __future__ import annotations
+
+import sys
+
+from app.db import Database
+from app.errors import StartupError
+from app.settings import load_settings
+
+
+def main() -> int:
+    """Upgrade to the newest revision; the exit code."""
+    database = Database(load_settings().database)
+    try:
+        database.upgrade()
+    except StartupError as error:
+        print(f"espalier migrate: {error.message}", file=sys.stderr)
+        return 1
+    finally:
+        database.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
