@@ -1,0 +1,290 @@
+"""The outermost layer of the API: what a request must be before any route sees it, and what every answer carries.
+
+A pure ASGI middleware (no task per request). It gives every request an id; refuses what is too long, too large, from
+the wrong host or without its key; puts a deadline on bodies (uvicorn has none: a `Content-Length: 10^20` would hang for
+ever); answers HEAD wherever GET is answered; sets the security headers; counts; and writes one log line a request,
+never a body, a header or a query.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hmac
+import re
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import structlog
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.problems import ProblemResponse, translate
+from app.errors import (
+    HeadersTooLarge,
+    HostNotAllowed,
+    MalformedRequest,
+    RequestError,
+    RequestTimeout,
+    TooLarge,
+    Unauthorized,
+    UriTooLong,
+)
+from app.settings import Settings
+
+log = structlog.get_logger("espalier.api")
+
+LONGEST_URI = 8192
+MOST_HEADERS = 100
+LONGEST_HEADERS = 32 * 1024
+SMALL_BODY = 64 * 1024
+BODY_S = 10.0
+UPLOAD_SILENCE_S = 30.0
+UPLOAD_BYTES_PER_S = 64 * 1024
+LINGER_S = 2.0  # a client that is still sending has this long to read its refusal before the connection is cut
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+HEAD = "espalier.head"  # scope key: a HEAD is answered as a GET; a response that streams may leave its body out
+UPLOADS = "/v1/datasets"
+_HOST = re.compile(rb"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?")
+_SPECS = frozenset({"/v1/jobs", "/v1/jobs/validate"})
+
+ANSWER_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cache-control", b"no-store"),
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+)
+
+Observe = Callable[[str, str, int, float], None]  # method, route template, status, seconds to the first byte
+
+
+@dataclass
+class Exchange:
+    """One request and its answer while they pass the edge."""
+
+    scope: Scope
+    receive: Receive
+    send: Send
+    request_id: str
+    limit: int
+    upload: bool
+    head: bool
+    complete: bool  # the whole body of the request has come
+    withheld: bool  # `Expect: 100-continue`: the body comes only when it is read for the first time
+    began: float = field(default_factory=time.monotonic)
+    received: int = 0
+    status: int = 0
+    seconds: float = 0.0
+    closing: bool = False
+
+    async def read(self) -> Message:
+        """The next message of the request; bodies have a deadline and a limit until the answer begins."""
+        if self.complete or self.status:
+            message = await self.receive()
+            self._note(message)
+            return message
+        self.withheld = False
+        try:
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + self._patience_s()):
+                message = await self.receive()
+        except TimeoutError as exc:
+            raise RequestTimeout() from exc
+        self._note(message)
+        if self.received > self.limit:
+            raise too_large(self.limit)
+        return message
+
+    async def answer(self, message: Message) -> None:
+        """Send one message of the answer: headers added, no body for HEAD, no cut-off while the client still sends."""
+        if message["type"] == "http.response.start":
+            await self._begin(message)
+        elif message["type"] == "http.response.body" and not message.get("more_body", False):
+            if self.closing:
+                await self.send({**self._body(message), "more_body": True})
+                await self._drain(LINGER_S)
+                message = {"type": "http.response.body", "body": b"", "more_body": False}
+            await self.send(self._body(message))
+        else:
+            await self.send(self._body(message))
+
+    async def _begin(self, message: Message) -> None:
+        self.status = int(message["status"])
+        self.seconds = time.monotonic() - self.began
+        headers = list(message.get("headers", ()))
+        present = {name.lower() for name, _ in headers}
+        headers += [pair for pair in ANSWER_HEADERS if pair[0] not in present]
+        headers.append((b"x-request-id", self.request_id.encode()))
+        if not self.complete:
+            await self._drain(0.05)  # what is on its way already: a small body nobody asked for keeps its connection
+        if not self.complete:
+            self.closing = True
+            headers.append((b"connection", b"close"))
+        await self.send({**message, "headers": headers})
+
+    async def _drain(self, seconds: float) -> None:
+        """Read and forget what the client still sends, so that it reads our answer and not a reset connection."""
+        if self.withheld:
+            return
+        try:
+            async with asyncio.timeout(seconds):
+                while not self.complete:
+                    self._note(await self.receive())
+        except TimeoutError:
+            return
+
+    def _note(self, message: Message) -> None:
+        if message["type"] == "http.disconnect":
+            self.complete = True
+        elif message["type"] == "http.request":
+            self.received += len(message.get("body", b""))
+            self.complete = self.complete or not message.get("more_body", False)
+
+    def _patience_s(self) -> float:
+        """Seconds to wait for the next piece of the body."""
+        age = time.monotonic() - self.began
+        if not self.upload:
+            return BODY_S - age
+        return min(UPLOAD_SILENCE_S, UPLOAD_SILENCE_S + self.received / UPLOAD_BYTES_PER_S - age)
+
+    def _body(self, message: Message) -> Message:
+        return {**message, "body": b""} if self.head else message
+
+
+class Edge:
+    """The ASGI middleware; `observe` is told of every answer."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, observe: Observe) -> None:
+        self.app = app
+        self._settings = settings
+        self._observe = observe
+        self._key = settings.api_key.get_secret_value().encode() if settings.api_key is not None else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Carry one request through the application."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        exchange = self._open(scope, receive, send)
+        try:
+            self._check(scope, exchange.limit)
+        except RequestError as error:
+            await self._refuse(exchange, error)
+        else:
+            await self._carry(exchange)
+        self._account(exchange)
+
+    async def _carry(self, exchange: Exchange) -> None:
+        try:
+            await self.app(exchange.scope, exchange.read, exchange.answer)
+        except ClientDisconnect:
+            exchange.status = exchange.status or 499
+        except Exception as exc:
+            log.exception("request failed", request_id=exchange.request_id, route=route_of(exchange.scope))
+            if exchange.status:
+                raise  # half an answer is out: the server cuts the connection, so that nobody takes it for a whole one
+            await self._refuse(exchange, translate(exc))
+
+    async def _refuse(self, exchange: Exchange, error: RequestError) -> None:
+        response = ProblemResponse(error, exchange.request_id)
+        if isinstance(error, Unauthorized) and not exchange.scope["path"].startswith("/v1"):
+            response.headers["WWW-Authenticate"] = 'Basic realm="espalier"'
+        await response(exchange.scope, exchange.read, exchange.answer)
+
+    def _account(self, exchange: Exchange) -> None:
+        method = "HEAD" if exchange.head else str(exchange.scope["method"])
+        route = route_of(exchange.scope)
+        self._observe(method, route, exchange.status, exchange.seconds)
+        log.info(
+            "request",
+            request_id=exchange.request_id,
+            method=method,
+            route=route,
+            status=exchange.status,
+            ms=round(exchange.seconds * 1000, 1),
+        )
+
+    def _open(self, scope: Scope, receive: Receive, send: Send) -> Exchange:
+        head = scope["method"] == "HEAD"
+        scope = {**scope, HEAD: head, "method": "GET" if head else scope["method"]}
+        scope["state"] = {**scope.get("state", {}), "request_id": (request_id := f"req_{secrets.token_hex(8)}")}
+        upload = scope["method"] == "POST" and scope["path"] == UPLOADS
+        small = self._settings.max_spec_bytes if scope["method"] == "POST" and scope["path"] in _SPECS else SMALL_BODY
+        declared = any(
+            name == b"transfer-encoding" or (name == b"content-length" and value.strip() != b"0")
+            for name, value in scope["headers"]
+        )
+        return Exchange(
+            scope=scope,
+            receive=receive,
+            send=send,
+            request_id=request_id,
+            limit=self._settings.max_upload_bytes if upload else small,
+            upload=upload,
+            head=head,
+            complete=not declared,
+            withheld=declared and any(name == b"expect" for name, _ in scope["headers"]),
+        )
+
+    def _check(self, scope: Scope, limit: int) -> None:
+        """Raise the error of a request that no route needs to see."""
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        if len(scope.get("raw_path") or scope["path"].encode()) + len(scope["query_string"]) > LONGEST_URI:
+            raise UriTooLong()
+        if len(headers) > MOST_HEADERS or sum(len(name) + len(value) + 4 for name, value in headers) > LONGEST_HEADERS:
+            raise HeadersTooLarge()
+        if any(byte in value for _, value in headers for byte in (b"\0", b"\r", b"\n")):
+            raise MalformedRequest("a header has a control character in it")
+        self._check_host(_values(headers, b"host"))
+        self._check_length(_values(headers, b"content-length"), limit)
+        self._check_key(scope["path"], _values(headers, b"authorization"))
+
+    def _check_host(self, hosts: list[bytes]) -> None:
+        match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
+        if match is None:
+            raise MalformedRequest("the request needs exactly one valid Host header")
+        if self._key is None and match[1].decode().strip("[]").lower() not in LOOPBACK:
+            # A page on the internet whose name resolves to 127.0.0.1 (DNS rebinding) sends its own name here.
+            raise HostNotAllowed()
+
+    def _check_length(self, lengths: list[bytes], limit: int) -> None:
+        if not lengths:
+            return
+        if len(lengths) > 1 or not re.fullmatch(rb"[0-9]+", lengths[0]):
+            raise MalformedRequest("the Content-Length is not one number")
+        if len(lengths[0]) > 18 or int(lengths[0]) > limit:
+            raise too_large(limit)
+
+    def _check_key(self, path: str, credentials: list[bytes]) -> None:
+        if self._key is None or not (path.startswith("/v1") or path == "/" or path.startswith("/jobs/")):
+            return
+        scheme, _, given = credentials[0].partition(b" ") if len(credentials) == 1 else (b"", b"", b"")
+        expected = b"bearer" if path.startswith("/v1") else b"basic"
+        secret = given.strip() if expected == b"bearer" else _password(given)
+        if scheme.lower() != expected or not hmac.compare_digest(secret, self._key):
+            raise Unauthorized()
+
+
+def too_large(limit: int) -> TooLarge:
+    """The error for a body over `limit` bytes."""
+    return TooLarge(f"the body is larger than {limit} bytes, the most that is taken here")
+
+
+def route_of(scope: Scope) -> str:
+    """The template of the answering route, or "other": an address is the client's words, never logged or counted."""
+    return str(getattr(scope.get("route"), "path", "other"))
+
+
+def _values(headers: list[tuple[bytes, bytes]], name: bytes) -> list[bytes]:
+    return [value for key, value in headers if key == name]
+
+
+def _password(given: bytes) -> bytes:
+    """The password of HTTP Basic credentials: browsers can send a key in no other way."""
+    try:
+        return base64.b64decode(given.strip(), validate=True).partition(b":")[2]
+    except (binascii.Error, ValueError):
+        return b""
