@@ -1,7 +1,8 @@
 """Checkpoint files: tensors as safetensors, everything else as JSON; never pickle. Nothing here needs torch.
 
-A checkpoint is two files, `<name>.safetensors` and `<name>.json`. The JSON is written last and holds size and sha256 of the first, so
-a pair is whole exactly when `check_checkpoint` accepts it. What the tensors mean is told in `worker/state.py`.
+A checkpoint is two files, `<name>.safetensors` and `<name>.json`. The JSON is written last and holds size and sha256
+of the first, so a pair is whole exactly when `check_checkpoint` accepts it. What the tensors mean is told in
+`worker/state.py`.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def spec_digest(spec: Mapping[str, Any]) -> str:
 def write_checkpoint(folder: Path, name: str, arrays: Mapping[str, NDArray[Any]], state: Mapping[str, Any]) -> Path:
     """The path of `<name>.safetensors`, durable beside its `<name>.json`.
 
-    Both are written to a sibling, synced and renamed, tensors first: a crash at any moment leaves the pair before or the pair after.
+    Both are written to a sibling, synced and renamed, tensors first: a crash at any moment leaves the pair before or
+    the pair after.
 
     Raises:
         OSError: the disk is full or failing; no file of this name is left behind.
@@ -73,7 +75,8 @@ def check_checkpoint(tensors: Path, state: Path, *, spec_sha256: str | None = No
     """The state of a checkpoint whose two files are whole and, where `spec_sha256` is given, belong to that job.
 
     Raises:
-        CheckpointRefused: a file is missing, cut, changed, of another format version or of another job; the message says which.
+        CheckpointRefused: a file is missing, cut, changed, of another format version or of another job; the message
+        says which.
     """
     document = _read_state(state)
     if document.get("format_version") != FORMAT_VERSION:

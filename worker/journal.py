@@ -16,7 +16,7 @@ Phase = Literal["preparing", "training", "pruning", "retraining", "evaluating", 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a job is: `fraction` (0 to 1) of all phases, `epoch` of `epochs` in this one, `step` of `steps` in the job."""
+    """How far a job is: `fraction` (0 to 1) of all phases, `epoch` of this phase's `epochs`, `step` of all `steps`."""
 
     phase: Phase
     epoch: int

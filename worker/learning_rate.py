@@ -1,7 +1,7 @@
-"""Learning-rate schedules: pure functions from progress (0 at the first step of a training, 1 behind its last) to the rate.
+"""Learning-rate schedules: pure functions from progress (0 at the first step, 1 behind the last) to the rate.
 
-They depend on the share of the training done and on nothing else, so that a resumed training, another batch size or a rewound
-retraining reads the same curve.
+They depend on the share of the training done and on nothing else, so that a resumed training, another batch size or a
+rewound retraining reads the same curve.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ START_FACTOR = 1 / 25  # of the highest rate at the first step of a warm-up: at 
 def learning_rate(training: Training) -> LearningRate:
     """The rate over a training as the job asks for it: progress in [0, 1] -> rate in [0, lr].
 
-    A linear warm-up from lr/25 to lr, then: `one_cycle` falls linearly to 0 (Smith & Topin, arXiv 1708.07120, with one ramp on
-    either side and without its last, lower leg); `cosine` falls to 0 as half a cosine (Loshchilov & Hutter, arXiv 1608.03983, one
-    period); `step` is multiplied by `gamma` behind each milestone; `constant` stays.
+    A linear warm-up from lr/25 to lr, then: `one_cycle` falls linearly to 0 (Smith & Topin, arXiv 1708.07120, with one
+    ramp on either side and without its last, lower leg); `cosine` falls to 0 as half a cosine (Loshchilov & Hutter,
+    arXiv 1608.03983, one period); `step` is multiplied by `gamma` behind each milestone; `constant` stays.
     """
     schedule, peak = training.schedule, training.optimizer.lr
     warm = min(1.0, training.warmup_epochs / training.epochs)

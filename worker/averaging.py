@@ -1,0 +1,67 @@
+"""An exponential moving average of a network: its weights and its running statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from worker.network import Network
+
+
+def floating_tensors(network: Network) -> dict[str, Tensor]:
+    """The network's parameters and floating buffers by name, not copies: what training changes."""
+    return {name: tensor for name, tensor in network.state_dict().items() if tensor.is_floating_point()}
+
+
+@torch.no_grad()
+def snapshot(network: Network) -> dict[str, Tensor]:
+    """Copies of `floating_tensors`, in their own layout, on their own device."""
+    return {name: tensor.clone() for name, tensor in floating_tensors(network).items()}
+
+
+@torch.no_grad()
+def put(network: Network, tensors: dict[str, Tensor]) -> None:
+    """Give the network these values, in place: names, shapes and layouts stay.
+
+    Raises KeyError for a name and RuntimeError for a shape that the network does not have.
+    """
+    own = floating_tensors(network)
+    if missing := own.keys() ^ tensors.keys():
+        raise KeyError(f"tensors that are only on one side: {', '.join(sorted(missing))}")
+    for name, tensor in tensors.items():
+        if own[name].shape != tensor.shape:
+            raise RuntimeError(f"{name} has shape {tuple(tensor.shape)}, the network {tuple(own[name].shape)}")
+        own[name].copy_(tensor)
+
+
+class Average:
+    """`a <- d * a + (1 - d) * w` after each step, over parameters and running statistics; starts as the network is.
+
+    d = min(decay, (1 + n) / (10 + n)) at step n, as in TensorFlow's ExponentialMovingAverage: without this a short
+    training's average would be mostly its initial weights. Running statistics are averaged alike, so the average can
+    be evaluated as it is.
+    """
+
+    def __init__(self, network: Network, decay: float) -> None:
+        self.decay = decay
+        self.tensors = snapshot(network)
+        self._own = floating_tensors(network)
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the network as it is after step `step` (from 0)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.tensors.values()), list(self._own.values()), 1 - decay)
+
+    @contextmanager
+    def inside(self, network: Network) -> Iterator[None]:
+        """The network has the average's values inside the block, and its own again behind it."""
+        own = snapshot(network)
+        put(network, self.tensors)
+        try:
+            yield
+        finally:
+            put(network, own)

@@ -1,0 +1,91 @@
+"""What a training makes small: cross-entropy, the terms of the mission's regularization, and a teacher's opinion.
+
+Axes: N batch, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from app.spec.optimizations import Regularization
+from worker.network import Network
+
+_WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+def cross_entropy(logits_NK: Tensor, labels_N: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """The mean cross-entropy in nats, a scalar; in float32 whatever precision the logits have."""
+    return F.cross_entropy(logits_NK.float(), labels_N, label_smoothing=label_smoothing)
+
+
+def distillation(student_NK: Tensor, teacher_NK: Tensor, *, temperature: float) -> Tensor:
+    """`T^2 * KL(softmax(teacher / T) || softmax(student / T))`, the mean over the batch, a scalar.
+
+    Hinton et al., arXiv 1503.02531.
+    `batchmean` and not `mean`, which would divide by the number of classes too. T^2 keeps the size of the gradient the
+    same for every temperature. The gradient is zero where student and teacher agree.
+    """
+    return temperature**2 * F.kl_div(
+        F.log_softmax(student_NK.float() / temperature, dim=1),
+        F.log_softmax(teacher_NK.float() / temperature, dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+
+
+class Penalty:
+    """`l1 * sum |w| + l2 * sum w^2 + bn_l1 * sum |gamma|` over a network, for all regularizations of a job.
+
+    `l1` and `l2` are over the weights of convolutions and linear layers, with `all` over every parameter. The square
+    is not the norm: `l2` in the loss equals SGD's `weight_decay = 2 * l2`.
+    """
+
+    def __init__(self, network: Network, regularizations: Sequence[Regularization]) -> None:
+        weights = [module.weight for module in network.modules() if isinstance(module, _WEIGHTED)]
+        scales = [module.weight for module in network.modules() if isinstance(module, _BatchNorm)]
+        everything = list(network.parameters())
+        self._l1: list[tuple[float, list[Tensor]]] = []
+        self._l2: list[tuple[float, list[Tensor]]] = []
+        for part in regularizations:
+            among: list[Tensor] = [*everything] if part.all else [*weights]
+            self._l1 += [(part.l1, among)] if part.l1 else []
+            self._l2 += [(part.l2, among)] if part.l2 else []
+            self._l1 += [(part.bn_l1, [*scales])] if part.bn_l1 and scales else []
+
+    def __bool__(self) -> bool:
+        return bool(self._l1 or self._l2)
+
+    def absolute(self) -> Tensor | None:
+        """The l1 terms together, a scalar in the graph of the parameters; None where there are none."""
+        return _sum([factor * _norms(tensors, 1).sum() for factor, tensors in self._l1])
+
+    def squared(self) -> Tensor | None:
+        """The l2 terms together, a scalar in the graph of the parameters; None where there are none."""
+        return _sum([factor * (_norms(tensors, 2) ** 2).sum() for factor, tensors in self._l2])
+
+
+def decoupled_decay(network: Network, regularizations: Sequence[Regularization]) -> list[tuple[float, list[Tensor]]]:
+    """(weight decay, the parameters it shrinks) of each regularization that has one: `w -= lr * decay * w`.
+
+    The weights of convolutions and linear layers; with `all` every parameter.
+    """
+    weights: list[Tensor] = [module.weight for module in network.modules() if isinstance(module, _WEIGHTED)]
+    return [
+        (part.weight_decay, list(network.parameters()) if part.all else weights)
+        for part in regularizations
+        if part.weight_decay
+    ]
+
+
+def _norms(tensors: Sequence[Tensor], order: int) -> Tensor:
+    # vector_norm has the gradient 0 at 0; sqrt(sum(w^2)) would have NaN at a pruned channel
+    return torch.stack([torch.linalg.vector_norm(tensor, order) for tensor in tensors])
+
+
+def _sum(terms: Sequence[Tensor]) -> Tensor | None:
+    return torch.stack(list(terms)).sum() if terms else None
