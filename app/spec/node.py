@@ -1,0 +1,66 @@
+"""One node of a graph, and how large graphs may be."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from app.spec.layer import Layer
+from app.spec.shapes import LARGEST_WIDTH, Shape, Tensor
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How large a network may be. (Limits of single fields, such as a kernel's size, stand at the fields.)"""
+
+    layers: int = 10_000
+    """Layers after the containers are written out."""
+    depth: int = 16
+    """Containers inside containers."""
+    channels: int = LARGEST_WIDTH
+    """Channels of any layer's output."""
+    params: int = 500_000_000
+    """Trained numbers: ONNX files end at 2 GiB."""
+    input_elements: int = 1 << 26
+    """Numbers of one example."""
+    activations: int = 1_000_000_000
+    """Numbers that all layers together compute for one example."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One layer of a graph, never a container. Its layer has no name, inputs or stated widths: they are the node's."""
+
+    name: str
+    layer: Layer
+    inputs: tuple[str, ...]
+    input_shapes: tuple[Shape, ...]
+    shape: Shape
+    pointer: str = field(default="", compare=False)
+    """JSON pointer to the layer that was sent; a container's for what it adds itself."""
+
+    @property
+    def type(self) -> str:
+        """The layer's type."""
+        return self.layer.type
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name: weight, bias, running_mean, running_var."""
+        return self.layer.tensors(self.input_shapes)
+
+    @property
+    def params(self) -> int:
+        """Number of trained numbers."""
+        return sum(tensor.elements for tensor in self.tensors.values() if tensor.trainable)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one example."""
+        return self.layer.macs(self.input_shapes, self.shape)
+
+    @property
+    def elements(self) -> int:
+        """Numbers of its output for one example."""
+        return math.prod(self.shape)
