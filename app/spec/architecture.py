@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from app.errors import JsonValue
-
-if TYPE_CHECKING:
-    from app.spec.graph import Graph
+from app.spec.graph import Graph, Limits, build_graph
+from app.spec.layers import read_layers
 
 FORMAT_VERSION = 1
+_ANY_SIZE = Limits(layers=1 << 62, params=1 << 62, input_elements=1 << 62, activations=1 << 62)
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Preprocessing:
         Three float32 operations in the order of the formula, so that every runtime that follows it has the same bits.
         """
         per_channel = (1, -1) + (1,) * (images_NCx.ndim - 2)
-        ready: NDArray[np.float32] = images_NCx.astype(np.float32)
+        ready: NDArray[np.float32] = images_NCx.astype(np.float32, order="C")
         ready *= np.float32(self.scale)
         ready -= np.asarray(self.mean, np.float32).reshape(per_channel)
         ready /= np.asarray(self.std, np.float32).reshape(per_channel)
@@ -56,7 +56,17 @@ def architecture_document(graph: Graph, class_names: Sequence[str], preprocessin
     }
 
 
-def read_preprocessing(document: Mapping[str, Any]) -> Preprocessing:
-    """The preprocessing that an `architecture.json` states."""
+def read_architecture(document: Mapping[str, Any]) -> tuple[Graph, tuple[str, ...], Preprocessing]:
+    """(graph, class names, preprocessing) of the content of an `architecture.json` that `architecture_document` made.
+
+    It was checked when its job came in: this machine's limits on the size of networks do not count again.
+
+    Raises:
+        pydantic.ValidationError, InvalidSpec: its layers are not a network. KeyError: something is missing.
+    """
     stated = document["preprocessing"]
-    return Preprocessing(float(stated["scale"]), tuple(map(float, stated["mean"])), tuple(map(float, stated["std"])))
+    preprocessing = Preprocessing(
+        float(stated["scale"]), tuple(map(float, stated["mean"])), tuple(map(float, stated["std"]))
+    )
+    graph = build_graph(read_layers(document["layers"]), tuple(document["input_shape"]), limits=_ANY_SIZE)
+    return graph, tuple(document["classes"]), preprocessing

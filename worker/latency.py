@@ -1,0 +1,195 @@
+"""How long one answer takes, dense against pruned, per runtime and batch size.
+
+Protocol: CPU, a stated number of threads, warm-up, the two networks take turns run by run (so that a busy machine slows
+both), median and 95th percentile. Ratios are what to compare; milliseconds belong to the machine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from app.errors import JsonValue
+from app.spec.cost import cost
+from worker.export import portable_tensors
+from worker.network import Network, build_network
+
+BATCH_SIZES = (1, 32)
+MOST_RUNS = 200
+FEWEST_RUNS = 5
+WARM_UP_RUNS = 20
+NO_GAIN = 0.95  # a ratio of medians above this is within the noise of a busy machine
+
+Timings = dict[str, dict[str, dict[str, float]]]
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """`latency_ms` of both networks (`{runtime: {"batch_1": {"p50", "p95"}, ...}}`), notes, and how it was measured."""
+
+    dense: Timings
+    pruned: Timings
+    notes: tuple[str, ...]
+    conditions: Mapping[str, JsonValue]
+
+
+def measure_latency(
+    dense: Network,
+    pruned: Network,
+    *,
+    threads: int = 1,
+    seconds: float = 4.0,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    waiting: Callable[[], None] | None = None,
+) -> Latency:
+    """Latencies of both networks in torch (eager) and onnxruntime (the exported graph, batch norm folded), on the CPU.
+
+    Args:
+        dense, pruned: networks of the same input shape; they are copied, not touched.
+        threads: of either runtime; torch's own setting is put back afterwards.
+        seconds: of measuring in total, shared by all runtimes and batch sizes. A network so large that five runs take
+            longer than its share gets those five.
+        batch_sizes: examples per run.
+        waiting: called between the measurements; may raise to give up.
+    """
+    share = seconds / (2 * len(batch_sizes))
+    timings: tuple[Timings, Timings] = ({}, {})
+    runs: dict[str, JsonValue] = {}
+    notes = []
+    with _torch_threads(threads):
+        for runtime, runner in (("torch", _torch_runs), ("onnxruntime", _onnx_runs)):
+            prepared = runner((dense, pruned), threads)
+            for batch_size in batch_sizes:
+                images = _noise((batch_size, *dense.graph.input_shape))
+                pair = [run(images) for run in prepared]
+                measured = _take_turns(pair, share)
+                key = f"batch_{batch_size}"
+                runs[f"{runtime}.{key}"] = len(measured[0])
+                for one, milliseconds in zip(timings, measured, strict=True):
+                    one.setdefault(runtime, {})[key] = _percentiles(milliseconds)
+                if waiting is not None:
+                    waiting()
+            notes += _notes(runtime, timings[0][runtime], timings[1][runtime], same_shape=_same_shape(dense, pruned))
+    conditions: dict[str, JsonValue] = {"device": "cpu", "threads": threads, "runs": runs}
+    return Latency(timings[0], timings[1], tuple(notes), conditions)
+
+
+def _torch_runs(networks: Sequence[Network], threads: int) -> list[Callable[[NDArray[np.float32]], Run]]:
+    """One maker of runs per network, in eager mode on a CPU copy."""
+
+    def maker(network: Network) -> Callable[[NDArray[np.float32]], Run]:
+        copy = build_network(network.graph)
+        copy.load_state_dict(portable_tensors(network))
+        copy.eval()
+
+        def run_on(images: NDArray[np.float32]) -> Run:
+            images_NCx = torch.from_numpy(images)
+
+            def run() -> object:
+                with torch.inference_mode():
+                    return copy(images_NCx)
+
+            return run
+
+        return run_on
+
+    return [maker(network) for network in networks]
+
+
+def _onnx_runs(networks: Sequence[Network], threads: int) -> list[Callable[[NDArray[np.float32]], Run]]:
+    """One maker of runs per network, in a session of the graph as it is exported."""
+    import onnxruntime  # not before it is needed: a trainer starts without it
+
+    from worker.onnx_model import onnx_bytes
+
+    def maker(network: Network) -> Callable[[NDArray[np.float32]], Run]:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        tensors = {name: tensor.numpy() for name, tensor in portable_tensors(network).items()}
+        model = onnx_bytes(network.graph, tensors)
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+        def run_on(images: NDArray[np.float32]) -> Run:
+            return lambda: session.run(["logits"], {"images": images})
+
+        return run_on
+
+    return [maker(network) for network in networks]
+
+
+def _take_turns(pair: Sequence[Run], seconds: float) -> tuple[list[float], list[float]]:
+    """Milliseconds of each run of the two, taken in turns, after a warm-up of a fifth of the time."""
+    start = time.perf_counter()
+    for count in range(WARM_UP_RUNS):
+        for run in pair:
+            run()
+        if count and time.perf_counter() - start > seconds / 5:
+            break
+    measured: tuple[list[float], list[float]] = ([], [])
+    while len(measured[0]) < FEWEST_RUNS or (len(measured[0]) < MOST_RUNS and time.perf_counter() - start < seconds):
+        for run, milliseconds in zip(pair, measured, strict=True):
+            before = time.perf_counter()
+            run()
+            milliseconds.append((time.perf_counter() - before) * 1e3)
+    return measured
+
+
+def _percentiles(milliseconds: Sequence[float]) -> dict[str, float]:
+    p50, p95 = np.percentile(milliseconds, (50, 95))
+    return {"p50": round(float(p50), 4), "p95": round(float(p95), 4)}
+
+
+def _notes(
+    runtime: str,
+    dense: Mapping[str, Mapping[str, float]],
+    pruned: Mapping[str, Mapping[str, float]],
+    *,
+    same_shape: bool,
+) -> Iterator[str]:
+    """One sentence for a runtime in which the pruned network is not faster."""
+    slow = [key for key in dense if pruned[key]["p50"] > NO_GAIN * dense[key]["p50"]]
+    if not slow:
+        return
+    figures = ", ".join(
+        f"{pruned[key]['p50']:.3g} ms against {dense[key]['p50']:.3g} ms at batch {key.removeprefix('batch_')}"
+        for key in slow
+    )
+    if same_shape:
+        yield (
+            f"zeros alone do not make {runtime} faster: {figures}; they make the compressed file smaller. "
+            "Prune channels for speed."
+        )
+    else:
+        yield (
+            f"the pruned network is not faster in {runtime}: {figures}; at this size the time goes into starting each "
+            "layer or into widths that the runtime pads (see round_to)."
+        )
+
+
+def _same_shape(dense: Network, pruned: Network) -> bool:
+    return cost(dense.graph).macs == cost(pruned.graph).macs
+
+
+def _noise(shape: tuple[int, ...]) -> NDArray[np.float32]:
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    """torch with this many threads inside, and as before after it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
