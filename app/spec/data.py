@@ -37,7 +37,7 @@ class DataSpec(Strict):
         Field(
             ge=0,
             lt=1,
-            description="Share of the training images held out, stratified, for choices; 0: none, the last weights are taken.",
+            description="Share of the training images held out, stratified, for choices; 0: no choices.",
         ),
     ] = 0.1
     limit: Annotated[Count | None, Field(description="Use the first n training images of a seeded permutation.")] = None
@@ -53,8 +53,9 @@ class DataSpec(Strict):
 class DataFacts:
     """What is known about a data set without reading its images.
 
-    `example_shape` has the axes as they were sent; None means pictures of mixed sizes. `pictures`: the examples came as picture files
-    (height, width, channels), which may be resized to the job's `input_shape`, made grey or given three equal channels.
+    `example_shape` has the axes as they were sent; None means pictures of mixed sizes. `pictures`: the examples came
+    as picture files (height, width, channels), which may be resized to the job's `input_shape`, made grey or given
+    three equal channels.
     """
 
     name: str
@@ -69,8 +70,8 @@ class DataFacts:
     def default_input_shape(self) -> tuple[int, ...] | None:
         """The `(C, *spatial)` that a job without `input_shape` gets; None where the axes do not tell and the job must.
 
-        A channel axis is recognised by its size (1, 3 or 4), at the end before the front; without one, an example with one or two
-        axes has one channel.
+        A channel axis is recognised by its size (1, 3 or 4), at the end before the front; without one, an example
+        with one or two axes has one channel.
         """
         shape = self.example_shape
         if shape is None:
@@ -95,7 +96,7 @@ class DataFacts:
         return resized if self.pictures else None
 
     def training_images(self, data: DataSpec) -> tuple[int, int]:
-        """(training images, validation images) after `limit` and `validation`; the true split is stratified and may differ by a few."""
+        """(training, validation) images after `limit` and `validation`; a stratified split may differ by a few."""
         images = self.train if data.limit is None else min(self.train, data.limit)
         held_out = round(images * data.validation)
         return images - held_out, held_out

@@ -37,7 +37,7 @@ _MESSAGES = {
     "less_than_equal": "must be at most {le}",
     "string_too_long": "must have at most {max_length} characters",
     "too_long": "must have at most {max_length} entries",
-    "too_short": "must have at least {min_length} entries",
+    "too_short": "must not be empty",
     "literal_error": "must be one of: {expected}",
     "union_tag_invalid": "is not offered; offered are: {expected_tags}",
     "union_tag_not_found": "is required",
@@ -113,7 +113,7 @@ def _locate(entry: Any, document: object) -> _Located:
     elif kind == "fault":
         if context["field"]:
             path = (*path, *(int(part) if part.isdigit() else part for part in context["field"].split("/")))
-        value = context["value"]
+        value = echo(context["value"])
     elif kind in ("too_long", "too_short"):
         value = context["actual_length"]
     elif kind == "string_too_long":
@@ -140,23 +140,16 @@ def _message(kind: str, context: dict[str, Any], fallback: str) -> str:
 
 
 def _path(location: Sequence[str | int], document: object, *, missing: bool) -> tuple[tuple[str | int, ...], bool]:
-    """(path in the document, whether an arm of a union was named) of pydantic's location, which also holds tags and arms."""
+    """(path in the document, whether it names an arm of a union) of pydantic's location, which also holds tags."""
     path: list[str | int] = []
-    here, of_union = document, False
+    here: Any = document
+    of_union = False
     for position, part in enumerate(location):
-        last = position == len(location) - 1
-        tag = (
-            isinstance(here, dict)
-            and bool(path)
-            and isinstance(path[-1], int)
-            and here.get("type") == part
-            and not (last and missing)
-        )
-        if isinstance(here, dict) and part in here and not tag:
+        absent = missing and position == len(location) - 1
+        tag = isinstance(here, dict) and bool(path) and isinstance(path[-1], int) and here.get("type") == part
+        if (isinstance(here, dict) and part in here and (absent or not tag)) or (isinstance(here, list) and isinstance(part, int) and part < len(here)):
             here = here[part]
-        elif isinstance(here, list) and isinstance(part, int) and part < len(here):
-            here = here[part]
-        elif not (last and missing):
+        elif not absent:
             of_union = of_union or not tag
             continue
         path.append(part)
@@ -176,7 +169,7 @@ def _at(document: object, path: Sequence[str | int]) -> object:
 
 
 def _merge(located: Sequence[_Located]) -> list[Fault]:
-    """One fault for each place: of a union's arms the ones that say more than "another type", else all their types in one sentence."""
+    """One fault for each place: of a union's arms what says more than "another type", else all types in one."""
     deeper = {entry.path[:length] for entry in located for length in range(len(entry.path))}
     kept: dict[tuple[str | int, ...], _Located] = {}
     for entry in located:

@@ -22,7 +22,7 @@ from app.spec.faults import depth_fault, faults_of
 from app.spec.layers import AnyLayer
 from app.spec.optimizations import Epochs, LearningRate, Optimization, Prune, Retrain
 from app.spec.presets import PRESETS
-from app.spec.strict import LABELS, LARGEST_INT, Count, LabelKey, LabelValue, Shape, Strict, Text, fault
+from app.spec.strict import LABELS, LARGEST_INT, LabelKey, LabelValue, Shape, Strict, Text, fault
 
 SPEC_VERSIONS = (1,)
 MOST_LAYERS = 10_000
@@ -130,7 +130,7 @@ class Optimizer(Strict):
 
 
 class Schedule(Strict):
-    """How the learning rate moves: a linear warm-up to `lr`, then down (`one_cycle`, `cosine` to 0, `step` by `gamma`) or level."""
+    """How the learning rate moves: a linear warm-up to `lr`, then to 0 (`one_cycle`, `cosine`), by `gamma` or level."""
 
     name: Literal["one_cycle", "cosine", "step", "constant"] = "one_cycle"
     warmup: Annotated[
@@ -212,7 +212,7 @@ class Training(Strict):
 
     @property
     def milestones(self) -> tuple[int, ...]:
-        """Epochs after which a step schedule lowers the rate (He et al.: half and three quarters); empty for other schedules."""
+        """Epochs after which a step schedule lowers the rate (default: He et al.'s); empty for other schedules."""
         if self.schedule.name != "step":
             return ()
         if self.schedule.milestones is not None:
@@ -240,7 +240,7 @@ class JobSpec(Strict):
 
 
 def retraining(step: Prune, training: Training) -> Retrain:
-    """How `step` is retrained, with its epochs filled in: a third of the training epochs (at least 1), none with policy none."""
+    """How `step` is retrained, epochs filled in: a third of the training's, at least 1; none with policy none."""
     retrain = step.retrain or Retrain()
     if retrain.epochs is not None:
         return retrain

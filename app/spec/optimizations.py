@@ -21,14 +21,14 @@ WEIGHT_CRITERIA: tuple[Criterion, ...] = ("l1", "l2", "random")
 
 
 class Distillation(Strict):
-    """The dense network of the same job teaches the pruned one: (1 - alpha) * CE + alpha * T^2 * KL (Hinton et al., arXiv 1503.02531)."""
+    """The job's dense network teaches: (1 - alpha) * CE + alpha * T^2 * KL (Hinton et al., arXiv 1503.02531)."""
 
     alpha: Annotated[float, Field(gt=0, le=1, description="Weight of the teacher's term.")] = 0.7
     temperature: Annotated[float, Field(ge=1, le=100, description="Temperature T of both softmaxes.")] = 4.0
 
 
 class Retrain(Strict):
-    """Training after the removal. `lr_rewind` runs the last epochs of the original schedule again (Renda et al., arXiv 2003.02389)."""
+    """Training after the removal; `lr_rewind` runs the last epochs of the schedule again (Renda, arXiv 2003.02389)."""
 
     policy: Annotated[
         Policy,
@@ -72,7 +72,7 @@ class Retrain(Strict):
 
 
 class PruneSchedule(Strict):
-    """When how much is removed: at once, in equal rounds with retraining between them, or along a cubic (Zhu & Gupta, arXiv 1710.01878)."""
+    """When how much goes: at once, in rounds with retraining, or along a cubic (Zhu & Gupta, arXiv 1710.01878)."""
 
     name: Literal["one_shot", "iterative", "cubic"] = "one_shot"
     steps: int | None = Field(
@@ -98,7 +98,7 @@ class PruneSchedule(Strict):
 
 
 class Budget(Strict):
-    """How much may be left, of exactly one cost: a fraction kept (0 < f <= 1, of the baseline) or an absolute count (an integer above 1)."""
+    """How much of one cost may be left: a fraction kept (0 < f <= 1, of the baseline) or an integer above 1."""
 
     macs: Annotated[int | float | None, Field(gt=0, description="Multiply-accumulates of one input.")] = None
     params: Annotated[int | float | None, Field(gt=0, description="Trainable elements.")] = None
@@ -156,8 +156,9 @@ class PruneOverride(Strict):
 class Prune(Strict):
     """Remove weights (set to zero, and kept there) or whole channels (the network gets smaller), then train again.
 
-    `sparsity` is the part that goes, a budget the part that is kept. `l1`, `l2`: Li et al., arXiv 1608.08710; `fpgm`: He et al.,
-    arXiv 1811.00250; `bn_scale`: Liu et al., arXiv 1708.06519; `taylor`: Molchanov et al., arXiv 1906.10771.
+    `sparsity` is the part that goes, a budget the part that is kept. `l1`, `l2`: Li et al., arXiv 1608.08710; `fpgm`:
+    He et al., arXiv 1811.00250; `bn_scale`: Liu et al., arXiv 1708.06519; `taylor`: Molchanov et al., arXiv
+    1906.10771.
     """
 
     type: Literal["prune"] = "prune"
@@ -169,12 +170,12 @@ class Prune(Strict):
     ] = None
     budget: Budget | None = None
     structure: Structure = Field(
-        description="weights: zeros, same shape; channels: a smaller network. Default: channels with a budget, else weights.",
+        description="weights: zeros, same shape; channels: a smaller network, the default with a budget.",
         default_factory=lambda data: "weights" if data.get("budget") is None else "channels",
     )
     criterion: Annotated[Criterion, Field(description="How the worth of a weight or channel is measured.")] = "l2"
     scope: Scope = Field(
-        description="Rank over all layers, or take the same part of each. Default: global for weights, layer for channels.",
+        description="Rank over all layers (default for weights), or the same part of each (default for channels).",
         default_factory=lambda data: "global" if data.get("structure") == "weights" else "layer",
     )
     schedule: PruneSchedule = PruneSchedule()
@@ -212,7 +213,7 @@ class Prune(Strict):
     def _check_weights(self) -> None:
         if self.budget is not None:
             raise fault(
-                "a budget needs structure channels: zeros change neither MACs, nor parameters, nor bytes. For zeros state sparsity",
+                "a budget needs structure channels: zeros change neither MACs nor parameters nor bytes; state sparsity",
                 field="budget",
             )
         if self.criterion not in WEIGHT_CRITERIA:
@@ -254,8 +255,8 @@ class Prune(Strict):
 class Regularization(Strict):
     """Terms of the loss, and decay in the optimizer, against overfitting: L = CE + l1 * sum |w| + l2 * sum w^2.
 
-    Biases and normalisation parameters are left out unless `all`. `bn_l1` * sum |gamma| prepares `bn_scale` (Network Slimming,
-    arXiv 1708.06519).
+    Biases and normalisation parameters are left out unless `all`. `bn_l1` * sum |gamma| prepares `bn_scale` (Network
+    Slimming, arXiv 1708.06519).
     """
 
     type: Literal["regularization"] = "regularization"
@@ -303,7 +304,7 @@ class SpatialDropout(Strict):
 
 
 class SmallKernels(Strict):
-    """Replace each k x k convolution (k >= 4) by a stack of small ones with the same receptive field (VGG, arXiv 1409.1556)."""
+    """Replace each k x k convolution (k >= 4) by small ones with the same receptive field (VGG, arXiv 1409.1556)."""
 
     type: Literal["small_kernels"] = "small_kernels"
     layers: Annotated[Names | None, Field(description="Only these convolutions.")] = None

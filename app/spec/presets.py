@@ -17,8 +17,8 @@ _ALIGNMENT = 8  # kernels work on blocks of 8 channels; narrower layers are roun
 class Preset:
     """A network by name: what it takes, where it comes from, and the function that lists its layers.
 
-    `axes` are the numbers of spatial axes it takes, `smallest` the least size of each of them, `usual_shape` the `(C, *spatial)` and
-    `usual_classes` of the data it is known for, at which the catalogue states its cost.
+    `axes` are the numbers of spatial axes it takes, `smallest` the least size of each of them, `usual_shape` the `(C,
+    *spatial)` and `usual_classes` of the data it is known for, at which the catalogue states its cost.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Preset:
 
 
 def preset_layers(name: str, input_shape: tuple[int, ...], classes: int, width: float = 1.0) -> Layers:
-    """The layers, as JSON values, of preset `name` for inputs `(C, *spatial)` and K = `classes`; `width` scales every hidden width.
+    """The layers, as JSON values, of preset `name` for inputs `(C, *spatial)`; `width` scales every hidden width.
 
     Raises InvalidSpec at `/model/input_shape` if the preset takes another number of axes or larger inputs.
     """
@@ -40,7 +40,9 @@ def preset_layers(name: str, input_shape: tuple[int, ...], classes: int, width: 
     spatial = input_shape[1:]
     if len(spatial) not in preset.axes:
         taken = " or ".join(f"{axes}-D" for axes in preset.axes)
-        message = f"{name} takes {taken} inputs (channels, then the spatial sizes), but {list(input_shape)} has {len(spatial)} spatial axes"
+        message = (
+            f"{name} takes {taken} inputs, but {list(input_shape)} (channels first) has {len(spatial)} spatial axes"
+        )
         raise InvalidSpec([Fault("/model/input_shape", message, limit=preset.axes[-1], value=len(spatial))])
     if min(spatial) < preset.smallest:
         message = (
@@ -51,9 +53,9 @@ def preset_layers(name: str, input_shape: tuple[int, ...], classes: int, width: 
 
 
 def scaled(channels: int, width: float) -> int:
-    """`channels * width`, at least 1: from 16 up the nearest multiple of 8 that loses at most a tenth, below it the nearest integer.
+    """`channels * width`, at least 1: from 16 up the nearest multiple of 8 that loses at most a tenth.
 
-    The rule of MobileNet (`make_divisible`), which keeps small networks aligned with fast kernels.
+    Below 16 the nearest integer. The rule of MobileNet (`make_divisible`): fast kernels want aligned widths.
     """
     exact = channels * width
     if exact < 2 * _ALIGNMENT:
@@ -67,7 +69,7 @@ def _conv(channels: int, kernel_size: int = 3, **fields: Any) -> dict[str, Any]:
 
 
 def _pool(size: list[int], factor: Sequence[int]) -> Layers:
-    """Max-pooling by `factor`, which leaves alone the axes of `size` that it would empty; `size` becomes the pooled size."""
+    """Max-pooling by `factor` that leaves alone the axes of `size` it would empty; `size` becomes the pooled size."""
     kernel = [by if axis >= by else 1 for axis, by in zip(size, factor, strict=True)]
     if max(kernel) == 1:
         return []
@@ -183,7 +185,7 @@ def _video_cnn(input_shape: tuple[int, ...], classes: int, width: float) -> Laye
 
 _HE = "He et al. 2015, arXiv 1512.03385, section 4.2 (CIFAR networks)"
 _SIMONYAN = "Simonyan & Zisserman 2014, arXiv 1409.1556, with batch norm"
-_VGG_NOTE = "the paper's two layers of 4096 where the last map is 7 x 7 (inputs of 224 to 255), else a global average and one linear layer"
+_VGG_NOTE = "two linear layers of 4096 where the last map is 7 x 7 (inputs of 224 to 255), else a global average"
 _RESNET_NOTE = (
     "3 stages of 16, 32, 64 channels; shortcuts without weights (option A: every second position, zero channels)"
 )
@@ -192,7 +194,7 @@ _CIFAR = (3, 32, 32)
 _ALL = (
     Preset(
         "simple_cnn",
-        "two 3 x 3 convolutions (32, 64) with max-pooling, a linear layer of 128: the network that the first jobs prune",
+        "two 3 x 3 convolutions (32, 64) with max-pooling, a linear layer of 128",
         "the classic introductory CNN",
         (1, 2, 3),
         1,
@@ -212,7 +214,7 @@ _ALL = (
     ),
     Preset(
         "lenet5",
-        "two 5 x 5 convolutions (6, 16) with tanh and plain average pooling, linear layers of 120 and 84, softmax instead of RBF output",
+        "two 5 x 5 convolutions (6, 16), tanh, plain average pooling, linear layers of 120 and 84, no RBF output",
         "LeCun et al. 1998, Gradient-based learning applied to document recognition",
         (2,),
         12,
@@ -245,7 +247,7 @@ _ALL = (
     ),
     Preset(
         "audio_cnn",
-        "waveforms: a long strided convolution, then three of size 3, each with batch norm and pooling by 4; a quarter of the paper's channels",
+        "waveforms: a long strided convolution, three of size 3, batch norm, pooling by 4; a quarter of M5's channels",
         "M5 of Dai et al. 2016, arXiv 1610.00087",
         (1,),
         8,
@@ -255,7 +257,7 @@ _ALL = (
     ),
     Preset(
         "video_cnn",
-        "clips or volumes (channels, frames, height, width): four 3 x 3 x 3 convolutions (16 to 128) with batch norm and pooling",
+        "clips (channels, frames, height, width) or volumes: four 3 x 3 x 3 convolutions (16 to 128), batch norm",
         "after C3D of Tran et al. 2014, arXiv 1412.0767, with batch norm and a global average",
         (3,),
         1,

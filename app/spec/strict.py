@@ -14,8 +14,9 @@ LARGEST_INT = 2**31 - 1
 TEXT_LENGTH = 200
 LABELS = 64
 
-# Control characters (C0, DEL, C1), zero-width and joining characters, bidirectional marks, overrides and isolates, line and
-# paragraph separators, surrogates, the byte-order mark, tag characters: what a reader cannot see must not be in a name.
+# Control characters (C0, DEL, C1), zero-width and joining characters, bidirectional marks, overrides and isolates,
+# line and paragraph separators, surrogates, the byte-order mark, tag characters: what a reader cannot see must not be
+# in a name.
 _INVISIBLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\uffff\U000e0000-\U000e0fff]"
 )
@@ -28,7 +29,7 @@ class Strict(BaseModel):
 
 
 def fault(message: str, *, field: str | None = None, limit: JsonValue = None, value: JsonValue = None) -> Exception:
-    """An exception for validators of this language: `message` at `field` (a name, or a path `a/0`) of the part being checked."""
+    """An exception for validators of this language: `message` at `field` (a name, or a path `a/0`) of the part."""
     context: dict[str, Any] = {"text": message, "field": field, "limit": limit, "value": value}
     return PydanticCustomError("fault", "{text}", context)
 
