@@ -1,0 +1,67 @@
+"""What an upload may cost, and how a refusal says so. Bytes are counted: nothing that a file declares is believed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from app.settings import Settings
+
+MIB = 1 << 20
+MOST_LISTED_PROBLEMS = 100
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that checking and packing one upload may take."""
+
+    unpacked_bytes: int = 20 * 1024 * MIB  # sum of the members, and again of the decoded pictures
+    entries: int = 1_000_000
+    picture_bytes: int = 64 * MIB  # one picture file
+    picture_pixels: int = 16_000_000  # by its header, before anything is decoded
+    example_bytes: int = 256 * MIB  # one example stands in memory while it is checked
+    classes: int = 100_000
+    labels: int = 64 * MIB  # labels stand in memory while they are checked: 8 bytes each
+    ratio: int = 200  # zeros deflate 1029 : 1
+    ratio_from_bytes: int = 64 * MIB  # sorted labels of a small data set deflate far better than pictures: no bomb yet
+    memory_bytes: int = 4096 * MIB  # address space of the checking process, most of it libraries
+    cpu_s: int = 4 * 3600
+    corrupt_share: float = 0.01  # pictures that cannot be decoded are skipped below this share of all
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Limits:
+        """The limits in force."""
+        return cls(unpacked_bytes=settings.max_unpacked_bytes)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with an upload: the file or array it is about, and a sentence."""
+
+    file: str
+    message: str
+
+    def document(self) -> dict[str, str]:
+        """The problem as the API shows it."""
+        return {"file": self.file, "message": self.message}
+
+
+class Rejected(Exception):
+    """The upload cannot become a data set."""
+
+    def __init__(self, *problems: Problem) -> None:
+        self.problems = problems
+        super().__init__("; ".join(f"{problem.file}: {problem.message}" for problem in problems[:3]))
+
+
+def reject(file: str, message: str) -> Rejected:
+    """A refusal with one problem, to be raised."""
+    return Rejected(Problem(file, message))
+
+
+def shorten(problems: Sequence[Problem]) -> tuple[Problem, ...]:
+    """At most 100 problems; what was left out is counted in a last one."""
+    if len(problems) <= MOST_LISTED_PROBLEMS:
+        return tuple(problems)
+    left_out = len(problems) - MOST_LISTED_PROBLEMS
+    return (*problems[:MOST_LISTED_PROBLEMS], Problem("", f"and {left_out} more files with problems"))
