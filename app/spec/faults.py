@@ -147,7 +147,7 @@ def _path(location: Sequence[str | int], document: object, *, missing: bool) -> 
     for position, part in enumerate(location):
         absent = missing and position == len(location) - 1
         tag = isinstance(here, dict) and bool(path) and isinstance(path[-1], int) and here.get("type") == part
-        if (isinstance(here, dict) and part in here and (absent or not tag)) or (isinstance(here, list) and isinstance(part, int) and part < len(here)):
+        if _steps_into(here, part) and (absent or not tag):
             here = here[part]
         elif not absent:
             of_union = of_union or not tag
@@ -155,6 +155,12 @@ def _path(location: Sequence[str | int], document: object, *, missing: bool) -> 
         path.append(part)
         of_union = False
     return tuple(path), of_union
+
+
+def _steps_into(here: Any, part: str | int) -> bool:
+    if isinstance(here, dict):
+        return part in here
+    return isinstance(here, list) and isinstance(part, int) and part < len(here)
 
 
 def _at(document: object, path: Sequence[str | int]) -> object:
