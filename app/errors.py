@@ -19,7 +19,10 @@
     │   ├── HeadersTooLarge             431 headers_too_large
     │   ├── InvalidSpec                 422 invalid_spec: faults with JSON pointers
     │   ├── InvalidParameter            422 invalid_parameter
+    │   ├── InvalidCursor               422 invalid_cursor
     │   ├── NotFound                    404 not_found
+    │   │   ├── JobNotFound             404 not_found
+    │   │   └── ObjectNotFound          404 not_found: a row without its bytes
     │   ├── IllegalTransition           409 illegal_transition
     │   ├── NotFinished                 409 not_finished
     │   ├── InUse                       409 in_use
@@ -31,6 +34,7 @@
     │   └── Poisoned, TimeLimit, VerificationFailed, WorkerBroken
     ├── LostOwnership                   another worker owns the job now: stop, write nothing
     └── StartupError                    a process cannot start: one sentence that says what to do
+        └── NewerDatabase               the schema was made by a later release
 
 The class docstring is the default sentence.
 """
@@ -220,6 +224,14 @@ class InvalidParameter(RequestError):
     title = "Invalid parameter"
 
 
+class InvalidCursor(RequestError):
+    """The cursor is not one that this list gave for these filters: begin again without one."""
+
+    code = "invalid_cursor"
+    status = 422
+    title = "Invalid cursor"
+
+
 class IdempotencyMismatch(RequestError):
     """This Idempotency-Key was used with another body: send a new key for a new request."""
 
@@ -234,6 +246,14 @@ class NotFound(RequestError):
     code = "not_found"
     status = 404
     title = "Not found"
+
+
+class JobNotFound(NotFound):
+    """There is no job with this id."""
+
+
+class ObjectNotFound(NotFound):
+    """The object store does not have this file any more."""
 
 
 class IllegalTransition(RequestError):
@@ -384,3 +404,7 @@ class StartupError(EspalierError):
     """The process cannot start."""
 
     code = "startup"
+
+
+class NewerDatabase(StartupError):
+    """The database was made by a later release of Espalier: install that release, or restore an older backup."""

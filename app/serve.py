@@ -105,7 +105,6 @@ def _run(settings: Settings, workers: int) -> None:
     with _own(settings.home_folder):
         listener = _bind(settings.host, settings.port)
         database = Database(settings.database)
-        database.check_version()
         database.upgrade()
         database.close()
         server = ApiServer(create_app(settings), settings)
