@@ -1,0 +1,359 @@
+"""Which channels leave, so that the network lands on its budget.
+
+    removals = choose_removals(graph, classes, scores, step)            # scores None: the dry run's equal shares
+    smaller = shrink_graph(graph, removals.dropped)                     # costs exactly removals.cost
+
+Channels leave in *quanta*: in each group the weakest classes first, so many at a time that the width lands on a
+multiple of `round_to` (the first quantum is the width modulo `round_to`); groups that are not wider than `round_to`
+are left alone. A group keeps at least `max(min_channels, ceil((1 - max_sparsity) * width))` channels, whatever its
+scores are. What is left is one order of quanta:
+
+- scope `layer`: by the part of its group that is gone with it, so that all groups keep the same fraction;
+- scope `global`: by score, each divided by the mean of its group, because raw sums grow with fan-in and with the number
+  of tied layers (`taylor` is in units of the loss already and ranks raw).
+
+A budget takes quanta from this order until the exact cost is within it, and then gives back, strongest first, each
+whose return the budget allows: the result is met from below, and no quantum of it can be given back. A `sparsity`
+takes the number of channels that is nearest to that part of each group (scope `layer`) or of all groups (`global`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from app.spec.channel_rules import FloatArray, IntArray
+from app.spec.channels import Classes, Group, channel_classes, shrink_graph
+from app.spec.cost import Cost, cost
+from app.spec.graph import Graph
+from app.spec.optimizations import Prune, PruneOverride
+from app.spec.tally import Measure, Quantum, Tally
+
+
+@dataclass(frozen=True)
+class Removals:
+    """The classes that leave, the cost of the network without them, and the least that could be left.
+
+    `floor` is the cost with every group at its smallest width, `floor_dropped` the classes that leave then.
+    """
+
+    dropped: frozenset[int]
+    cost: Cost
+    floor: Cost
+    floor_dropped: frozenset[int]
+
+
+class BudgetUnreachable(Exception):
+    """No removal meets the budget.
+
+    `measure` is what it bounds ("macs", "params", "bytes"; None where a sparsity was asked for), `allowed` the
+    largest cost, `floor` the least that can be reached, `holds` one sentence for each layer that holds the network
+    up, heaviest first.
+    """
+
+    def __init__(
+        self, measure: Measure | None, allowed: int | None, floor: int | None, dense: int | None, holds: Sequence[str]
+    ) -> None:
+        self.measure, self.allowed, self.floor, self.dense, self.holds = measure, allowed, floor, dense, tuple(holds)
+        reasons = "; ".join(self.holds)
+        if measure is None:
+            message = f"no channel may be removed: {reasons}"
+        else:
+            assert floor is not None
+            share = f" ({floor / dense:.3f} of the baseline)" if dense else ""
+            message = f"at most {allowed} {measure} are allowed, but at least {floor}{share} remain: {reasons}"
+        super().__init__(message)
+
+
+@dataclass(frozen=True)
+class _Room:
+    """How far one group may be pruned, in classes: `width_at_start`, the fewest that stay, how many leave together.
+
+    `sparsity` is its own, where an override states one; `held` says why nothing leaves, or is None.
+    """
+
+    group: Group
+    width_at_start: int
+    least: int
+    together: int
+    sparsity: float | None
+    held: str | None
+
+
+def choose_removals(
+    graph: Graph,
+    classes: Classes,
+    scores: Mapping[int, float] | None,
+    step: Prune,
+    *,
+    start: Graph | None = None,
+    baseline: Cost | None = None,
+    fraction: float = 1.0,
+) -> Removals:
+    """The classes of `graph` that leave so that it meets the budget or sparsity of `step`.
+
+    Args:
+        graph: The network as it is now. classes: Of `graph`. scores: Importance of every class that is not pinned:
+        the lowest leave first. None: equal shares, whatever the scope. step: What is asked for; a prune step of
+        structure channels. start: The graph before the first stage of this step (default: `graph`); floors and
+        `sparsity` refer to its widths. baseline: The cost to which fractions of a budget refer (default: that of
+        `start`). fraction: How far to go, in (0, 1]: stages of equal length keep the same part of what the one before
+        left.
+
+    Raises:
+        BudgetUnreachable: The budget is below the floor, or nothing may be removed at all.
+    """
+    rooms = _rooms(graph, classes, step, start or graph)
+    dense = baseline or cost(start or graph)
+    tally = Tally(graph, classes)
+    forced, order = _order(classes, rooms, scores, step, tally, fraction)
+    for quantum in [*forced, *order]:
+        tally.remove(quantum)
+    floor, everything = tally.cost(), _classes_of([*forced, *order])
+    tally.settle()
+    for quantum in order:
+        tally.give_back(quantum)
+
+    if step.budget is not None:
+        measure, allowed = step.budget.measure, _allowed(step, dense, fraction)
+        least = int(getattr(floor, measure))
+        if least > allowed:
+            holds = _heaviest(shrink_graph(graph, everything, classes), graph, classes, rooms, measure)
+            raise BudgetUnreachable(measure, allowed, least, int(getattr(dense, measure)), holds)
+        removed = _within(tally, order, measure, allowed)
+    else:
+        assert step.sparsity is not None, "a prune step of channels has a budget or a sparsity"
+        if not everything:
+            raise BudgetUnreachable(None, None, None, None, _held(classes, rooms))
+        part = 1 - (1 - step.sparsity) ** fraction
+        together = step.scope == "global" and scores is not None
+        removed = _nearest_of_all(rooms, order, part) if together else _nearest_of_each(rooms, order, part)
+        for quantum in removed:
+            tally.remove(quantum)
+    return Removals(_classes_of([*forced, *removed]), tally.cost(), floor, everything)
+
+
+def why_kept(graph: Graph, classes: Classes, step: Prune) -> dict[str, str]:
+    """For each convolution and linear layer that `step` cannot make narrower, the reason as a phrase."""
+    rooms = _rooms(graph, classes, step, graph)
+    reasons: dict[str, str] = {}
+    for layer, found in _rooms_of_layers(classes, rooms).items():
+        held = [room.held for room in found if room.held is not None]
+        if len(held) == len(found):
+            reasons[layer] = held[0]
+    return reasons
+
+
+def _allowed(step: Prune, dense: Cost, fraction: float) -> int:
+    """The largest cost after the part `fraction` of the way: geometric between the baseline and the budget."""
+    assert step.budget is not None
+    whole = int(getattr(dense, step.budget.measure))
+    target = step.budget.allowed(whole)
+    return target if fraction >= 1 or target >= whole else int(whole * (target / whole) ** fraction)
+
+
+# rooms: how far each group may go
+
+
+def _rooms(graph: Graph, classes: Classes, step: Prune, start: Graph) -> list[_Room]:
+    before = classes if start is graph else channel_classes(start)
+    widths = {before.key(group): len(group.classes) for group in before.groups}
+    excluded = {name: set(classes.slots[name].ids.tolist()) for name in step.exclude}
+    overridden = {name: set(classes.slots[name].ids.tolist()) for name in step.overrides}
+    rooms = []
+    for group in classes.groups:
+        one = int(group.classes[0])  # classes of a group are pinned, excluded and overridden together
+        overrides = [step.overrides[name] for name, ids in overridden.items() if one in ids]
+        width = widths.get(classes.key(group), len(group.classes))
+        rounded = [o.round_to for o in overrides if o.round_to is not None]
+        together = _in_classes(math.lcm(*rounded) if rounded else step.round_to, group)
+        least = min(len(group.classes), _least(step, overrides, group, width))
+        own = [o.sparsity for o in overrides if o.sparsity is not None]
+        held = classes.pins.get(one) or _excluded(classes, group, excluded, one) or _too_narrow(group, least, together)
+        rooms.append(_Room(group, width, least, together, min(own) if own else None, held))
+    return rooms
+
+
+def _in_classes(round_to: int, group: Group) -> int:
+    """How many classes leave together so that the width stays a multiple of `round_to` channels."""
+    return round_to // math.gcd(round_to, group.channels)
+
+
+def _least(step: Prune, overrides: Sequence[PruneOverride], group: Group, width: int) -> int:
+    """The fewest classes that stay of a group that had `width` when pruning started; the strictest override counts."""
+    min_channels = max([o.min_channels for o in overrides if o.min_channels is not None], default=step.min_channels)
+    max_sparsity = min([o.max_sparsity for o in overrides if o.max_sparsity is not None], default=step.max_sparsity)
+    share = math.ceil((1 - max_sparsity) * width - 1e-9)  # (1 - 0.7) * 10 is 3.0000000000000004
+    return max(1, share, -(-min_channels // group.channels))
+
+
+def _excluded(classes: Classes, group: Group, excluded: Mapping[str, set[int]], one: int) -> str | None:
+    for name, ids in excluded.items():
+        if one in ids:
+            return "excluded" if classes.layers_of(group) == (name,) else f"tied to {name}, which is excluded"
+    return None
+
+
+def _too_narrow(group: Group, least: int, together: int) -> str | None:
+    width = len(group.classes)
+    if together > 1 and width <= together:
+        return f"{width * group.channels} channels, and round_to is {together * group.channels}"
+    if width - (width % together or together) < least:
+        return f"{width * group.channels} channels, and at least {least * group.channels} stay"
+    return None
+
+
+def _held(classes: Classes, rooms: Sequence[_Room]) -> list[str]:
+    """One phrase for each layer that keeps all its channels."""
+    phrases = []
+    for room in rooms:
+        layers = classes.layers_of(room.group)
+        if room.held is not None and layers:
+            phrases.append(f"{layers[0]} ({room.held})")
+    return phrases
+
+
+def _rooms_of_layers(classes: Classes, rooms: Sequence[_Room]) -> dict[str, list[_Room]]:
+    """For each layer with weights, the rooms of its output channels."""
+    found: dict[str, list[_Room]] = {}
+    for room in rooms:
+        for layer in classes.layers_of(room.group):
+            found.setdefault(layer, []).append(room)
+    return found
+
+
+def _heaviest(smallest: Graph, graph: Graph, classes: Classes, rooms: Sequence[_Room], measure: Measure) -> list[str]:
+    """The three layers that cost most in the smallest network, with what keeps them as they are."""
+    costs = {node.name: node.macs if measure == "macs" else node.params for node in smallest.nodes}
+    whole = max(1, sum(costs.values()))
+    rooms_of = _rooms_of_layers(classes, rooms)
+    phrases = []
+    for name in sorted(costs, key=lambda name: -costs[name])[:3]:
+        if costs[name] and name in rooms_of:
+            held = next((room.held for room in rooms_of[name] if room.held is not None), None)
+            stay = f"{smallest[name].shape[0]} of {graph[name].shape[0]} channels stay"
+            phrases.append(f"{name} has {costs[name] / whole:.0%} of it ({held or stay})")
+    return phrases
+
+
+# the order in which quanta leave
+
+
+def _order(
+    classes: Classes,
+    rooms: Sequence[_Room],
+    scores: Mapping[int, float] | None,
+    step: Prune,
+    tally: Tally,
+    fraction: float,
+) -> tuple[list[Quantum], list[Quantum]]:
+    """(quanta that an override demands, all others in the order in which they leave)."""
+    forced: list[Quantum] = []
+    ranked: list[tuple[float, int, int, Quantum]] = []
+    for room in rooms:
+        if room.held is not None:
+            continue
+        group = room.group
+        values = np.array([scores[c] for c in group.classes.tolist()], dtype=np.float64) if scores is not None else None
+        ascending = group.classes if values is None else group.classes[np.argsort(values, kind="stable")]
+        parts = _parts(ascending, room)
+        quanta = tally.quanta(classes, group, parts)
+        if room.sparsity is not None:
+            forced += _nearest(quanta, _wanted(room, 1 - (1 - room.sparsity) ** fraction))
+            continue
+        if values is None or step.scope == "layer":
+            gone = np.cumsum([len(part) for part in parts]) + room.width_at_start - len(group.classes)
+            ranks = (gone / room.width_at_start).tolist()
+        else:
+            ranks = _scores_of(parts, group, values, normalised=step.criterion != "taylor")
+        ranked += [(rank, group.index, place, q) for place, (rank, q) in enumerate(zip(ranks, quanta, strict=True))]
+    ranked.sort(key=lambda entry: entry[:3])
+    return forced, [quantum for *_, quantum in ranked]
+
+
+def _parts(ascending: IntArray, room: _Room) -> list[IntArray]:
+    """The quanta of a group as its classes, weakest first."""
+    width, together = len(ascending), room.together
+    ends, end = [0], width % together or together
+    while width - end >= room.least:
+        ends.append(end)
+        end += together
+    return [ascending[a:b] for a, b in pairwise(ends)]
+
+
+def _scores_of(parts: Sequence[IntArray], group: Group, values: FloatArray, *, normalised: bool) -> list[float]:
+    """The mean score of each quantum; never below the one before, so that a group's quanta keep their order."""
+    mean = float(values.mean())
+    scale = 1 / mean if normalised and mean > 0 else 1.0
+    ascending = np.sort(values) * scale
+    ends = np.cumsum([0, *(len(part) for part in parts)])
+    means = [ascending[a:b].mean() for a, b in pairwise(ends)]
+    return np.maximum.accumulate(means).tolist() if means else []
+
+
+# how many of them leave
+
+
+def _within(tally: Tally, order: Sequence[Quantum], measure: Measure, allowed: int) -> list[Quantum]:
+    """The quanta that leave for a cost of at most `allowed`, which can be reached; `tally` is left without them.
+
+    The cost falls with every quantum, so the first prefix that fits is the one a bisection would find. Then each
+    quantum may return, strongest first, while all stronger ones of its group have: what is refused once never fits
+    later, when more has returned.
+    """
+    removed: list[Quantum] = []
+    for quantum in order:
+        if tally.fits(measure, allowed):
+            break
+        tally.remove(quantum)
+        removed.append(quantum)
+    stays: set[int] = set()
+    kept: list[Quantum] = []
+    for quantum in reversed(removed):
+        if quantum.group not in stays:
+            tally.give_back(quantum)
+            if tally.fits(measure, allowed):
+                continue
+            tally.remove(quantum)
+            stays.add(quantum.group)
+        kept.append(quantum)
+    kept.reverse()
+    return kept
+
+
+def _wanted(room: _Room, part: float) -> int:
+    """How many channels leave now so that `part` of those at the start is gone (half to even)."""
+    width = room.width_at_start
+    return (round(part * width) - (width - len(room.group.classes))) * room.group.channels
+
+
+def _nearest(quanta: Sequence[Quantum], wanted: int) -> list[Quantum]:
+    """The first of the quanta, so many that the channels they take are nearest to `wanted`; rather fewer than more."""
+    best, gone, count = abs(wanted), 0, 0
+    for place, quantum in enumerate(quanta, start=1):
+        gone += quantum.channels
+        if abs(gone - wanted) < best:
+            best, count = abs(gone - wanted), place
+    return list(quanta[:count])
+
+
+def _nearest_of_each(rooms: Sequence[_Room], order: Sequence[Quantum], part: float) -> list[Quantum]:
+    by_group: dict[int, list[Quantum]] = {}
+    for quantum in order:
+        by_group.setdefault(quantum.group, []).append(quantum)
+    return [q for group, quanta in by_group.items() for q in _nearest(quanta, _wanted(rooms[group], part))]
+
+
+def _nearest_of_all(rooms: Sequence[_Room], order: Sequence[Quantum], part: float) -> list[Quantum]:
+    free = [room for room in rooms if room.held is None and room.sparsity is None]
+    at_start = sum(room.width_at_start * room.group.channels for room in free)
+    now = sum(len(room.group.classes) * room.group.channels for room in free)
+    return _nearest(order, round(part * at_start) - (at_start - now))
+
+
+def _classes_of(quanta: Sequence[Quantum]) -> frozenset[int]:
+    return frozenset(c for quantum in quanta for c in quantum.classes)
