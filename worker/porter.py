@@ -5,7 +5,6 @@ One thread per attempt, first in first out. Of checkpoints only the newest waits
 
 from __future__ import annotations
 
-import hashlib
 import random
 import threading
 import time
@@ -21,10 +20,10 @@ from app.db import Database
 from app.errors import Unavailable
 from app.failpoints import failpoint
 from app.storage import ObjectNotFound, Storage
+from worker.checkpoint import CheckpointRefused, check_checkpoint, file_digest
 
 T = TypeVar("T")
 RETRY_FOR_S = 600.0
-CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -81,9 +80,12 @@ class Porter:
             except ObjectNotFound:
                 problems.append(f"the checkpoint of step {saved.step} is missing from the store")
                 continue
-            if sha256_of(tensors) == saved.sha256:
-                return folder, problems
-            problems.append(f"the checkpoint of step {saved.step} is not what was written")
+            try:
+                check_checkpoint(tensors, state)
+            except CheckpointRefused as refused:
+                problems.append(f"the checkpoint of step {saved.step} cannot be used: {refused.message}")
+                continue
+            return folder, problems
         return None, problems
 
     def close(self) -> None:
@@ -109,7 +111,7 @@ class Porter:
                 phase=files.phase,
                 key=key,
                 size_bytes=files.tensors.stat().st_size,
-                sha256=sha256_of(files.tensors),
+                sha256=file_digest(files.tensors),
                 metrics=files.metrics,
             )
         )
@@ -127,15 +129,6 @@ class Porter:
                     raise
             self._closed.wait(delay_s * random.uniform(0.5, 1.5))
             delay_s = min(30.0, delay_s * 2)
-
-
-def sha256_of(path: Path) -> str:
-    """The file's sha256 in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _state_key(tensors_key: str) -> str:

@@ -40,6 +40,7 @@ class Supervisor:
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         _clear_scratch(settings)
+        _take_over(db)
         threads = {"ESPALIER_THREADS": str(settings.threads)} if settings.threads else {}
         self._nursery = Nursery(settings.scratch, spares=settings.slots, environment=threads)
         attempts.register_worker(
@@ -110,6 +111,15 @@ class Supervisor:
                 sweeper.sweep()
             except Unavailable as error:
                 log.warning("sweep failed", reason=str(error))
+
+
+def _take_over(db: Database) -> None:
+    """Give back at once what dead workers of this host held: their leases need not run out."""
+    for worker in attempts.list_workers(db):
+        if worker.host == platform.node() and not _alive(worker.pid):
+            lost = attempts.abandon(db, worker.id)
+            attempts.forget_worker(db, worker.id)
+            log.info("took over from a dead worker", worker=worker.id, jobs=lost)
 
 
 def _clear_scratch(settings: Settings) -> None:
