@@ -1,28 +1,25 @@
 """Graph -> torch network. Axes: N batch, C channels, x spatial (one to three), K classes.
 
-Every node becomes a sub-module of its own name, so that state_dict keys are `<node>.weight` and hooks can be set by name.
-Convolutions, linear layers and norms are torch.nn modules.
+Every node becomes a sub-module of its own name, so that state_dict keys are `<node>.weight` and hooks can be set by
+name. Convolutions, linear layers and norms are torch.nn modules.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from app.spec import layers as spec
 from app.spec.graph import Graph, Node
 from app.spec.names import INPUT
 
-LayerT = TypeVar("LayerT", bound=spec.Layer)
-
 
 class Step(NamedTuple):
-    """One line of the forward pass: `chain` of sub-modules on the outputs `inputs`; the values `frees` are not needed afterwards."""
+    """One line of the forward pass: a chain of sub-modules on earlier outputs, and which outputs nobody needs then."""
 
     output: str
     chain: tuple[str, ...]
@@ -62,7 +59,8 @@ class Network(nn.Module):
 def build_network(graph: Graph, *, seed: int | None = None) -> Network:
     """The network of a graph with fresh weights, float32 on the CPU, in training mode.
 
-    The weights are drawn from a generator of their own when `seed` is given (torch's global one is left alone), else from torch's.
+    The weights are drawn from a generator of their own when `seed` is given (torch's global one is left alone), else
+    from torch's.
     """
     with torch.device("meta"):
         network = Network(graph)
@@ -74,9 +72,10 @@ def build_network(graph: Graph, *, seed: int | None = None) -> Network:
 def forward_steps(graph: Graph) -> tuple[Step, ...]:
     """The order in which a forward pass runs, and what it may forget when.
 
-    Max pooling runs before the monotone activation (relu and its like) that only it reads: the result is the same, since a function
-    that never falls may be exchanged with a maximum, and the activation then touches a quarter of the elements. On two CPU cores a
-    training step of a small network with pooling is a third faster; the graph, the export and the report keep the written order.
+    Max pooling runs before the monotone activation (relu and its like) that only it reads: the result is the same,
+    since a function that never falls may be exchanged with a maximum, and the activation then touches a quarter of
+    the elements. On two CPU cores a training step of a small network with pooling is a third faster; the graph, the
+    export and the report keep the written order.
     """
     early: dict[str, Node] = {}  # pooling -> the activation that comes after it
     for node in graph.nodes:
@@ -98,14 +97,14 @@ def forward_steps(graph: Graph) -> tuple[Step, ...]:
     return tuple(Step(*line, tuple(done)) for line, done in zip(order, frees, strict=True))
 
 
-# --- weights -----------------------------------------------------------------------------------------------------------------
+# --- weights ---
 
 
 def initialise(network: Network, generator: torch.Generator | None) -> None:
-    """Draws the weights of every layer: normal, mean 0, standard deviation `gain / sqrt(fan_in)` (He et al. 2015, arXiv 1502.01852).
+    """Draws the weights of every layer: normal, mean 0, standard deviation `gain / sqrt(fan_in)`.
 
-    `gain` keeps the size of activations through what follows the layer: see `weight_gain`. Biases are 0, norms start as the identity,
-    prelu with slope 0.25.
+    After He et al. 2015, arXiv 1502.01852, equation 10; `gain` is `weight_gain`. Biases are 0, norms start as the
+    identity, prelu with slope 0.25.
     """
     adds = sum(node.type == "add" for node in network.graph.nodes)
     with torch.no_grad():
@@ -149,9 +148,10 @@ _NORMS = ("batch_norm", "group_norm", "layer_norm")
 def weight_gain(graph: Graph, node: Node, adds: int) -> float:
     """The gain of a layer's weights, by what its output goes into.
 
-    sqrt(2) before rectifiers (which halve the mean square) and norms (which do not mind), 1 before other layers, 5/3 before tanh;
-    1 / sqrt(adds) where it enters one of `adds` sums without a norm, so that a sum of many branches stays of order one (as GPT-2
-    does, Radford et al. 2019, section 2.3); 1 / sqrt(3) for the class scores, torch's own start: a loss near ln K.
+    sqrt(2) before rectifiers (which halve the mean square) and norms (which do not mind), 1 before other layers, 5/3
+    before tanh; 1 / sqrt(adds) where it enters one of `adds` sums without a norm, so that a sum of many branches
+    stays of order one (as GPT-2 does, Radford et al. 2019, section 2.3); 1 / sqrt(3) for the class scores, torch's
+    own start: a loss near ln K.
     """
     following = graph.consumers(node.name)
     while following and following[0].type in _THROUGH:
@@ -166,7 +166,7 @@ def weight_gain(graph: Graph, node: Node, adds: int) -> float:
     return 5 / 3 if kind == "tanh" else 1.0
 
 
-# --- modules -----------------------------------------------------------------------------------------------------------------
+# --- modules ---
 
 
 class Sum(nn.Module):
@@ -221,7 +221,9 @@ class Shuffle(nn.Module):
 
     def forward(self, value_NCx: Tensor) -> Tensor:
         """N x C x ... -> the same shape."""
-        return value_NCx.unflatten(1, (self.groups, -1)).transpose(1, 2).flatten(1, 2)
+        batch, channels, *sizes = value_NCx.shape
+        blocks = value_NCx.reshape(batch, self.groups, channels // self.groups, *sizes)
+        return blocks.transpose(1, 2).flatten(1, 2)
 
 
 class Padding(nn.Module):
@@ -235,7 +237,9 @@ class Padding(nn.Module):
 
     def forward(self, value_NCx: Tensor) -> Tensor:
         """Every axis longer by its amounts."""
-        return F.pad(value_NCx, self.amounts, mode=self.mode, value=self.value if self.mode == "constant" else None)
+        return nn.functional.pad(
+            value_NCx, self.amounts, mode=self.mode, value=self.value if self.mode == "constant" else None
+        )
 
 
 class Subsample(nn.Module):

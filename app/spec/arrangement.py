@@ -51,7 +51,8 @@ class Multiply(_Merge):
         result = inputs[0]
         for shape in inputs[1:]:
             if len(shape) != len(result) or any(a != b and 1 not in (a, b) for a, b in zip(result, shape, strict=True)):
-                message = f"multiply takes inputs of one shape (axes of size 1 are stretched), but gets {written(result)} and {written(shape)}"
+                both = f"{written(result)} and {written(shape)}"
+                message = f"multiply takes inputs of one shape (axes of size 1 are stretched), but gets {both}"
                 raise LayerFault("inputs", message, limit=list(result), value=list(shape))
             result = tuple(max(a, b) for a, b in zip(result, shape, strict=True))
         return result
@@ -133,8 +134,8 @@ class ChannelShuffle(Layer):
 class Pad(Layer):
     """`pad`: torch.nn.functional.pad. One number pads every side of every spatial axis; a list is in PyTorch's order.
 
-    PyTorch's order is (before, behind) of the last axis, then of the one before it, and so on; with one pair more than there are
-    spatial axes the last pair pads the channels.
+    PyTorch's order is (before, behind) of the last axis, then of the one before it, and so on; with one pair more
+    than there are spatial axes the last pair pads the channels.
     """
 
     type: Literal["pad"] = "pad"
@@ -153,8 +154,9 @@ class Pad(Layer):
             return ((0, 0), *((self.padding, self.padding),) * axes)
         count = len(self.padding)
         if count % 2 or count > 2 * len(shape):
-            message = f"a list holds (before, behind) of the last axes, at most {2 * len(shape)} numbers for {written(shape)}, not {count}"
-            raise LayerFault("padding", message, limit=2 * len(shape), value=count)
+            most = 2 * len(shape)
+            message = f"a list holds (before, behind) of the last axes: up to {most} numbers for {written(shape)}"
+            raise LayerFault("padding", f"{message}, not {count}", limit=most, value=count)
         pairs = [(self.padding[i], self.padding[i + 1]) for i in range(0, count, 2)]
         pairs += [(0, 0)] * (len(shape) - len(pairs))
         return tuple(reversed(pairs))
@@ -163,7 +165,8 @@ class Pad(Layer):
         """Every axis longer by what is put before and behind it.
 
         Raises:
-            LayerFault: a list of the wrong length; another mode than constant on channels, or reaching beyond the input.
+            LayerFault: a list of the wrong length; another mode than constant on channels, or reaching beyond the
+            input.
         """
         shape = inputs[0]
         amounts = self.amounts(shape)

@@ -17,11 +17,11 @@ MOST_LAYERS = 10_000
 
 
 class Residual(Layer):
-    """`residual`: the sum of what its layers make of the input and of the input itself, brought to the same shape by `shortcut`.
+    """`residual`: the sum of what its layers make of the input, and of the input itself, brought to that shape.
 
-    "identity" passes the input on; "projection" is a 1x1 convolution (its stride the ratio of the sizes) and batch norm; "pad" is
-    option A of He et al. (2015, arXiv 1512.03385, section 4.2): every stride-th position and channels of zeros; "auto" is identity
-    where the shapes are equal and projection where they are not.
+    `shortcut` says how: "identity" passes the input on; "projection" is a 1x1 convolution (its stride the ratio of the
+    sizes) and batch norm; "pad" is option A of He et al. (2015, arXiv 1512.03385, section 3.3): every stride-th
+    position, and channels of zeros; "auto" is identity where the shapes are equal and projection where they are not.
     """
 
     type: Literal["residual"] = "residual"

@@ -110,7 +110,8 @@ class Conv(_Convolution):
         """(out_channels, floor((size + padding - reach) / stride) + 1 on each axis).
 
         Raises:
-            LayerFault: flat input, groups that do not divide, a stated width that is wrong, "same" with a stride, a window
+            LayerFault: flat input, groups that do not divide, a stated width that is wrong, "same" with a stride, a
+            window
                 larger than its padded input.
         """
         shape = inputs[0]
@@ -160,7 +161,8 @@ class ConvTranspose(_Convolution):
         """(out_channels, (size - 1) * stride - 2 * padding + reach + output_padding on each axis).
 
         Raises:
-            LayerFault: flat input, groups that do not divide, a stated width that is wrong, output_padding that is not smaller
+            LayerFault: flat input, groups that do not divide, a stated width that is wrong, output_padding that is
+            not smaller
                 than stride or dilation, a size below 1.
         """
         shape = inputs[0]

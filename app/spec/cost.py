@@ -101,8 +101,8 @@ def layer_rows(graph: Graph) -> list[LayerRow]:
 def safetensors_bytes(tensors: Mapping[str, Shape]) -> int:
     """The exact size of the safetensors file (version 0.8) of float32 tensors of these shapes with our metadata.
 
-    The file is the header's length in 8 bytes, the header (JSON without spaces, tensors of one type in the order of their names,
-    padded with spaces to a multiple of 8) and the data.
+    The file is the header's length in 8 bytes, the header (JSON without spaces, tensors of one type in the order of
+    their names, padded with spaces to a multiple of 8) and the data.
     """
     header: dict[str, object] = {"__metadata__": SAFETENSORS_METADATA}
     end = 0
@@ -116,8 +116,9 @@ def safetensors_bytes(tensors: Mapping[str, Shape]) -> int:
 def activation_elements(graph: Graph) -> int:
     """Float32 numbers that one example's forward pass keeps for the backward pass; 8-byte indices count twice.
 
-    Counts as autograd keeps: convolutions, linear and normalisation layers, pools and most activations their input; relu, sigmoid,
-    tanh and softmax their output; max pooling its indices and dropout its mask besides. A tensor that two keep counts once.
+    Counts as autograd keeps: convolutions, linear and normalisation layers, pools and most activations their input;
+    relu, sigmoid, tanh and softmax their output; max pooling its indices and dropout its mask besides. A tensor that
+    two keep counts once.
     """
     kept: dict[str, int] = {}
     besides = 0

@@ -23,7 +23,7 @@ _FEW_NAMES = 200  # with more, looking for a similar name takes longer than the 
 
 
 class Scope:
-    """One list of layers: the network's, or a container's. Inner lists see the names of outer ones; the innermost name counts."""
+    """One list of layers: the network's, or a container's. It sees the names of outer lists; the innermost counts."""
 
     def __init__(self, layers: Sequence[Layer], *, prefix: str, pointer: str, outer: Scope | None) -> None:
         self.layers = layers
@@ -114,7 +114,7 @@ class Expansion:
             raise InvalidSpec(self.faults)
 
     def _countable(self, layers: Sequence[Layer], pointer: str, depth: int) -> int:
-        """How many layers these become, at least; 0 with a fault when they are too many or too deep: before anything is unfolded."""
+        """How many layers these become, at least, before anything is unfolded; 0 with a fault: too many, too deep."""
         if depth > self._limits.depth:
             message = f"containers stand in one another at most {self._limits.depth} deep"
             self._fault(pointer, message, limit=self._limits.depth, value=depth)

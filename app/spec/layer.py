@@ -1,4 +1,4 @@
-"""What every layer of the job language has: a type, maybe a name and inputs; a shape, tensors and a cost that follow from its inputs."""
+"""What every layer of the job language has: type, name, inputs; and shape, tensors, cost that follow from these."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_INPUTS = 256
 
 
 class Layer(Strict):
-    """One layer, as it stands in `model.layers`. Shapes are those of one example: (channels, *spatial) or (features,)."""
+    """One layer, as it stands in `model.layers`. Shapes are of one example: (channels, *spatial) or (features,)."""
 
     least_inputs: ClassVar[int] = 1
     most_inputs: ClassVar[int] = 1

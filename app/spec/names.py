@@ -15,18 +15,67 @@ from app.spec.strict import fault
 INPUT = "input"
 LONGEST_NAME = 200
 
-# Attributes of `torch.nn.Module` without a leading underscore (torch is not here to ask; a test compares). A sub-module of such a
-# name is refused by `add_module`, or worse: `setattr` leaves the method in place.
+# Attributes of `torch.nn.Module` without a leading underscore (torch is not here to ask; a test compares). A
+# sub-module of such a name is refused by `add_module`, or worse: `setattr` leaves the method in place.
 MODULE_ATTRIBUTES = frozenset(
-    """
-    T_destination add_module apply bfloat16 buffers call_super_init children compile cpu cuda double dump_patches eval extra_repr
-    float forward get_buffer get_extra_state get_parameter get_submodule half ipu load_state_dict modules mtia named_buffers
-    named_children named_modules named_parameters parameters register_backward_hook register_buffer register_forward_hook
-    register_forward_pre_hook register_full_backward_hook register_full_backward_pre_hook register_load_state_dict_post_hook
-    register_load_state_dict_pre_hook register_module register_parameter register_state_dict_post_hook
-    register_state_dict_pre_hook requires_grad_ set_extra_state set_submodule share_memory state_dict to to_empty train training
-    type xpu zero_grad
-    """.split()
+    # fmt: off
+    {
+        "T_destination",
+        "add_module",
+        "apply",
+        "bfloat16",
+        "buffers",
+        "call_super_init",
+        "children",
+        "compile",
+        "cpu",
+        "cuda",
+        "double",
+        "dump_patches",
+        "eval",
+        "extra_repr",
+        "float",
+        "forward",
+        "get_buffer",
+        "get_extra_state",
+        "get_parameter",
+        "get_submodule",
+        "half",
+        "ipu",
+        "load_state_dict",
+        "modules",
+        "mtia",
+        "named_buffers",
+        "named_children",
+        "named_modules",
+        "named_parameters",
+        "parameters",
+        "register_backward_hook",
+        "register_buffer",
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+        "register_load_state_dict_post_hook",
+        "register_load_state_dict_pre_hook",
+        "register_module",
+        "register_parameter",
+        "register_state_dict_post_hook",
+        "register_state_dict_pre_hook",
+        "requires_grad_",
+        "set_extra_state",
+        "set_submodule",
+        "share_memory",
+        "state_dict",
+        "to",
+        "to_empty",
+        "train",
+        "training",
+        "type",
+        "xpu",
+        "zero_grad",
+    }
+    # fmt: on
 )
 # Names of tensors inside a layer: `weight.weight` would be a key nobody can read.
 TENSOR_NAMES = frozenset({"weight", "bias", "running_mean", "running_var", "num_batches_tracked"})
@@ -61,7 +110,10 @@ def why_refused(name: str) -> str | None:
 
 
 def local_names(layers: Iterable[tuple[str, str | None]]) -> list[str]:
-    """The names of layers of one list, given (type, name or None): the unnamed are `<type><n>`, counted per type from 1."""
+    """The names of one list of layers, given as (type, name or None).
+
+    The unnamed are `<type><n>`, counted per type from 1.
+    """
     counts: Counter[str] = Counter()
     names = []
     for kind, name in layers:

@@ -35,7 +35,7 @@ class Tensor:
 
 
 class LayerFault(Exception):
-    """A layer does not fit its inputs: which field of it (None: the layer as a whole), why, the limit and the value sent."""
+    """A layer does not fit its inputs: which field (None: the layer as a whole), why, the limit and the value sent."""
 
     def __init__(self, field: str | None, message: str, *, limit: JsonValue = None, value: JsonValue = None) -> None:
         super().__init__(message)

@@ -20,7 +20,7 @@ def unused(graph: Graph) -> Iterator[Fault]:
         if not graph.consumers(node.name):
             yield Fault(
                 node.pointer,
-                f"'{node.name}' is computed but never used: a network has one output, its last layer, here '{graph.output}'",
+                f"'{node.name}' is computed but never used: the output is that of the last layer, '{graph.output}'",
             )
 
 
@@ -45,7 +45,7 @@ def sizes(graph: Graph, limits: Limits, pointer: str) -> Iterator[Fault]:
 
 
 def class_scores(graph: Graph, classes: int) -> Iterator[Fault]:
-    """A fault when the output is not one number per class, or when something stands behind the class scores that must not."""
+    """A fault when the output is not one number per class, or when what must not stands behind the class scores."""
     last = graph[graph.output]
     scores = last
     while scores.type == "flatten" and scores.shape[0] == scores.input_shapes[0][0] and scores.inputs[0] in graph:
@@ -68,7 +68,7 @@ def class_scores(graph: Graph, classes: int) -> Iterator[Fault]:
 
 
 def _width_pointer(graph: Graph, node: Node) -> str:
-    """Where the width of a node's output was sent: `out_features` or `out_channels` of what made it, else the node itself."""
+    """Where the width of a node's output was sent: a field of the layer that made it, else the node itself."""
     made = node
     while made.type in {"global_avg_pool", "relu", "max_pool", "avg_pool", "batch_norm"} and made.inputs[0] in graph:
         made = graph[made.inputs[0]]
