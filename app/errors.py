@@ -28,10 +28,12 @@
     │   ├── InUse                       409 in_use
     │   ├── IdempotencyMismatch         422 idempotency_mismatch
     │   └── Unavailable                 503 unavailable
+    │       ├── StorageDenied           503 unavailable
     │       └── StorageFull             503 storage_full
     ├── JobError                        ends a job: `failed` with code, sentence, hint
     │   ├── BudgetMissed, DataInvalid, DataUnavailable, DiskFull, Diverged, LayerEmptied, OutOfMemory,
     │   └── Poisoned, TimeLimit, VerificationFailed, WorkerBroken
+    ├── ObjectExists                    the object store has this key already
     ├── LostOwnership                   another worker owns the job now: stop, write nothing
     └── StartupError                    a process cannot start: one sentence that says what to do
         └── NewerDatabase               the schema was made by a later release
@@ -294,6 +296,10 @@ class Unavailable(RequestError):
     retry_after_s: ClassVar[int] = 2
 
 
+class StorageDenied(Unavailable):
+    """The object store refuses this service's credentials, or its bucket does not exist."""
+
+
 class StorageFull(Unavailable):
     """The disk is full: free space, then try again."""
 
@@ -392,6 +398,12 @@ class WorkerBroken(JobError):
 
     code = "worker_broken"
     hint = "install the worker's extra: pip install -c constraints.txt -e '.[worker]'"
+
+
+class ObjectExists(EspalierError):
+    """There is an object with this key already."""
+
+    code = "object_exists"
 
 
 class LostOwnership(EspalierError):

@@ -1,0 +1,416 @@
+"""The object store: a local folder, or S3, GCS and Azure through obstore, by URL.
+
+Keys are made of our own ids and names only. An object appears whole or not at all. In a local folder we write the files
+ourselves: obstore's LocalStore never calls fsync, so its objects survive a kill but not a power cut, and it follows
+symbolic links out of its folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import unquote, urlsplit
+
+import obstore
+from obstore import exceptions as refused
+from obstore.store import from_url
+
+from app.errors import ObjectExists, ObjectNotFound, StartupError, StorageDenied, StorageFull, Unavailable
+
+__all__ = ["ObjectExists", "ObjectNotFound", "Storage", "StoredObject"]
+
+KEY = re.compile(r"(?!.*//)[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*", re.ASCII)
+MOST_KEY_BYTES = 1024
+CHUNK_BYTES = 1 << 20
+TEMPORARY = ".part-"  # no key's segment begins with a dot
+TEMPORARY_AGE_S = 24 * 3600.0  # a frozen process may still be writing
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+CLIENT: dict[str, Any] = {
+    "timeout": timedelta(minutes=10),  # one request with its whole body; obstore's 30 s cut large downloads
+    "connect_timeout": timedelta(seconds=5),
+    "read_timeout": timedelta(seconds=30),
+    "allow_http": True,  # the endpoint's own URL says which
+}
+RETRY: dict[str, Any] = {"max_retries": 3, "retry_timeout": timedelta(seconds=30)}
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """An object as a listing shows it."""
+
+    key: str
+    size_bytes: int
+    modified_at: datetime
+
+
+class Storage(ABC):
+    """Where bytes lie.
+
+    Every method may raise Unavailable (away, full, access denied); a malformed key is a ValueError.
+    """
+
+    @classmethod
+    def open(cls, url: str) -> Storage:
+        """The store of the URL: `file:///folder`, `s3://bucket/prefix`, `gs://...`, `az://...`.
+
+        Endpoint and credentials come from the environment (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, ...). Raises
+        StartupError.
+        """
+        parts = urlsplit(url)
+        if parts.scheme == "file":
+            return LocalStorage(Path(unquote(parts.path)))
+        try:
+            return RemoteStorage(url)
+        except (ValueError, refused.BaseError) as error:
+            reason = str(error).splitlines()[0]
+            raise StartupError(f"ESPALIER_STORAGE_URL={url} cannot be used: {reason}") from error
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise Unavailable if the store cannot be used now."""
+
+    @abstractmethod
+    def put_bytes(self, key: str, data: bytes, *, create: bool = False) -> None:
+        """Store the bytes. `create`: raise ObjectExists if the key is taken, instead of replacing its object."""
+
+    @abstractmethod
+    def put_file(self, key: str, path: Path) -> None:
+        """Store the file's bytes, streamed; replaces what is there."""
+
+    @abstractmethod
+    def size(self, key: str) -> int:
+        """Bytes of the object. Raises ObjectNotFound."""
+
+    @abstractmethod
+    def stream(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        """The bytes from `start` up to, not with, `end` (default: the object's end), in chunks.
+
+        `start` must lie inside the object, unless both are left out. Raises ObjectNotFound before the first chunk.
+        """
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Remove the object; one that is not there is fine."""
+
+    @abstractmethod
+    def list(self, prefix: str) -> list[StoredObject]:
+        """All objects whose keys begin with the prefix, which may end inside a name; sorted by key."""
+
+    def get_bytes(self, key: str) -> bytes:
+        """The whole object. Raises ObjectNotFound."""
+        return b"".join(self.stream(key))
+
+    def fetch(self, key: str, path: Path) -> None:
+        """Write the object to the file, which appears whole or not at all. Raises ObjectNotFound."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _filesystem(), _appearing(path, replace=True) as file:
+            for chunk in self.stream(key):
+                file.write(chunk)
+
+    def delete_prefix(self, prefix: str) -> int:
+        """Remove all objects whose keys begin with the prefix; how many. Raises ValueError for an empty prefix."""
+        if not prefix:
+            raise ValueError("an empty prefix would delete everything")
+        found = self.list(prefix)
+        for stored in found:
+            self.delete(stored.key)
+        return len(found)
+
+    def local_path(self, key: str) -> Path | None:
+        """Where the object lies on this machine's disk; None for a remote store. Raises ObjectNotFound."""
+        return None
+
+    def sweep_temporaries(self, older_than_s: float = TEMPORARY_AGE_S) -> int:
+        """Remove what killed writers left behind; how many. Remote stores have rules of their own for that."""
+        return 0
+
+
+class LocalStorage(Storage):
+    """A folder; safe against kill -9 and power cuts."""
+
+    def __init__(self, root: Path) -> None:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StartupError(
+                f"cannot make the folder of objects {root}: {error.strerror}; set ESPALIER_HOME"
+            ) from error
+        self._root = root.resolve()
+
+    def check(self) -> None:
+        if not os.access(self._root, os.R_OK | os.W_OK | os.X_OK):
+            raise StorageDenied(f"the folder of objects {self._root} cannot be written to")
+
+    def put_bytes(self, key: str, data: bytes, *, create: bool = False) -> None:
+        with _filesystem(), self._appearing(key, replace=not create) as file:
+            file.write(data)
+
+    def put_file(self, key: str, path: Path) -> None:
+        with _filesystem(), path.open("rb") as source, self._appearing(key, replace=True) as file:
+            shutil.copyfileobj(source, file, CHUNK_BYTES)
+
+    def size(self, key: str) -> int:
+        with self._reading():
+            return self._existing(key).stat().st_size
+
+    def stream(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        with self._reading():
+            file = self._existing(key).open("rb")
+        return _chunks(file, start, end)
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        with _filesystem():
+            path.unlink(missing_ok=True)
+            for folder in path.parents:  # folders that are empty now
+                if folder == self._root:
+                    break
+                try:
+                    folder.rmdir()
+                except OSError:
+                    break
+
+    def list(self, prefix: str) -> list[StoredObject]:
+        found = []
+        with _filesystem():
+            for path in self._files(prefix.rpartition("/")[0]):
+                key = path.relative_to(self._root).as_posix()
+                if key.startswith(prefix) and not path.name.startswith(TEMPORARY):
+                    try:
+                        stat = path.stat()
+                    except FileNotFoundError:
+                        continue  # deleted meanwhile
+                    found.append(StoredObject(key, stat.st_size, datetime.fromtimestamp(stat.st_mtime, UTC)))
+        return sorted(found, key=lambda stored: stored.key)
+
+    def local_path(self, key: str) -> Path | None:
+        return self._existing(key)
+
+    def sweep_temporaries(self, older_than_s: float = TEMPORARY_AGE_S) -> int:
+        swept = 0
+        with _filesystem():
+            for path in self._files(""):
+                if path.name.startswith(TEMPORARY) and _age_s(path) >= older_than_s:
+                    path.unlink(missing_ok=True)
+                    swept += 1
+        return swept
+
+    def _files(self, folder: str) -> Iterator[Path]:
+        start = self._root / _checked(folder) if folder else self._root
+        for parent, _, names in os.walk(start, followlinks=False):
+            for name in names:
+                path = Path(parent, name)
+                if not path.is_symlink():
+                    yield path
+
+    def _path(self, key: str) -> Path:
+        """The key's file. Raises ValueError if a symbolic link leads out of the folder."""
+        path = self._root / _checked(key)
+        if not path.resolve().is_relative_to(self._root):
+            raise ValueError(f"{key!r} leads out of the store")
+        return path
+
+    def _existing(self, key: str) -> Path:
+        path = self._path(key)
+        if not path.is_file():
+            raise ObjectNotFound
+        return path
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            with _filesystem():
+                yield
+        except FileNotFoundError as error:  # deleted between the look and the touch
+            raise ObjectNotFound from error
+
+    @contextmanager
+    def _appearing(self, key: str, *, replace: bool) -> Iterator[BinaryIO]:
+        path = self._path(key)
+        for _ in range(3):
+            self._make_folder(path.parent)
+            try:
+                with _appearing(path, replace=replace) as file:
+                    yield file
+                return
+            except _FolderGone:
+                continue  # a delete took the empty folder away
+        raise Unavailable
+
+    def _make_folder(self, folder: Path) -> None:
+        """Make the folder; each new one is in its parent's entries on the disk."""
+        missing = []
+        while not folder.is_dir():
+            missing.append(folder)
+            folder = folder.parent
+        for new in reversed(missing):
+            new.mkdir(exist_ok=True)
+            _sync_folder(new.parent)
+
+
+class RemoteStorage(Storage):
+    """A bucket, or a prefix in one."""
+
+    def __init__(self, url: str) -> None:
+        self._store = from_url(url, client_options=CLIENT, retry_config=RETRY)  # type: ignore[call-overload]
+
+    def check(self) -> None:
+        with _remote():
+            next(iter(obstore.list(self._store, "readiness", chunk_size=1)), None)
+
+    def put_bytes(self, key: str, data: bytes, *, create: bool = False) -> None:
+        with _remote(writes=True):
+            obstore.put(self._store, _checked(key), data, mode="create" if create else "overwrite")
+
+    def put_file(self, key: str, path: Path) -> None:
+        with _remote(writes=True), path.open("rb") as file:
+            obstore.put(self._store, _checked(key), file, max_concurrency=4)
+
+    def size(self, key: str) -> int:
+        with _remote():
+            return obstore.head(self._store, _checked(key))["size"]
+
+    def stream(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        options: Any = None
+        if end is not None:
+            options = {"range": (start, end)}
+        elif start > 0:
+            options = {"range": {"offset": start}}
+        with _remote():
+            result = obstore.get(self._store, _checked(key), options=options)
+        return self._chunks(result)
+
+    def delete(self, key: str) -> None:
+        with _remote():
+            try:
+                obstore.delete(self._store, _checked(key))
+            except FileNotFoundError:
+                return
+
+    def list(self, prefix: str) -> list[StoredObject]:
+        folder = prefix.rpartition("/")[0]  # obstore's prefixes are whole folders
+        with _remote():
+            found = [
+                StoredObject(entry["path"], entry["size"], entry["last_modified"])
+                for chunk in obstore.list(self._store, folder or None, chunk_size=1000)
+                for entry in chunk
+                if entry["path"].startswith(prefix)
+            ]
+        return sorted(found, key=lambda stored: stored.key)
+
+    def _chunks(self, result: obstore.GetResult) -> Iterator[bytes]:
+        with _remote():
+            for chunk in result.stream(min_chunk_size=CHUNK_BYTES):
+                yield bytes(chunk)
+
+
+def _checked(key: str) -> str:
+    if len(key.encode()) > MOST_KEY_BYTES or KEY.fullmatch(key) is None:
+        raise ValueError(f"{key!r} is no key: segments of letters, digits, `.`, `_`, `-`, none beginning with a dot")
+    return key
+
+
+def _age_s(path: Path) -> float:
+    """Seconds since the file was written; below zero for one that is gone."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return -1.0
+
+
+def _chunks(file: BinaryIO, start: int, end: int | None) -> Iterator[bytes]:
+    with file, _filesystem():
+        file.seek(start)
+        left = None if end is None else end - start
+        while left is None or left > 0:
+            chunk = file.read(CHUNK_BYTES if left is None else min(left, CHUNK_BYTES))
+            if not chunk:
+                return
+            if left is not None:
+                left -= len(chunk)
+            yield chunk
+
+
+class _FolderGone(Exception):
+    """The folder was removed between its making and the first byte."""
+
+
+@contextmanager
+def _appearing(path: Path, *, replace: bool) -> Iterator[BinaryIO]:
+    """A file to write that takes the name `path` once all of it is on the disk; nothing is left if anything raises.
+
+    Raises ObjectExists if the name is taken and `replace` is False.
+    """
+    temporary = path.with_name(TEMPORARY + secrets.token_hex(8))
+    try:
+        file = temporary.open("xb")
+    except FileNotFoundError as error:
+        raise _FolderGone from error
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if replace:
+            temporary.replace(path)
+        else:
+            try:
+                os.link(temporary, path)
+            except FileExistsError as error:
+                raise ObjectExists from error
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _filesystem() -> Iterator[None]:
+    """Errors of the disk in our words; a file that is not there is the caller's."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno in FULL:
+            raise StorageFull from error
+        if error.errno in DENIED:
+            raise StorageDenied(f"no access to {error.filename}") from error
+        raise Unavailable(f"the disk does not work: {error.strerror}") from error
+
+
+@contextmanager
+def _remote(*, writes: bool = False) -> Iterator[None]:
+    """Errors of the store in our words; a missing object is the builtin FileNotFoundError, in a write it is the bucket."""
+    try:
+        yield
+    except refused.AlreadyExistsError as error:
+        raise ObjectExists from error
+    except (refused.PermissionDeniedError, refused.UnauthenticatedError) as error:
+        raise StorageDenied from error
+    except FileNotFoundError as error:
+        if writes:
+            raise StorageDenied("the object store's bucket does not exist") from error
+        raise ObjectNotFound from error
+    except refused.BaseError as error:
+        raise Unavailable("the object store does not answer: try again") from error
