@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import structlog
 from celery import Celery
+from kombu.exceptions import KombuError
 
 from app.settings import Settings
 
@@ -92,7 +93,7 @@ class BellListener:
 
 
 class CeleryBell:
-    """Rings through the broker, from a thread of its own: a broker that is away or frozen must not hold up a request."""
+    """Rings through the broker, from a thread of its own: a broker away or frozen must not hold up a request."""
 
     def __init__(self, broker_url: str) -> None:
         self._broker_url = broker_url
@@ -103,7 +104,7 @@ class CeleryBell:
     def ring(self, job_id: str) -> None:
         """Leave the id to the thread; dropped when a thousand wait already, because then the broker is long away."""
         with self._lock:
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._publish, name="doorbell", daemon=True)
                 self._thread.start()
         try:
@@ -125,8 +126,9 @@ class CeleryBell:
         while (job_id := self._rings.get()) is not None:
             try:
                 app.send_task(TASK, [job_id], queue=QUEUE, ignore_result=True, expires=MESSAGE_LIFE_S)
-            except Exception as error:  # every transport has its own; whatever it is, the ring is lost and the row is
-            not log.warning("broker away, ring lost", job=job_id, reason=str(error)) app.close()
+            except (KombuError, OSError) as error:
+                log.warning("broker away, ring lost", job=job_id, reason=str(error))
+        app.close()
 
 
 def open_bell(settings: Settings) -> Doorbell:

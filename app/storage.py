@@ -401,7 +401,7 @@ def _filesystem() -> Iterator[None]:
 
 @contextmanager
 def _remote(*, writes: bool = False) -> Iterator[None]:
-    """Errors of the store in our words; a missing object is the builtin FileNotFoundError, in a write it is the bucket."""
+    """Errors of the store in our words; a missing object is the builtin FileNotFoundError (in a write, the bucket)."""
     try:
         yield
     except refused.AlreadyExistsError as error:
