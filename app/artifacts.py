@@ -56,7 +56,7 @@ class CheckpointView:
     @property
     def state_key(self) -> str:
         """The key of the JSON beside the tensors."""
-        return self.key.removesuffix(".safetensors") + ".json"
+        return state_key(self.key)
 
 
 def job_prefix(job_id: str) -> str:
@@ -72,6 +72,11 @@ def attempt_prefix(job_id: str, attempt: int) -> str:
 def checkpoint_key(job_id: str, attempt: int, step: int) -> str:
     """The key of a checkpoint's tensors."""
     return f"{attempt_prefix(job_id, attempt)}checkpoints/{step:012d}.safetensors"
+
+
+def state_key(tensors_key: str) -> str:
+    """The key of the JSON beside a checkpoint's tensors."""
+    return tensors_key.removesuffix(".safetensors") + ".json"
 
 
 def artifact_key(job_id: str, attempt: int, name: str) -> str:
