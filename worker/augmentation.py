@@ -1,0 +1,97 @@
+"""Random changes of whole batches of training images, on the device, before and after they become floats.
+
+There is no loop over images. A crop or a flip is, for every axis of space, a table of source positions (one row an
+image), by which the batch is gathered; cutout compares index grids.
+
+Images have one, two or three axes of space, channels before or behind them: N x C x *space or N x *space x C. Random
+numbers come from a CPU generator, so that every device sees the same images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LARGEST_SHIFT = 4  # of a crop, positions: the usual choice for 32 x 32
+SMALLEST_SHARE = 7  # a crop moves by at most a seventh of an axis, so small images keep their content
+CUTOUT_SHARE = 4  # a cutout's side is a quarter of the axis
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Where a batch has its axes of space: `first` counts from 0 (batch), `sizes` are their lengths."""
+
+    first: int
+    sizes: tuple[int, ...]
+
+
+def source_positions(
+    axes: Axes, images: int, wanted: Collection[str], generator: torch.Generator
+) -> list[tuple[int, Tensor]]:
+    """(axis, positions N x S) for every axis that `random_crop` or `horizontal_flip` changes; positions are int64.
+
+    A crop moves an image by up to 4 positions (a seventh of the axis where that is less) and fills what comes in from
+    outside by reflection, which is in place for pictures, signals and volumes alike. A flip turns the last axis round
+    in half of the images.
+    """
+    changed: list[tuple[int, Tensor]] = []
+    for number, size in enumerate(axes.sizes):
+        positions = torch.arange(size).expand(images, size)
+        shift = min(LARGEST_SHIFT, size // SMALLEST_SHARE) if "random_crop" in wanted else 0
+        if shift:
+            offsets = torch.randint(-shift, shift + 1, (images, 1), generator=generator)
+            positions = (positions + offsets).abs()
+            positions = torch.where(positions >= size, 2 * (size - 1) - positions, positions)
+        flips = "horizontal_flip" in wanted and number == len(axes.sizes) - 1
+        if flips:
+            turned = torch.randint(0, 2, (images, 1), generator=generator).bool()
+            positions = torch.where(turned, positions.flip(1), positions)
+        if shift or flips:
+            changed.append((axes.first + number, positions))
+    return changed
+
+
+def gather_axis(images: Tensor, axis: int, positions: Tensor) -> Tensor:
+    """The batch whose slice i along `axis` is, in image n, the slice `positions[n, i]`; contiguous, any number type."""
+    count, size = images.shape[0], images.shape[axis]
+    outer = images.shape[1:axis].numel()
+    inner = images.shape[axis + 1 :].numel()
+    if inner >= size:  # long runs: copy them whole
+        starts = torch.arange(count * outer, device=images.device).view(count, outer, 1) * size
+        rows = (starts + positions.view(count, 1, size)).view(-1)
+        return images.reshape(-1, inner).index_select(0, rows).view(images.shape)
+    places = positions.view(count, 1, size, 1) * inner + torch.arange(inner, device=images.device)
+    index = places.view(count, 1, size * inner).expand(count, outer, size * inner)
+    return images.reshape(count, outer, size * inner).gather(2, index).view(images.shape)
+
+
+def cut_out(images: Tensor, axes: Axes, generator: torch.Generator) -> None:
+    """Set a box to 0, the mean, in every normalised float image, in place.
+
+    Its sides are a quarter of the axes, its centre lies anywhere in the image, what stands out is lost. Improved
+    Regularization of Convolutional Neural Networks with Cutout (DeVries, Taylor 2017) has sides of 16 and 8 for
+    32 x 32; a quarter is the milder of the two, for short trainings.
+    """
+    count = images.shape[0]
+    inside: Tensor | None = None
+    for number, size in enumerate(axes.sizes):
+        side = max(1, size // CUTOUT_SHARE)
+        starts = torch.randint(0, size, (count, 1), generator=generator) - side // 2
+        places = torch.arange(size)
+        box = ((places >= starts) & (places < starts + side)).to(images.device)
+        shape = [count] + [1] * (images.dim() - 1)
+        shape[axes.first + number] = size
+        box = box.view(shape)
+        inside = box if inside is None else inside & box
+    assert inside is not None, "images have at least one axis of space"
+    images.masked_fill_(inside, 0.0)
+
+
+def shift_and_flip(images: Tensor, changes: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """The batch after all `changes` that `source_positions` drew."""
+    for axis, positions in changes:
+        images = gather_axis(images, axis, positions.to(images.device, non_blocking=True))
+    return images
