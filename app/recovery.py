@@ -80,12 +80,18 @@ class Sweeper:
                 select(Job.id, Job.attempt, Job.beat, Job.lease_until < self._db.now()).where(Job.state == "running")
             ).all()
         now = self._monotonic()
-        seen = self._first_seen
-        self._first_seen = {(job, attempt, beat): seen.get((job, attempt, beat), now) for job, attempt, beat, _ in
-        running} reaped = [] for job, attempt, beat, expired in running: silent_s = now - self._first_seen[job, attempt,
-        beat] if silent_s >= self._lease_s * 1.5 or (expired and silent_s >= self._lease_s / 3): state =
-        attempts.reap(self._db, job, attempt, beat, SILENCE) if state is not None: reaped.append(job) log.warning("job
-        taken from a silent worker", job=job, attempt=attempt, state=state) return reaped
+        known = self._first_seen
+        beats = [(job, attempt, beat) for job, attempt, beat, _ in running]
+        self._first_seen = {beat: known.get(beat, now) for beat in beats}
+        reaped = []
+        for job, attempt, beat, expired in running:
+            silent_s = now - self._first_seen[job, attempt, beat]
+            if silent_s >= self._lease_s * 1.5 or (expired and silent_s >= self._lease_s / 3):
+                state = attempts.reap(self._db, job, attempt, beat, SILENCE)
+                if state is not None:
+                    reaped.append(job)
+                    log.warning("job taken from a silent worker", job=job, attempt=attempt, state=state)
+        return reaped
 
     def ring_waiting(self) -> list[str]:
         """The ids rung for again: as many waiting jobs as there are idle slots, not one message for each that waits."""
