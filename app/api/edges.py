@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import hmac
 import re
 import secrets
 import time
@@ -22,6 +21,7 @@ import structlog
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.access import authenticate
 from app.api.problems import ProblemResponse, translate
 from app.errors import (
     HeadersTooLarge,
@@ -161,7 +161,6 @@ class Edge:
         self.app = app
         self._settings = settings
         self._observe = observe
-        self._key = settings.api_key.get_secret_value().encode() if settings.api_key is not None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Carry one request through the application."""
@@ -170,7 +169,7 @@ class Edge:
             return
         exchange = self._open(scope, receive, send)
         try:
-            self._check(scope, exchange.limit)
+            self._check(exchange.scope, exchange.limit)
         except RequestError as error:
             await self._refuse(exchange, error)
         else:
@@ -240,13 +239,13 @@ class Edge:
             raise MalformedRequest("a header has a control character in it")
         self._check_host(_values(headers, b"host"))
         self._check_length(_values(headers, b"content-length"), limit)
-        self._check_key(scope["path"], _values(headers, b"authorization"))
+        self._check_key(scope, _values(headers, b"authorization"))
 
     def _check_host(self, hosts: list[bytes]) -> None:
         match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
         if match is None:
             raise MalformedRequest("the request needs exactly one valid Host header")
-        if self._key is None and match[1].decode().strip("[]").lower() not in LOOPBACK:
+        if self._settings.api_key is None and match[1].decode().strip("[]").lower() not in LOOPBACK:
             # A page on the internet whose name resolves to 127.0.0.1 (DNS rebinding) sends its own name here.
             raise HostNotAllowed()
 
@@ -258,14 +257,16 @@ class Edge:
         if len(lengths[0]) > 18 or int(lengths[0]) > limit:
             raise too_large(limit)
 
-    def _check_key(self, path: str, credentials: list[bytes]) -> None:
-        if self._key is None or not (path.startswith("/v1") or path == "/" or path.startswith("/jobs/")):
+    def _check_key(self, scope: Scope, credentials: list[bytes]) -> None:
+        """Note the tenant; pages take the key as the password of HTTP Basic, the only way a browser sends one."""
+        path = scope["path"]
+        if path.startswith("/v1"):
+            given = credentials[0] if len(credentials) == 1 else None
+        elif path == "/" or path.startswith("/jobs/"):
+            given = b"Bearer " + _password(credentials[0]) if len(credentials) == 1 else None
+        else:
             return
-        scheme, _, given = credentials[0].partition(b" ") if len(credentials) == 1 else (b"", b"", b"")
-        expected = b"bearer" if path.startswith("/v1") else b"basic"
-        secret = given.strip() if expected == b"bearer" else _password(given)
-        if scheme.lower() != expected or not hmac.compare_digest(secret, self._key):
-            raise Unauthorized()
+        scope["state"]["tenant"] = authenticate(self._settings.api_key, given)
 
 
 def too_large(limit: int) -> TooLarge:
@@ -282,9 +283,11 @@ def _values(headers: list[tuple[bytes, bytes]], name: bytes) -> list[bytes]:
     return [value for key, value in headers if key == name]
 
 
-def _password(given: bytes) -> bytes:
-    """The password of HTTP Basic credentials: browsers can send a key in no other way."""
+def _password(credentials: bytes) -> bytes:
+    """The password of HTTP Basic credentials; empty when they are something else."""
+    scheme, _, encoded = credentials.partition(b" ")
     try:
-        return base64.b64decode(given.strip(), validate=True).partition(b":")[2]
-    except (binascii.Error, ValueError):
+        decoded = base64.b64decode(encoded.strip(), validate=True)
+    except binascii.Error:
         return b""
+    return decoded.partition(b":")[2] if scheme.lower() == b"basic" else b""

@@ -1,0 +1,91 @@
+"""The API as an application: `create_app(settings)`. Importing this module does nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import Depends, FastAPI
+
+from app.api import (
+    artifacts,
+    catalogue,
+    datasets,
+    description,
+    events,
+    health,
+    jobs,
+    meters,
+    pages,
+    parameters,
+    problems,
+    workers,
+)
+from app.api.backends import Backends, Watch
+from app.api.edges import LOOPBACK, Edge
+from app.db import Database
+from app.errors import StartupError
+from app.queue import open_bell
+from app.settings import Settings
+from app.storage import Storage
+
+CHECKS = 2  # uploads that are checked side by side
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application, connected to database, object store and doorbell; its lifespan's end disconnects it.
+
+    Raises:
+        StartupError: it would listen to others than this machine without a key.
+    """
+    if settings.api_key is None and settings.host not in LOOPBACK:
+        raise StartupError(
+            f"listening on {settings.host} needs a key: set ESPALIER_API_KEY, or ESPALIER_HOST=127.0.0.1"
+        )
+    app = FastAPI(
+        title="Espalier",
+        version=version("espalier"),
+        description="Trains and prunes convolutional networks, and proves what it delivers.",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+        lifespan=_lifespan,
+        dependencies=[Depends(parameters.refuse_unknown_query)],
+        responses=description.EVERY_ROUTE,
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
+    database = Database(settings.database)
+    given = Backends(
+        settings=settings,
+        db=database,
+        storage=Storage.open(settings.storage),
+        bell=open_bell(settings),
+        meters=meters.Meters(lambda: meters.count_jobs(database)),
+        checks=ThreadPoolExecutor(CHECKS, thread_name_prefix="check"),
+        stopping=asyncio.Event(),
+        watch=Watch(database),
+    )
+    app.state.backends = given
+    app.state.meters = given.meters
+    app.state.stopping = given.stopping
+    app.state.streams = events.Streams()
+    app.openapi = lambda: description.describe(app)  # type: ignore[method-assign]
+    problems.install(app)
+    app.add_middleware(Edge, settings=settings, observe=given.meters.observe)
+    for room in (jobs, events, artifacts, datasets, catalogue, workers, health, meters, description, pages):
+        app.include_router(room.router)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    given: Backends = app.state.backends
+    yield
+    given.stopping.set()
+    given.checks.shutdown(wait=True, cancel_futures=True)
+    given.bell.close()
+    given.db.close()

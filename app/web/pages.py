@@ -1,0 +1,277 @@
+"""The list of jobs and the page of one job, from the documents of the API."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from app.web.html import Html, element, join
+
+Document = Mapping[str, Any]
+
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+ASSETS = {"page.css": "text/css", "page.js": "text/javascript"}
+ASSET_FOLDER = Path(__file__).parent / "assets"
+STATES = ("queued", "running", "paused", "succeeded", "failed", "cancelled")
+BUSY = frozenset({"queued", "running", "cancelling"})
+EVENT_TYPES = (
+    "job.submitted",
+    "job.claimed",
+    "job.resumed_from_checkpoint",
+    "phase.started",
+    "epoch.finished",
+    "prune.planned",
+    "prune.applied",
+    "checkpoint.saved",
+    "checkpoint.corrupt",
+    "warning",
+    "worker.lost",
+    "job.stopping",
+    "job.paused",
+    "job.resumed",
+    "job.succeeded",
+    "job.failed",
+    "job.cancelled",
+)
+MEASURES = (
+    ("accuracy", "accuracy"),
+    ("loss", "loss"),
+    ("parameters", "params"),
+    ("parameters that are not zero", "nonzero_params"),
+    ("MACs", "macs"),
+    ("bytes", "bytes"),
+)
+
+
+def frame(title: str, children: Iterable[object], *, busy: bool = False) -> str:
+    """A whole page."""
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("title", f"{title} · Espalier"),
+        element("link", rel="stylesheet", href="/assets/page.css"),
+        element("script", src="/assets/page.js", defer=""),
+    )
+    header = element(
+        "header",
+        element("a", element("strong", "Espalier"), href="/"),
+        element("a", "jobs", href="/"),
+        element("a", "API", href="/docs"),
+    )
+    main = element("main", *children, data_busy="yes" if busy else "no")
+    return "<!doctype html>\n" + element("html", head, element("body", header, main), lang="en")
+
+
+def jobs_page(jobs: Sequence[Document], next_cursor: str | None, state: str | None) -> str:
+    """The newest jobs, or those in one state."""
+    filters = [element("a", "all", href="/", aria_current="page" if state is None else None)]
+    filters += [
+        element("a", name, href=f"/?state={name}", aria_current="page" if state == name else None) for name in STATES
+    ]
+    titles = ("job", "state", "progress", "accuracy", "MACs kept", "submitted")
+    table = element(
+        "table", element("tr", *(element("th", title) for title in titles)), *(_job_row(job) for job in jobs)
+    )
+    more = None
+    if next_cursor is not None:
+        query = {"cursor": next_cursor} | ({"state": state} if state else {})
+        more = element("p", element("a", "older jobs", href=f"/?{urlencode(query)}"))
+    nothing = None if jobs else element("p", "No jobs here. POST one to /v1/jobs.", class_="soft")
+    live = element("div", table, nothing, more, id="live")
+    navigation = element("nav", *(join([link, " "]) for link in filters))
+    return frame("Jobs", [element("h1", "Jobs"), navigation, live], busy=True)
+
+
+def job_page(job: Document, report: Document | None, artifacts: Sequence[Document], events: Sequence[Document]) -> str:
+    """One job: the verdict first, then progress or error, the table, the files, the events."""
+    live = element(
+        "div",
+        element("p", _state(job), " ", _progress(job)),
+        _waiting(job),
+        _error(job),
+        _verdict(job),
+        _comparison(job),
+        _classes(report),
+        _downloads(job, artifacts, report),
+        id="live",
+    )
+    listed = element(
+        "ol",
+        *(element("li", element("span", _clock(event["at"]), class_="soft"), event["message"]) for event in events),
+        class_="events",
+        data_events=f"/jobs/{job['id']}/events",
+        data_last=events[-1]["seq"] if events else 0,
+        data_types=" ".join(EVENT_TYPES),
+    )
+    log = element("a", "log of the trainer", href=f"/jobs/{job['id']}/logs")
+    children = [element("h1", job["name"] or job["id"]), live, element("h2", "Events"), listed, element("p", log)]
+    return frame(job["name"] or job["id"], children, busy=job["state"] in BUSY)
+
+
+def _job_row(job: Document) -> Html:
+    baseline, final = _measures(job)
+    accuracy = f"{_percent(baseline.get('accuracy'))} → {_percent(final.get('accuracy'))}" if final else ""
+    return element(
+        "tr",
+        element("td", element("a", job["name"] or job["id"], href=f"/jobs/{job['id']}")),
+        element("td", _state(job)),
+        element("td", _progress(job)),
+        element("td", accuracy),
+        element("td", _kept(baseline.get("macs"), final.get("macs"))),
+        element("td", job["created_at"][:16].replace("T", " "), class_="soft"),
+    )
+
+
+def _state(job: Document) -> Html:
+    return element("span", job["state"], class_=f"state {job['state']}")
+
+
+def _progress(job: Document) -> Html | None:
+    progress = job["progress"]
+    if job["state"] not in BUSY and job["state"] != "paused":
+        return None
+    words = [progress["phase"]]
+    if progress["epochs"]:
+        words.append(f"epoch {progress['epoch']} of {progress['epochs']}")
+    if progress["images_per_s"]:
+        words.append(f"{progress['images_per_s']:,.0f} images/s")
+    if progress["eta_s"] is not None:
+        words.append(f"{_duration(progress['eta_s'])} left")
+    return join([element("progress", value=progress["fraction"], max=1), " " + ", ".join(words)])
+
+
+def _waiting(job: Document) -> Html | None:
+    queue = job.get("queue")
+    if queue is None:
+        return None
+    reasons = {
+        "no_worker": "no worker is alive: start one",
+        "all_busy": "every worker is busy",
+        "backing_off": "it waits a little after a crash",
+        "starting": "a worker takes it in a moment",
+    }
+    return element("p", f"Number {queue['position']} in the queue: {reasons.get(queue['reason'], queue['reason'])}.")
+
+
+def _error(job: Document) -> Html | None:
+    error = job["error"]
+    if error is None:
+        return None
+    place = [" at ", element("code", error["pointer"])] if error["pointer"] else None
+    code = element("a", error["code"], href=f"/docs/errors#{error['code']}")
+    return element(
+        "div",
+        element("p", element("strong", code), place, ": ", error["message"]),
+        element("p", error["hint"]),
+        class_="problem",
+    )
+
+
+def _verdict(job: Document) -> Html | None:
+    baseline, final = _measures(job)
+    if not final or final.get("accuracy") is None:
+        return None
+    words = [f"{_kept(baseline.get('macs'), final['macs'])} of the MACs"]
+    words.append(f"{_kept(baseline.get('nonzero_params'), final['nonzero_params'])} of the weights that are not zero")
+    if baseline.get("accuracy") is not None:
+        change = (final["accuracy"] - baseline["accuracy"]) * 100
+        words.append(
+            f"accuracy {_percent(baseline['accuracy'])} → {_percent(final['accuracy'])} ({change:+.2f} points)"
+        )
+    early = " It was stopped early." if job["stopped_early"] else ""
+    return element("p", element("strong", ", ".join(words) + "."), early)
+
+
+def _comparison(job: Document) -> Html | None:
+    baseline, final = _measures(job)
+    if not final:
+        return None
+    rows = [_compared(title, baseline.get(name), final.get(name)) for title, name in MEASURES]
+    for runtime, batches in (final.get("latency_ms") or {}).items():
+        dense = (baseline.get("latency_ms") or {}).get(runtime) or {}
+        for batch, times in (batches or {}).items():
+            before = (dense.get(batch) or {}).get("p50")
+            rows.append(_compared(f"{runtime}, {batch.replace('_', ' ')}, p50 ms", before, times.get("p50")))
+    head = element("tr", *(element("th", title) for title in ("", "dense", "pruned", "kept")))
+    return join([element("h2", "Dense against pruned"), element("table", head, *rows)])
+
+
+def _compared(title: str, before: float | None, after: float | None) -> Html:
+    kept = _kept(before, after) if title not in ("accuracy", "loss") else ""
+    return element(
+        "tr",
+        element("td", title),
+        *(element("td", value, class_="number") for value in (_number(before), _number(after), kept)),
+    )
+
+
+def _classes(report: Document | None) -> Html | None:
+    rows = (report or {}).get("classes") or []
+    if not rows:
+        return None
+    worst = sorted(rows, key=lambda row: row.get("change") or 0)[:20]
+    head = element("tr", *(element("th", title) for title in ("class, worst first", "dense", "pruned", "test images")))
+    body = [
+        element(
+            "tr",
+            element("td", row["name"]),
+            element("td", _percent(row["baseline_accuracy"]), class_="number"),
+            element("td", _percent(row["final_accuracy"]), class_="number"),
+            element("td", row["examples"], class_="number"),
+        )
+        for row in worst
+    ]
+    return join([element("h2", "Classes"), element("table", head, *body)])
+
+
+def _downloads(job: Document, artifacts: Sequence[Document], report: Document | None) -> Html | None:
+    if not artifacts:
+        return None
+    proofs = (report or {}).get("verification") or {}
+    head = element("tr", *(element("th", title) for title in ("file", "bytes", "proved: largest difference", "sha256")))
+    rows = [
+        element(
+            "tr",
+            element("td", element("a", file["name"], href=f"/jobs/{job['id']}/artifacts/{file['name']}")),
+            element("td", f"{file['size_bytes']:,}", class_="number"),
+            element("td", _number((proofs.get(file["name"]) or {}).get("max_abs_difference"))),
+            element("td", file["sha256"], class_="sha"),
+        )
+        for file in artifacts
+    ]
+    return join([element("h2", "Downloads"), element("table", head, *rows)])
+
+
+def _measures(job: Document) -> tuple[Document, Document]:
+    summary = job["summary"] or {}
+    return summary.get("baseline") or {}, summary.get("final") or {}
+
+
+def _percent(value: float | None) -> str:
+    return "?" if value is None else f"{value * 100:.2f} %"
+
+
+def _kept(before: float | None, after: float | None) -> str:
+    return f"{after / before * 100:.0f} %" if before and after is not None else ""
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _clock(at: str) -> str:
+    return at[11:19] + " "
