@@ -1,0 +1,240 @@
+"""Whether data, network and training fit together: what types alone cannot say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from app.errors import Fault, InvalidSpec, JsonValue
+from app.spec.cost import Memory
+from app.spec.data import DataFacts
+from app.spec.draft import WEIGHTED
+from app.spec.graph import Graph
+from app.spec.job import JobSpec, LayersModel, retraining
+from app.spec.optimizations import (
+    COMPRESSIONS,
+    REWRITES,
+    Prune,
+    Regularization,
+)
+
+MOST_SYNTHETIC_BYTES = 8 << 30
+
+
+def input_shape(spec: JobSpec, facts: DataFacts) -> tuple[int, ...]:
+    """The `(C, *spatial)` of the job's network: the model's, else the data's.
+
+    Raises InvalidSpec at `/model/input_shape` if neither says it or if the data does not fit it.
+    """
+    shape = spec.model.input_shape
+    if spec.data.synthetic is not None:
+        if shape is None:
+            raise InvalidSpec([Fault("/model/input_shape", "is required with synthetic data, which takes its shape")])
+        return _affordable(spec, shape)
+    usual = facts.default_input_shape()
+    if shape is None:
+        if usual is None:
+            why = (
+                "its pictures have different sizes"
+                if facts.example_shape is None
+                else f"its examples are {list(facts.example_shape)}"
+            )
+            message = f"is required: the data set {facts.name} does not say it ({why})"
+            raise InvalidSpec([Fault("/model/input_shape", message)])
+        return usual
+    if facts.layout(shape) is None:
+        if facts.example_shape is None:
+            message = "pictures become [1, height, width] or [3, height, width]"
+        else:
+            message = f"does not fit the examples of {facts.name}, which are {list(facts.example_shape)}"
+        raise InvalidSpec([Fault("/model/input_shape", message, limit=_list(usual), value=_list(shape))])
+    return shape
+
+
+def _list(shape: Sequence[int] | None) -> JsonValue:
+    return None if shape is None else [*shape]
+
+
+def _affordable(spec: JobSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
+    synthetic = spec.data.synthetic
+    assert synthetic is not None
+    size = (synthetic.train + synthetic.test) * math.prod(shape)
+    if size > MOST_SYNTHETIC_BYTES:
+        message = f"images of {list(shape)} would take {size} bytes; synthetic data may take {MOST_SYNTHETIC_BYTES}"
+        raise InvalidSpec([Fault("/data/synthetic/train", message, limit=MOST_SYNTHETIC_BYTES, value=size)])
+    return shape
+
+
+def data_faults(spec: JobSpec, facts: DataFacts) -> Iterator[Fault]:
+    """What is wrong between the data, its division and the size of a batch."""
+    source = "/data/synthetic" if spec.data.synthetic is not None else "/data/dataset"
+    if facts.classes < 2:
+        yield Fault(source, "needs at least two classes to learn from", limit=2, value=facts.classes)
+    if facts.test < 1:
+        yield Fault(source, "has no test images: the report would have nothing to measure", limit=1, value=0)
+    if spec.data.limit is not None and spec.data.limit < facts.classes:
+        message = f"is less than one image for each of the {facts.classes} classes"
+        yield Fault("/data/limit", message, limit=facts.classes, value=spec.data.limit)
+    images, held_out = facts.training_images(spec.data)
+    if images < 1:
+        yield Fault("/data/validation", "leaves no image to train on", limit=0, value=spec.data.validation)
+    elif spec.training.batch_size > images:
+        message = f"is more than the {images} images that are trained on (after limit and validation)"
+        yield Fault("/training/batch_size", message, limit=images, value=spec.training.batch_size)
+    if spec.training.early_stopping is not None and held_out == 0:
+        yield Fault("/training/early_stopping", "needs validation images: raise data.validation", limit=1, value=0)
+    if not isinstance(spec.model, LayersModel) and spec.model.classes not in (None, facts.classes):
+        message = f"differs from the classes of the data: {facts.classes}"
+        yield Fault("/model/classes", message, limit=facts.classes, value=spec.model.classes)
+
+
+def training_faults(spec: JobSpec, most_epochs: int) -> Iterator[Fault]:
+    """What is wrong with the lengths of training and retraining."""
+    training = spec.training
+    if training.epochs > most_epochs:
+        message = f"is more than the {most_epochs} epochs that a job may train here"
+        yield Fault("/training/epochs", message, limit=most_epochs, value=training.epochs)
+    if training.warmup_epochs > training.epochs:
+        message = f"the warm-up is longer than the training of {training.epochs} epochs"
+        yield Fault("/training/schedule/warmup", message, limit=training.epochs, value=training.warmup_epochs)
+    for position, milestone in enumerate(training.milestones):
+        if milestone >= training.epochs:
+            message = f"lies behind the last of {training.epochs} epochs"
+            at = f"/training/schedule/milestones/{position}"
+            yield Fault(at, message, limit=training.epochs - 1, value=milestone)
+    for position, step in enumerate(spec.optimizations):
+        if isinstance(step, Prune):
+            yield from _retraining_faults(spec, step, f"/optimizations/{position}", most_epochs)
+
+
+def _retraining_faults(spec: JobSpec, step: Prune, pointer: str, most_epochs: int) -> Iterator[Fault]:
+    retrain = retraining(step, spec.training)
+    epochs = retrain.epochs or 0
+    rounds = step.schedule.steps or 1
+    if epochs * rounds > most_epochs:
+        message = f"retraining takes {epochs} epochs in each of {rounds} rounds; a job may train {most_epochs} here"
+        yield Fault(f"{pointer}/retrain/epochs", message, limit=most_epochs // rounds, value=epochs)
+    if retrain.policy == "weight_rewind" and epochs > spec.training.epochs:
+        message = f"weight_rewind goes back {epochs} epochs, but the training has only {spec.training.epochs}"
+        yield Fault(f"{pointer}/retrain/epochs", message, limit=spec.training.epochs, value=epochs)
+    if step.schedule.name == "cubic":
+        if epochs == 0:
+            yield Fault(
+                f"{pointer}/schedule/name",
+                "cubic raises the sparsity while retraining: policy none has no epochs for it",
+            )
+        elif step.schedule.epochs is not None and step.schedule.epochs > epochs:
+            message = f"the sparsity rises during the {epochs} epochs of retraining, not longer"
+            yield Fault(f"{pointer}/schedule/epochs", message, limit=epochs, value=step.schedule.epochs)
+
+
+def order_faults(spec: JobSpec) -> Iterator[Fault]:
+    """What is wrong with the order of the optimizations, with the reason."""
+    first_prune: int | None = None
+    masked: int | None = None
+    for position, step in enumerate(spec.optimizations):
+        pointer = f"/optimizations/{position}"
+        if isinstance(step, (*REWRITES, Regularization)) and first_prune is not None:
+            reason = (
+                "changes the network, and the weights that pruning ranks are those of the changed network"
+                if isinstance(step, REWRITES)
+                else "acts on the training, which comes before pruning"
+            )
+            yield Fault(pointer, f"{step.type} {reason}: put it before the prune at /optimizations/{first_prune}")
+        for earlier in range(position):
+            if _repeats(spec.optimizations[earlier], step):
+                message = f"{step.type} stands at /optimizations/{earlier} too: say it once, or give each other layers"
+                yield Fault(pointer, message)
+                break
+        if isinstance(step, COMPRESSIONS):
+            first_prune = position if first_prune is None else first_prune
+            if masked is not None and step.structure == "channels":
+                message = (
+                    f"channels go before weights: the zeros of /optimizations/{masked} belong to the wider network"
+                )
+                yield Fault(pointer, message)
+            if step.structure == "weights":
+                masked = position if masked is None else masked
+
+
+def _repeats(earlier: object, step: object) -> bool:
+    if type(earlier) is not type(step) or isinstance(step, Prune):
+        return False
+    names, others = getattr(step, "layers", None), getattr(earlier, "layers", None)
+    return names is None or others is None or bool(set(names) & set(others))
+
+
+def graph_faults(spec: JobSpec, graph: Graph) -> Iterator[Fault]:
+    """What is wrong between the network and its training."""
+    norms = [node for node in graph.nodes if node.type == "batch_norm"]
+    if spec.training.batch_size == 1 and norms:
+        message = f"batch norm ({norms[0].name}) needs at least two examples in a batch to have a variance"
+        yield Fault("/training/batch_size", message, limit=2, value=1)
+
+
+def memory_faults(spec: JobSpec, memory: Memory, most_bytes: int) -> Iterator[Fault]:
+    """A fault where the training's estimated memory is above `most_bytes`, at what would lower it most."""
+    if memory.total <= most_bytes:
+        return
+    batch = spec.training.batch_size
+    by_batch = memory.activations > memory.total // 2 and batch > 1
+    at = "/training/batch_size" if by_batch else "/model"
+    advice = "a smaller batch" if by_batch else "a smaller network"
+    message = f"training needs about {memory.total} bytes of memory, the limit is {most_bytes}: choose {advice}"
+    yield Fault(at, message, limit=most_bytes, value=memory.total)
+
+
+def warnings(spec: JobSpec, facts: DataFacts, graph: Graph) -> Iterator[Fault]:
+    """What is allowed but probably not meant."""
+    images, held_out = facts.training_images(spec.data)
+    if spec.data.limit is not None and spec.data.limit > facts.train:
+        yield Fault("/data/limit", f"is more than the {facts.train} training images there are: all are used")
+    if spec.data.validation > 0 and held_out == 0:
+        yield Fault(
+            "/data/validation", f"holds out none of {images} images: no choices are made, the last weights are taken"
+        )
+    if len(graph.input_shape) == 2 and "horizontal_flip" in spec.training.augmentation:
+        yield Fault("/training/augmentation", "horizontal_flip lets 1-D examples run backwards")
+    regularizations = [(i, step) for i, step in enumerate(spec.optimizations) if isinstance(step, Regularization)]
+    for position, step in regularizations:
+        yield from _regularization_warnings(spec, facts, graph, step, f"/optimizations/{position}")
+
+
+def _regularization_warnings(
+    spec: JobSpec, facts: DataFacts, graph: Graph, step: Regularization, pointer: str
+) -> Iterator[Fault]:
+    decay = spec.training.optimizer.weight_decay + (step.weight_decay or 0)
+    if step.l2 and decay:
+        total = decay + 2 * step.l2
+        message = (
+            f"adds to the weight decay of {decay:g}: together they shrink weights like a weight decay of {total:g}"
+        )
+        yield Fault(f"{pointer}/l2", message)
+    elif step.weight_decay and spec.training.optimizer.weight_decay:
+        message = (
+            f"adds to the optimizer's weight decay of {spec.training.optimizer.weight_decay:g}: together {decay:g}"
+        )
+        yield Fault(f"{pointer}/weight_decay", message)
+    if step.bn_l1 and not any(node.type == "batch_norm" for node in graph.nodes):
+        yield Fault(f"{pointer}/bn_l1", "there is no batch norm whose scales it could lower")
+    entropy = math.log(max(2, facts.classes))
+    absolute, squared = _initial_sums(graph)
+    for name, term in (("l1", step.l1 * absolute), ("l2", step.l2 * squared)):
+        if term > entropy:
+            message = (
+                f"the {name} term is about {term:.2g} at the start, more than the cross-entropy of {entropy:.2g}: "
+                "the network will learn to have small weights before it learns the classes"
+            )
+            yield Fault(f"{pointer}/{name}", message)
+
+
+def _initial_sums(graph: Graph) -> tuple[float, float]:
+    """(sum of absolute weights, sum of squared weights) expected of freshly drawn ones: normal, variance 2 / fan_in."""
+    absolute = squared = 0.0
+    for node in graph.nodes:
+        if node.type in WEIGHTED:
+            weight = node.tensors["weight"]
+            fan_in = max(1, weight.elements // weight.shape[0])
+            absolute += weight.elements * math.sqrt(2 / fan_in) * math.sqrt(2 / math.pi)
+            squared += weight.elements * 2 / fan_in
+    return absolute, squared

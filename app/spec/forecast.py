@@ -1,0 +1,311 @@
+"""What pruning will do, before anything is trained: widths, zeros and cost at the budgets, and the least possible."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from app.errors import Fault, InvalidSpec, JsonValue
+from app.spec.budget import BudgetUnreachable, Removals, choose_removals, why_kept
+from app.spec.channels import Classes, TooManyChannels, channel_classes, shrink_graph
+from app.spec.cost import Cost, cost
+from app.spec.draft import WEIGHTED, last_layers
+from app.spec.faults import pointer as pointer_to
+from app.spec.graph import Graph, Node
+from app.spec.optimizations import Prune, PruneOverride
+
+Action = Literal["narrow", "follow", "keep", "mask", "insert", "replace"]
+
+MOST_SIMULATED_ROUNDS = 8  # of an iterative schedule: each costs what one choice of channels costs
+_CHANNEL_FIELDS = ("max_sparsity", "min_channels", "round_to")
+_SIMILAR_AMONG = 1000
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one optimization does to one layer.
+
+    `before` and `after` are widths (output channels or features); for `mask` non-zero weights; for `follow` input
+    widths. None: not known before training, or no layer on that side. `exact` is False where it depends on trained
+    weights.
+    """
+
+    layer: str
+    action: Action
+    before: int | None
+    after: int | None
+    exact: bool
+    reason: str
+    optimization: str | None = None
+
+    def document(self) -> dict[str, JsonValue]:
+        """The row as it stands in an answer."""
+        return {
+            "layer": self.layer,
+            "action": self.action,
+            "before": self.before,
+            "after": self.after,
+            "exact": self.exact,
+            "reason": self.reason,
+            "optimization": self.optimization,
+        }
+
+
+@dataclass
+class Forecast:
+    """The network while its prune steps are gone through: the graph, the zeros of each layer's weights, the plan."""
+
+    graph: Graph
+    baseline: Cost
+    zeros: dict[str, int] = field(default_factory=dict)
+    rows: list[LayerPlan] = field(default_factory=list)
+    warnings: list[Fault] = field(default_factory=list)
+    floor: Cost | None = None
+
+    @property
+    def cost(self) -> Cost:
+        """The cost of the network as planned so far; zeros that depend on trained weights are not counted."""
+        whole = cost(self.graph)
+        return Cost(whole.params, whole.params - sum(self.zeros.values()), whole.macs, whole.bytes)
+
+    def prune(self, step: Prune, pointer: str) -> None:
+        """Goes through one step, which stands at `pointer`.
+
+        Raises InvalidSpec if a named layer is unknown or unfit, nothing may be removed, or the budget is out of reach.
+        """
+        faults = [*_named_faults(self.graph, step, pointer)]
+        if faults:
+            raise InvalidSpec(faults)
+        if step.structure == "weights":
+            self._mask(step, pointer)
+        else:
+            self._narrow(step, pointer)
+
+    def _mask(self, step: Prune, pointer: str) -> None:
+        weights = {node.name: node.tensors["weight"].elements for node in _weighted(self.graph)}
+        prunable = {name: count for name, count in weights.items() if name not in step.exclude}
+        if not prunable:
+            message = "every layer with weights is excluded: nothing is left to prune"
+            raise InvalidSpec([Fault(f"{pointer}/exclude", message)])
+        zeros = _zeros(step, prunable, self.zeros)
+        own = {name: override for name, override in step.overrides.items() if name in prunable}
+        for name, count in weights.items():
+            before = count - self.zeros.get(name, 0)
+            if name not in prunable:
+                self.rows.append(LayerPlan(name, "keep", before, before, True, "excluded", pointer))
+                continue
+            reason, exact = _mask_reason(step, own.get(name))
+            after = None if zeros[name] is None else count - (zeros[name] or 0)
+            self.rows.append(LayerPlan(name, "mask", before, after, exact, reason, pointer))
+        self.zeros.update({name: count for name, count in zeros.items() if count is not None})
+
+    def _narrow(self, step: Prune, pointer: str) -> None:
+        before = self.graph
+        classes = self._classes(pointer)
+        removals, after = self._removals(step, classes, pointer)
+        self.graph = after
+        # what may be left at the end of the job is what may be left after its last step
+        self.floor = removals.floor
+        exact = step.scope == "layer" and (step.schedule.steps or 1) <= MOST_SIMULATED_ROUNDS
+        reasons = why_kept(before, classes, step)
+        self.rows += [
+            _narrowed(node, after[node.name], step, exact, reasons, before, pointer) for node in _weighted(before)
+        ]
+        if not removals.dropped:
+            self.warnings.append(Fault(pointer, f"removes nothing: {_why_nothing(step, cost(before), self.baseline)}"))
+        self.warnings += _channel_warnings(before, step, pointer)
+
+    def _classes(self, pointer: str) -> Classes:
+        try:
+            return channel_classes(self.graph)
+        except TooManyChannels as exc:
+            raise InvalidSpec([Fault(pointer, str(exc), limit=exc.limit)]) from exc
+
+    def _removals(self, step: Prune, classes: Classes, pointer: str) -> tuple[Removals, Graph]:
+        """What leaves, and the graph without it: round by round, as the worker does it, where the rounds are few."""
+        rounds = step.schedule.steps or 1
+        fractions = [n / rounds for n in range(1, rounds + 1)] if rounds <= MOST_SIMULATED_ROUNDS else [1.0]
+        start = graph = self.graph
+        dropped: frozenset[int] = frozenset()
+        try:
+            # the last round first: it says whether the budget can be reached at all
+            final = choose_removals(start, classes, None, step, baseline=self.baseline)
+            for fraction in fractions:
+                if len(fractions) == 1:
+                    return final, shrink_graph(start, final.dropped, classes)
+                now = channel_classes(graph)
+                taken = choose_removals(graph, now, None, step, start=start, baseline=self.baseline, fraction=fraction)
+                graph, dropped = shrink_graph(graph, taken.dropped, now), dropped | taken.dropped
+        except BudgetUnreachable as exc:
+            raise InvalidSpec([_unreachable(step, exc, pointer)]) from exc
+        return Removals(dropped, cost(graph), final.floor, final.floor_dropped), graph
+
+
+def _weighted(graph: Graph) -> list[Node]:
+    return [node for node in graph.nodes if node.type in WEIGHTED]
+
+
+def _zeros(step: Prune, prunable: Mapping[str, int], already: Mapping[str, int]) -> dict[str, int | None]:
+    """Zeros of each layer after a mask step, `already` those before it; None where a threshold decides.
+
+    Of a global ranking only the sum is known; each layer is given its share.
+    """
+    zeros: dict[str, int | None] = {}
+    shared: dict[str, int] = {}
+    for name, count in prunable.items():
+        override = step.overrides.get(name)
+        if override is not None and override.sparsity is not None:
+            zeros[name] = max(already.get(name, 0), round(override.sparsity * count))
+        elif step.sparsity is None or (override is not None and override.threshold is not None):
+            zeros[name] = None
+        elif step.scope == "layer":
+            zeros[name] = max(already.get(name, 0), round(step.sparsity * count))
+        else:
+            shared[name] = count
+    if shared and step.sparsity is not None:
+        total = sum(shared.values())
+        wanted = max(round(step.sparsity * total), sum(already.get(name, 0) for name in shared))
+        rest = wanted
+        for position, (name, count) in enumerate(shared.items()):
+            part = rest if position == len(shared) - 1 else min(rest, wanted * count // total)
+            zeros[name] = part
+            rest -= part
+    return zeros
+
+
+def _mask_reason(step: Prune, override: PruneOverride | None) -> tuple[str, bool]:
+    if override is not None and override.sparsity is not None:
+        return f"sparsity {override.sparsity} of its own", True
+    if override is not None and override.threshold is not None:
+        return f"threshold {override.threshold} of its own: depends on the trained weights", False
+    if step.threshold is not None:
+        return f"threshold {step.threshold}: depends on the trained weights", False
+    if step.scope == "layer":
+        return f"{step.criterion}, sparsity {step.sparsity} of each layer", True
+    return f"global {step.criterion}, sparsity {step.sparsity} over all layers; each layer's part is an estimate", False
+
+
+def _narrowed(
+    node: Node,
+    after: Node,
+    step: Prune,
+    exact: bool,
+    reasons: Mapping[str, str],
+    graph: Graph,
+    pointer: str,
+) -> LayerPlan:
+    before_width, after_width = node.shape[0], after.shape[0]
+    if after_width != before_width:
+        reason = f"{step.scope} {step.criterion}, round_to {step.round_to}" + ("" if exact else "; estimate")
+        return LayerPlan(node.name, "narrow", before_width, after_width, exact, reason, pointer)
+    inputs_before, inputs_after = node.input_shapes[0][0], after.input_shapes[0][0]
+    kept = reasons.get(node.name, "within the budget as it is")
+    if inputs_after != inputs_before:
+        source = _source(graph, node)
+        reason = f"inputs follow {source}; width {before_width} stays: {kept}" if source else f"width stays: {kept}"
+        return LayerPlan(node.name, "follow", inputs_before, inputs_after, exact, reason, pointer)
+    return LayerPlan(node.name, "keep", before_width, before_width, True, kept, pointer)
+
+
+def _source(graph: Graph, node: Node) -> str | None:
+    """The nearest layer with weights, or join, that `node` reads."""
+    name = node.inputs[0]
+    while name in graph:
+        source = graph[name]
+        if source.type in WEIGHTED or len(source.inputs) > 1:
+            return name
+        name = source.inputs[0]
+    return None
+
+
+def _why_nothing(step: Prune, now: Cost, baseline: Cost) -> str:
+    if step.budget is None:
+        return f"sparsity {step.sparsity} is less than half of round_to {step.round_to} in every group"
+    measure = step.budget.measure
+    present, allowed = getattr(now, measure), step.budget.allowed(getattr(baseline, measure))
+    return f"the network has {present} {measure} and the budget allows {allowed}"
+
+
+def _channel_warnings(graph: Graph, step: Prune, pointer: str) -> list[Fault]:
+    warnings = []
+    if step.criterion == "bn_scale" and not any(node.type == "batch_norm" for node in graph.nodes):
+        warnings.append(
+            Fault(f"{pointer}/criterion", "there is no batch norm to score by: every layer is ranked by l2")
+        )
+    if step.budget is not None and step.budget.macs is not None:
+        nodes = _weighted(graph)
+        macs, params = sum(node.macs for node in nodes), sum(node.params for node in nodes)
+        heaviest = max(nodes, key=lambda node: node.macs)
+        if macs and heaviest.macs / macs - heaviest.params / params > 0.5:
+            message = (
+                f"{heaviest.name} has {heaviest.macs / macs:.0%} of the MACs but {heaviest.params / params:.0%} "
+                "of the parameters: MACs and bytes will not fall together"
+            )
+            warnings.append(Fault(pointer, message))
+    return warnings
+
+
+def _unreachable(step: Prune, exc: BudgetUnreachable, pointer: str) -> Fault:
+    if step.budget is None or exc.measure is None or exc.floor is None or exc.dense is None:
+        return Fault(pointer, str(exc))
+    value = getattr(step.budget, exc.measure)
+    # rounded up, so that the limit is a budget that can be sent
+    limit = math.ceil(exc.floor / exc.dense * 1e4) / 1e4 if value <= 1 else exc.floor
+    message = f"the budget cannot be reached; the lowest reachable is {limit}: {exc}"
+    return Fault(f"{pointer}/budget/{exc.measure}", message, limit=limit, value=value)
+
+
+def _named_faults(graph: Graph, step: Prune, pointer: str) -> list[Fault]:
+    faults = []
+    for position, name in enumerate(step.exclude):
+        reason = _unfit(graph, name)
+        if reason:
+            faults.append(Fault(f"{pointer}/exclude/{position}", reason, value=name))
+    last = last_layers(graph)
+    for name, override in step.overrides.items():
+        at = pointer + pointer_to("overrides", name)
+        reason = _unfit(graph, name)
+        if reason is None and name in step.exclude:
+            reason = f"{name} is excluded: it cannot have an override too"
+        if reason is None and step.structure == "channels" and name in last and override.sparsity:
+            reason = f"{name} gives the logits: its width is the number of classes and stays"
+        if reason:
+            faults.append(Fault(at, reason))
+        else:
+            faults += _override_faults(step, override, at)
+    if step.structure == "channels" and step.sparsity is not None and step.sparsity > step.max_sparsity:
+        message = f"at most max_sparsity {step.max_sparsity} of a group may go: raise max_sparsity or lower sparsity"
+        faults.append(Fault(f"{pointer}/sparsity", message, limit=step.max_sparsity, value=step.sparsity))
+    return faults
+
+
+def _override_faults(step: Prune, override: PruneOverride, at: str) -> list[Fault]:
+    foreign: Sequence[str] = ("threshold",) if step.structure == "channels" else _CHANNEL_FIELDS
+    faults = [
+        Fault(f"{at}/{name}", f"has no meaning for structure {step.structure}", value=getattr(override, name))
+        for name in foreign
+        if getattr(override, name) is not None
+    ]
+    most = step.max_sparsity if override.max_sparsity is None else override.max_sparsity
+    if step.structure == "channels" and override.sparsity is not None and override.sparsity > most:
+        message = f"at most max_sparsity {most} of a group may go: raise max_sparsity or lower sparsity"
+        faults.append(Fault(f"{at}/sparsity", message, limit=most, value=override.sparsity))
+    return faults
+
+
+def _unfit(graph: Graph, name: str) -> str | None:
+    """Why `name` cannot be excluded or overridden; None if it can."""
+    if name in graph:
+        kind = graph[name].type
+        return None if kind in WEIGHTED else f"is a {kind} layer: only convolutions and linear layers are pruned"
+    names = [node.name for node in _weighted(graph)][:_SIMILAR_AMONG]
+    similar = difflib.get_close_matches(name, names, n=1)
+    hint = (
+        f"; did you mean {similar[0]}?"
+        if similar
+        else f"; layers are: {', '.join(names[:20])}" + ", ..." * (len(names) > 20)
+    )
+    return f"is not the name of a layer{hint}"

@@ -1,0 +1,265 @@
+"""What a job will do, worked out before anything is trained: the networks, their cost, every mistake of meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from app.errors import Fault, InvalidSpec, JsonValue
+from app.settings import Settings
+from app.spec import checks
+from app.spec.cost import Cost, Memory, cost, layer_rows, training_memory
+from app.spec.data import DataFacts
+from app.spec.draft import WEIGHTED
+from app.spec.faults import MOST_FAULTS
+from app.spec.forecast import Forecast, LayerPlan
+from app.spec.graph import Graph, Limits, build_graph
+from app.spec.job import JobSpec, PresetModel, completed, retraining
+from app.spec.layers import read_layers
+from app.spec.optimizations import Optimization, Prune, Regularization, SmallKernels
+from app.spec.presets import preset_layers
+from app.spec.rewrites import rewrite
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class JobLimits(Limits):
+    """How large a job may be: the network's limits, and those of its training."""
+
+    epochs: int = 10_000
+    """Epochs of one training."""
+    training_bytes: int = 64 << 30
+    """Estimated memory of a training."""
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """The limits that the settings state."""
+        return cls(params=settings.max_params, epochs=settings.max_epochs, training_bytes=settings.max_training_bytes)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of a job: which phase, how many epochs (None: not counted in epochs), for which optimization."""
+
+    phase: str
+    epochs: int | None = None
+    optimization: str | None = None
+
+    def document(self) -> dict[str, JsonValue]:
+        """The phase as it stands in an answer."""
+        fields: dict[str, JsonValue] = {"phase": self.phase, "epochs": self.epochs, "optimization": self.optimization}
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job that can be run.
+
+    `spec` has every default filled in, `input_shape` and `classes` too. `graphs` are the network as given and after
+    each optimization (after those that do not rewrite it: the same again), one more than there are optimizations.
+    `floor` is the cost with every channel group at its smallest, of the last step that removes channels, else None.
+    """
+
+    spec: JobSpec
+    facts: DataFacts
+    graphs: tuple[Graph, ...]
+    given_cost: Cost
+    baseline_cost: Cost
+    planned_cost: Cost
+    planned: Graph
+    floor: Cost | None
+    memory: Memory
+    layers: tuple[LayerPlan, ...]
+    phases: tuple[Phase, ...]
+    warnings: tuple[Fault, ...]
+
+    @property
+    def given(self) -> Graph:
+        """The network as sent."""
+        return self.graphs[0]
+
+    @property
+    def baseline(self) -> Graph:
+        """The network that is trained: after the rewrites, before the first compression."""
+        return self.graphs[-1]
+
+
+def make_plan(spec: JobSpec, facts: DataFacts, *, limits: Limits | None = None) -> Plan:
+    """The plan of `spec` on data with these facts.
+
+    Raises InvalidSpec with every mistake of meaning that could be found, at most 100.
+    """
+    bounds = _bounds(limits)
+    spec = completed(spec)
+    faults = [
+        *checks.data_faults(spec, facts),
+        *checks.training_faults(spec, bounds.epochs),
+        *checks.order_faults(spec),
+    ]
+    try:
+        spec = _with_model(spec, facts)
+        given = given_graph(spec, facts.classes, limits=bounds)
+    except InvalidSpec as exc:
+        raise InvalidSpec([*exc.faults, *faults][:MOST_FAULTS]) from exc
+    if faults:
+        raise InvalidSpec(faults[:MOST_FAULTS])
+    graphs, rows, warnings = _rewritten(given, spec.optimizations, bounds)
+    baseline = graphs[-1]
+    memory = training_memory(baseline, batch_size=spec.training.batch_size, optimizer=spec.training.optimizer.name)
+    faults = [
+        *checks.graph_faults(spec, baseline),
+        *checks.memory_faults(spec, memory, bounds.training_bytes),
+    ]
+    forecast = Forecast(baseline, cost(baseline))
+    for position, step in enumerate(spec.optimizations):
+        if isinstance(step, Prune):
+            try:
+                forecast.prune(step, f"/optimizations/{position}")
+            except InvalidSpec as exc:
+                faults += exc.faults
+    if faults:
+        raise InvalidSpec(faults[:MOST_FAULTS])
+    return Plan(
+        spec=spec,
+        facts=facts,
+        graphs=graphs,
+        given_cost=cost(given),
+        baseline_cost=forecast.baseline,
+        planned_cost=forecast.cost,
+        planned=forecast.graph,
+        floor=forecast.floor,
+        memory=memory,
+        layers=(*rows, *forecast.rows, *_untouched(baseline, forecast.rows)),
+        phases=_phases(spec),
+        warnings=(*checks.warnings(spec, facts, baseline), *warnings, *forecast.warnings),
+    )
+
+
+def given_graph(spec: JobSpec, classes: int, *, limits: Limits | None = None) -> Graph:
+    """The network as `spec` gives it, for K = `classes`; its `input_shape` must be stated.
+
+    Raises InvalidSpec with pointers into the spec if it is not a network.
+    """
+    model, bounds = spec.model, limits or JobLimits()
+    assert model.input_shape is not None, "make_plan fills it in"
+    if not isinstance(model, PresetModel):
+        return build_graph(model.layers, model.input_shape, classes=classes, limits=bounds)
+    layers = read_layers(preset_layers(model.preset, model.input_shape, classes, model.width))
+    try:
+        return build_graph(layers, model.input_shape, classes=classes, limits=bounds)
+    except InvalidSpec as exc:
+        # its layers were not sent, so pointers to them would lead nowhere
+        first = exc.faults[0]
+        at = first.pointer if first.pointer.startswith("/model/input_shape") else "/model/preset"
+        raise InvalidSpec([Fault(at, f"{model.preset}: {first.message}", first.limit, first.value)]) from exc
+
+
+def plan_answer(plan: Plan) -> dict[str, Any]:
+    """The body of the answer of `POST /v1/jobs/validate`."""
+    return {
+        "valid": True,
+        "plan_version": PLAN_VERSION,
+        "layers": [row.document() for row in layer_rows(plan.baseline)],
+        "given": plan.given_cost.document(),
+        "baseline": plan.baseline_cost.document(),
+        "planned": plan.planned_cost.document(),
+        "floor": None if plan.floor is None else plan.floor.document(),
+        "memory": plan.memory.document(),
+        "estimate": {"seconds": None, "reason": "no finished job to measure from"},
+        "plan": [row.document() for row in plan.layers],
+        "phases": [phase.document() for phase in plan.phases],
+        "warnings": [warning.document() for warning in plan.warnings],
+        "spec": plan.spec.document(),
+    }
+
+
+def _bounds(limits: Limits | None) -> JobLimits:
+    if limits is None or isinstance(limits, JobLimits):
+        return limits or JobLimits()
+    return JobLimits(**vars(limits))
+
+
+def _with_model(spec: JobSpec, facts: DataFacts) -> JobSpec:
+    update: dict[str, Any] = {"input_shape": checks.input_shape(spec, facts)}
+    if isinstance(spec.model, PresetModel):
+        update["classes"] = facts.classes
+    return spec.model_copy(update={"model": spec.model.model_copy(update=update)})
+
+
+def _rewritten(
+    given: Graph, optimizations: Sequence[Optimization], limits: JobLimits
+) -> tuple[tuple[Graph, ...], list[LayerPlan], list[Fault]]:
+    """(the graphs from `given` on, what was inserted and replaced, warnings)."""
+    graphs = [given]
+    rows: list[LayerPlan] = []
+    warnings: list[Fault] = []
+    for position, step in enumerate(optimizations):
+        before, pointer = graphs[-1], f"/optimizations/{position}"
+        if isinstance(step, Prune | Regularization):
+            graphs.append(before)
+            continue
+        after = rewrite(before, step, pointer=pointer, limits=limits)
+        graphs.append(after)
+        rows += _changes(before, after, step.type, pointer)
+        if after is before:
+            warnings.append(Fault(pointer, f"{step.type} finds nothing to change in this network"))
+        elif isinstance(step, SmallKernels):
+            warnings += _dearer(before, after, pointer)
+    return tuple(graphs), rows, warnings
+
+
+def _changes(before: Graph, after: Graph, kind: str, pointer: str) -> list[LayerPlan]:
+    rows = []
+    for node in after.nodes:
+        if node.name not in before:
+            rows.append(LayerPlan(node.name, "insert", None, node.shape[0], True, f"{node.type}, by {kind}", pointer))
+        elif node.layer != before[node.name].layer:
+            changed = ", ".join(
+                name
+                for name in type(node.layer).model_fields
+                if getattr(node.layer, name) != getattr(before[node.name].layer, name)
+            )
+            width = before[node.name].shape[0]
+            rows.append(
+                LayerPlan(node.name, "replace", width, node.shape[0], True, f"{changed} changed by {kind}", pointer)
+            )
+    return rows
+
+
+def _dearer(before: Graph, after: Graph, pointer: str) -> list[Fault]:
+    """A warning where small kernels cost more than the large one: few input channels, many output channels."""
+    old, new = cost(before), cost(after)
+    if new.macs <= old.macs:
+        return []
+    message = (
+        f"costs more here: {old.macs} -> {new.macs} MACs, {old.params} -> {new.params} parameters, because the first "
+        "convolution of a stack is as wide as the last; narrow it with layers"
+    )
+    return [Fault(pointer, message)]
+
+
+def _untouched(baseline: Graph, rows: Sequence[LayerPlan]) -> list[LayerPlan]:
+    """A row for each layer with weights that no compression speaks of."""
+    spoken = {row.layer for row in rows}
+    return [
+        LayerPlan(node.name, "keep", node.shape[0], node.shape[0], True, "nothing removes from it")
+        for node in baseline.nodes
+        if node.type in WEIGHTED and node.name not in spoken
+    ]
+
+
+def _phases(spec: JobSpec) -> tuple[Phase, ...]:
+    phases = [Phase("preparing"), Phase("training", spec.training.epochs), Phase("evaluating")]
+    for position, step in enumerate(spec.optimizations):
+        if not isinstance(step, Prune):
+            continue
+        pointer = f"/optimizations/{position}"
+        epochs = retraining(step, spec.training).epochs or 0
+        for _ in range(step.schedule.steps or 1):
+            phases.append(Phase("pruning", optimization=pointer))
+            if epochs:
+                phases.append(Phase("retraining", epochs, pointer))
+        phases.append(Phase("evaluating", optimization=pointer))
+    return (*phases, Phase("measuring"), Phase("exporting"))
