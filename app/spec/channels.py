@@ -133,7 +133,7 @@ def channel_classes(graph: Graph) -> Classes:
 
 
 def shrink_graph(graph: Graph, dropped: Collection[int], classes: Classes | None = None) -> Graph:
-    """The graph without the channels of the `dropped` classes: same layers, names and order, new widths, validated again.
+    """The graph without the channels of the `dropped` classes: same layers and names, new widths, validated again.
 
     The order of the kept channels is kept. `classes` are those of `graph`, where they are at hand. A depthwise
     convolution says so by the word afterwards, so that it ties its channels also when one is left.

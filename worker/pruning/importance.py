@@ -1,0 +1,242 @@
+"""How much a channel or a weight matters: one number each, float64 on the CPU, higher is kept longer.
+
+    scores = class_scores(network, classes, "l2", seed=seed)                        # class -> score
+    scores = class_scores(network, classes, "taylor", seed=seed, batches=batches)   # needs data
+
+A class of channels owns slices of several tensors: P, the producers (output side of convolutions and linear layers),
+Q, the consumers (input side), and B, the batch norms between them; n is the number of tensors that contribute.
+
+| criterion | score of a class | source |
+|---|---|---|
+| `l1` | (1/n) sum over P, Q of the absolute weights | Li et al., arXiv 1608.08710 (P only) |
+| `l2` | (1/n) sum over P, Q, B of the squares, no root | Fang et al., arXiv 2301.12900 |
+| `bn_scale` | (1/n) sum over B of the absolute scale; `l2` without any | Liu et al., arXiv 1708.06519 |
+| `fpgm` | sum of the distances of its P slices to those of every class of its group | He et al., arXiv 1811.00250 |
+| `taylor` | mean over batches of (sum over P of output * gradient)^2 | Molchanov et al., arXiv 1906.10771 |
+| `random` | uniform, from the seed and the group | the baseline |
+
+Sums are taken in float64 by one thread, so that neither the number of threads nor the machine decides a near-tie.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from app.errors import Diverged
+from app.spec.channel_rules import FloatArray, IntArray, OwnedAxis, Role
+from app.spec.channels import Classes, Group
+from app.spec.optimizations import Criterion
+from worker.network import Network
+
+DISTANCE_ROWS = 512  # of fpgm's distance matrix at a time
+PRUNABLE = frozenset({"conv", "conv_transpose", "linear"})
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def prunable_weights(network: Network) -> dict[str, Tensor]:
+    """The weights of convolutions and linear layers by parameter name, in the order of the graph."""
+    parameters = dict(network.named_parameters())
+    return {
+        f"{node.name}.weight": parameters[f"{node.name}.weight"].detach()
+        for node in network.graph.nodes
+        if node.type in PRUNABLE
+    }
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Nothing where all is finite. Raises Diverged for NaN (`NaN < t` is false, it sorts last) and infinities."""
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise Diverged(f"{name} holds a value that is not finite, so the network cannot be pruned")
+
+
+def weight_scores(name: str, weight: Tensor, criterion: Criterion, *, seed: int) -> npt.NDArray[Any]:
+    """The importance of each weight, flat, at least 0: its absolute value (`l1`, `l2`), or uniform (`random`).
+
+    In the weight's own type, so that equal weights are ties; `random` comes from the seed and the name.
+    """
+    if criterion == "random":
+        return _generator(seed, name).random(weight.numel())
+    assert criterion in ("l1", "l2"), f"{criterion} does not rank single weights"
+    scores: npt.NDArray[Any] = weight.detach().abs().cpu().numpy().ravel()
+    return scores
+
+
+def class_scores(
+    network: Network,
+    classes: Classes,
+    criterion: Criterion,
+    *,
+    seed: int,
+    batches: Batches | None = None,
+    loss: Loss = torch.nn.functional.cross_entropy,
+) -> dict[int, float]:
+    """The importance of every class of the network's graph.
+
+    Args:
+        network: Left as it is: weights, gradients and mode.
+        classes: Of `network.graph`.
+        criterion: See the table above.
+        seed: For `random`.
+        batches: For `taylor`: (images, labels) on the network's device.
+        loss: For `taylor`: (logits, labels) -> scalar.
+
+    Raises:
+        Diverged: A weight, or a gradient, is not finite.
+    """
+    check_finite(dict(network.named_parameters()))
+    if criterion == "random":
+        scores = _random(classes, seed)
+    elif criterion == "fpgm":
+        scores = _fpgm(network, classes)
+    elif criterion == "taylor":
+        assert batches is not None, "taylor needs batches"
+        scores = _taylor(network, classes, batches, loss)
+    elif criterion == "bn_scale":
+        scores, contributions = _mean_over_tensors(network, classes, ("norm",), np.abs)
+        without = contributions == 0  # classes of groups without normalisation
+        scores[without] = _mean_over_tensors(network, classes, ("out", "in"), np.square)[0][without]
+    elif criterion == "l1":
+        scores, _ = _mean_over_tensors(network, classes, ("out", "in"), np.abs)
+    else:
+        scores, _ = _mean_over_tensors(network, classes, ("out", "in", "norm"), np.square)
+    return {c: float(scores[c]) for c in classes.all().tolist()}
+
+
+def without_scales(classes: Classes) -> list[str]:
+    """The layers whose channels pass no normalisation and are therefore ranked by `l2` when `bn_scale` is asked for."""
+    layers: list[str] = []
+    for group in classes.groups:
+        if int(group.classes[0]) not in classes.pins and all(classes.axes[i].role != "norm" for i in group.axes):
+            layers += classes.layers_of(group)
+    return layers
+
+
+def _numpy(tensor: Tensor) -> FloatArray:
+    return tensor.detach().cpu().double().numpy()
+
+
+def _generator(seed: int, *names: str) -> np.random.Generator:
+    digest = hashlib.sha256("\n".join([str(seed), *names]).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "big"))
+
+
+def _per_class(values: FloatArray, axis: OwnedAxis, classes: Classes) -> FloatArray:
+    """Sums per class (by class number) of one value for each position of an axis."""
+    sums = np.zeros(classes.slot_count)
+    np.add.at(sums, axis.slots.ids, values.reshape(-1, axis.slots.repeat).sum(axis=1))
+    return sums
+
+
+def _rows(tensor: FloatArray, axis: int) -> FloatArray:
+    """The tensor as a matrix: one row for each position of `axis`."""
+    return np.moveaxis(tensor, axis, 0).reshape(tensor.shape[axis], -1)
+
+
+def _mean_over_tensors(
+    network: Network, classes: Classes, roles: tuple[Role, ...], measure: Callable[[FloatArray], FloatArray]
+) -> tuple[FloatArray, IntArray]:
+    """(mean over the contributing tensors of the summed measure, number of them), both by class number."""
+    parameters = dict(network.named_parameters())
+    sums, contributions = np.zeros(classes.slot_count), np.zeros(classes.slot_count, dtype=np.int64)
+    for axis in classes.axes:
+        if axis.role in roles and axis.tensor == "weight":
+            values = measure(_numpy(parameters[f"{axis.layer}.weight"]))
+            sums += _per_class(_rows(values, axis.axis).sum(axis=1), axis, classes)
+            contributions[np.unique(axis.slots.ids)] += 1
+    return sums / np.maximum(contributions, 1), contributions
+
+
+def _random(classes: Classes, seed: int) -> FloatArray:
+    scores = np.zeros(classes.slot_count)
+    for group in classes.groups:
+        key = sorted(f"{layer}.{tensor}.{axis}" for layer, tensor, axis in classes.key(group))
+        scores[group.classes] = _generator(seed, *key).random(len(group.classes))
+    return scores
+
+
+def _fpgm(network: Network, classes: Classes) -> FloatArray:
+    parameters = dict(network.named_parameters())
+    scores = np.zeros(classes.slot_count)
+    for group in classes.groups:
+        producers = [classes.axes[i] for i in group.axes if classes.axes[i].role == "out"]
+        slices = [
+            _slices(_rows(_numpy(parameters[f"{axis.layer}.weight"]), axis.axis), axis, group) for axis in producers
+        ]
+        if slices and int(group.classes[0]) not in classes.pins:
+            joined = torch.from_numpy(np.concatenate(slices, axis=1))
+            for start in range(0, len(joined), DISTANCE_ROWS):
+                part = joined[start : start + DISTANCE_ROWS]
+                # Not by products: equal filters must have distance 0, and a - b there loses half of the digits.
+                distances = torch.cdist(part, joined, compute_mode="donot_use_mm_for_euclid_dist")
+                scores[group.classes[start : start + DISTANCE_ROWS]] = distances.numpy().sum(axis=1)
+    return scores
+
+
+def _slices(rows: FloatArray, axis: OwnedAxis, group: Group) -> FloatArray:
+    """For each class of the group its rows, joined; classes with fewer rows than others end in zeros."""
+    ids = axis.slots.runs(1)
+    order = np.argsort(ids, kind="stable")
+    order = order[np.isin(ids[order], group.classes)]
+    place = np.searchsorted(group.classes, ids[order])
+    rank = np.arange(len(order)) - np.searchsorted(ids[order], ids[order])
+    table = np.zeros((len(group.classes), int(rank.max()) + 1, rows.shape[1]))
+    table[place, rank] = rows[order]
+    return table.reshape(len(group.classes), -1)
+
+
+def _taylor(network: Network, classes: Classes, batches: Batches, loss: Loss) -> FloatArray:
+    """The mean over batches of the squared derivative of the loss by a gate on the producers' outputs.
+
+    The derivative is read off the parameters, without hooks: behind a batch norm it is scale * its gradient + bias *
+    its gradient, elsewhere the sum of weight * gradient plus bias * gradient. Eval mode: a removal is judged by what
+    the finished network does.
+    """
+    gates = _gates(network, classes)
+    parameters = {name: p for name, p in network.named_parameters() if name in {f"{a.layer}.{a.tensor}" for a in gates}}
+    training = {module: module.training for module in network.modules()}
+    network.eval()
+    squares, count = np.zeros(classes.slot_count), 0
+    try:
+        for images_NCx, labels_N in batches:
+            with torch.enable_grad():
+                value = loss(network(images_NCx), labels_N)
+                gradients = torch.autograd.grad(value, list(parameters.values()))
+            products = {
+                name: _numpy(p) * _numpy(gradient)
+                for (name, p), gradient in zip(parameters.items(), gradients, strict=True)
+            }
+            gate = np.zeros(classes.slot_count)
+            for axis in gates:
+                gate += _per_class(_rows(products[f"{axis.layer}.{axis.tensor}"], axis.axis).sum(axis=1), axis, classes)
+            squares += gate**2
+            count += 1
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    if not np.isfinite(squares).all():
+        raise Diverged("a gradient is not finite, so taylor cannot rank the channels")
+    return squares / max(count, 1)
+
+
+def _gates(network: Network, classes: Classes) -> list[OwnedAxis]:
+    """The axes whose parameters carry the derivative of a gate on each producer's output."""
+    graph = network.graph
+    gates = []
+    producers = {axis.layer for axis in classes.axes if axis.role == "out"}
+    for name in producers:
+        following = graph.consumers(name)
+        if len(following) == 1 and following[0].type == "batch_norm":
+            gates += [a for a in classes.axes if a.layer == following[0].name and a.tensor in ("weight", "bias")]
+        else:
+            gates += [a for a in classes.axes if a.layer == name and (a.role == "out" or a.tensor == "bias")]
+    return gates
