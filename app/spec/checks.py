@@ -19,6 +19,7 @@ from app.spec.optimizations import (
 )
 
 MOST_SYNTHETIC_BYTES = 8 << 30
+MOST_PRUNES = 8  # each is forecast in full, for networks of any size
 
 
 def input_shape(spec: JobSpec, facts: DataFacts) -> tuple[int, ...]:
@@ -132,6 +133,7 @@ def order_faults(spec: JobSpec) -> Iterator[Fault]:
     """What is wrong with the order of the optimizations, with the reason."""
     first_prune: int | None = None
     masked: int | None = None
+    prunes = 0
     for position, step in enumerate(spec.optimizations):
         pointer = f"/optimizations/{position}"
         if isinstance(step, (*REWRITES, Regularization)) and first_prune is not None:
@@ -148,6 +150,9 @@ def order_faults(spec: JobSpec) -> Iterator[Fault]:
                 break
         if isinstance(step, COMPRESSIONS):
             first_prune = position if first_prune is None else first_prune
+            prunes += 1
+            if prunes == MOST_PRUNES + 1:
+                yield Fault(pointer, f"a job prunes at most {MOST_PRUNES} times", limit=MOST_PRUNES, value=prunes)
             if masked is not None and step.structure == "channels":
                 message = (
                     f"channels go before weights: the zeros of /optimizations/{masked} belong to the wider network"

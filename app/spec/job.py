@@ -26,7 +26,7 @@ from app.spec.strict import LABELS, LARGEST_INT, LabelKey, LabelValue, Shape, St
 
 SPEC_VERSIONS = (1,)
 MOST_LAYERS = 10_000
-MOST_OPTIMIZATIONS = 100
+MOST_OPTIMIZATIONS = 24
 
 Augmentation = Literal["random_crop", "horizontal_flip", "cutout"]
 Export = Literal["safetensors", "onnx", "pytorch"]

@@ -1,0 +1,86 @@
+"""What the service offers, described for people and forms: optimizations with JSON schema and example, presets with cost."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from functools import cache
+from typing import Any
+
+from app.spec.cost import cost
+from app.spec.graph import build_graph
+from app.spec.layers import read_layers
+from app.spec.optimizations import OPTIMIZATIONS
+from app.spec.presets import PRESETS, preset_layers
+
+_TITLES = {
+    "batch_norm": "Insert batch normalization",
+    "dropout": "Insert dropout",
+    "spatial_dropout": "Insert spatial dropout",
+    "small_kernels": "Smaller kernels",
+    "deeper": "More depth",
+    "residual": "Residual connections",
+    "regularization": "Regularization",
+    "prune": "Prune weights or channels",
+}
+_EXAMPLES: dict[str, dict[str, Any]] = {
+    "batch_norm": {"type": "batch_norm"},
+    "dropout": {"type": "dropout", "p": 0.3},
+    "spatial_dropout": {"type": "spatial_dropout", "p": 0.1},
+    "small_kernels": {"type": "small_kernels"},
+    "deeper": {"type": "deeper", "times": 2},
+    "residual": {"type": "residual"},
+    "regularization": {"type": "regularization", "l1": 1e-5, "l2": 1e-4},
+    "prune": {
+        "type": "prune",
+        "structure": "channels",
+        "criterion": "l2",
+        "budget": {"macs": 0.5},
+        "schedule": {"name": "one_shot"},
+        "retrain": {"epochs": 3, "policy": "lr_rewind"},
+    },
+}
+
+
+def optimization_catalogue() -> list[dict[str, Any]]:
+    """One `{type, title, description, schema, example}` for each optimization, in the order in which they make sense."""
+    return deepcopy(_optimizations())
+
+
+def preset_catalogue() -> list[dict[str, Any]]:
+    """One entry for each preset: what it takes, its source, and its cost for the data it is known for."""
+    return deepcopy(_presets())
+
+
+@cache
+def _optimizations() -> list[dict[str, Any]]:
+    entries = []
+    for part in OPTIMIZATIONS:
+        kind = part.model_fields["type"].default
+        schema = part.model_json_schema()
+        description = schema.pop("description")
+        entry = {"type": kind, "title": _TITLES[kind], "description": description, "schema": schema}
+        entries.append({**entry, "example": _EXAMPLES[kind]})
+    return entries
+
+
+@cache
+def _presets() -> list[dict[str, Any]]:
+    entries = []
+    for preset in PRESETS.values():
+        layers = read_layers(preset_layers(preset.name, preset.usual_shape, preset.usual_classes))
+        graph = build_graph(layers, preset.usual_shape, classes=preset.usual_classes)
+        entries.append(
+            {
+                "name": preset.name,
+                "description": preset.description,
+                "source": preset.source,
+                "spatial_axes": list(preset.axes),
+                "smallest_size": preset.smallest,
+                "input_shape": list(preset.usual_shape),
+                "classes": preset.usual_classes,
+                "layers": len(graph.nodes),
+                "cost": cost(graph).document(),
+                "example": {"preset": preset.name, "input_shape": list(preset.usual_shape), "width": 1.0},
+            }
+        )
+    return entries
