@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from app import attempts
+from app.artifacts import artifact_key, checkpoint_key, latest_checkpoints, state_key
 from app.attempts import Claim
 from app.db import Database
 from app.errors import Unavailable
@@ -45,7 +46,6 @@ class Porter:
         self._claim = claim
         self._db = db
         self._storage = storage
-        self._prefix = f"jobs/{claim.job_id}/attempts/{claim.attempt}"
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="porter")
         self._lock = threading.Lock()
         self._newest: CheckpointFiles | None = None
@@ -65,17 +65,17 @@ class Porter:
 
     def publish_artifact(self, name: str, path: Path) -> str:
         """The key under which the file now lies; called in the porter's thread."""
-        key = f"{self._prefix}/artifacts/{name}"
+        key = artifact_key(self._claim.job_id, self._claim.attempt, name)
         self._keep_trying(lambda: self._storage.put_file(key, path))
         return key
 
     def fetch_checkpoint(self, folder: Path) -> tuple[Path | None, list[str]]:
         """The newest checkpoint whose bytes are what the row says, in `folder`, and a sentence for each that is not."""
         problems = []
-        for saved in attempts.latest_checkpoints(self._db, self._claim.job_id):
+        for saved in latest_checkpoints(self._db, self._claim.job_id):
             tensors, state = folder / "checkpoint.safetensors", folder / "checkpoint.json"
             try:
-                for key, path in ((saved.key, tensors), (_state_key(saved.key), state)):
+                for key, path in ((saved.key, tensors), (saved.state_key, state)):
                     self._keep_trying(lambda key=key, path=path: self._storage.fetch(key, path))  # type: ignore[misc]
             except ObjectNotFound:
                 problems.append(f"the checkpoint of step {saved.step} is missing from the store")
@@ -98,9 +98,9 @@ class Porter:
             files, self._newest = self._newest, None
         if files is None:
             return  # an earlier turn took the newer one
-        key = f"{self._prefix}/checkpoints/{files.step:012d}.safetensors"
+        key = checkpoint_key(self._claim.job_id, self._claim.attempt, files.step)
         self._keep_trying(lambda: self._storage.put_file(key, files.tensors))
-        self._keep_trying(lambda: self._storage.put_file(_state_key(key), files.state))
+        self._keep_trying(lambda: self._storage.put_file(state_key(key), files.state))
         failpoint("checkpoint_after_bytes")
         self._keep_trying(
             lambda: attempts.record_checkpoint(
@@ -129,10 +129,6 @@ class Porter:
                     raise
             self._closed.wait(delay_s * random.uniform(0.5, 1.5))
             delay_s = min(30.0, delay_s * 2)
-
-
-def _state_key(tensors_key: str) -> str:
-    return tensors_key.removesuffix(".safetensors") + ".json"
 
 
 def _remove(files: CheckpointFiles) -> None:

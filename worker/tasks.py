@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from celery import Celery
 from celery.signals import worker_shutting_down
 
-from app.queue import celery_options
+from app.queue import QUEUE, TASK, celery_app
 from worker.supervisor import Supervisor
-
-TASK = "espalier.ring"
 
 
 def run_celery(supervisor: Supervisor, broker_url: str, slots: int) -> None:
     """Serve rings from the broker until SIGTERM; running jobs are then told to checkpoint and return."""
-    app = Celery("espalier", broker=broker_url, set_as_current=False)
-    app.conf.update(celery_options(worker=True), worker_concurrency=slots)
+    app = celery_app(broker_url, worker=True)
 
-    @app.task(name=TASK, ignore_result=True)  # type: ignore[untyped-decorator]
+    @app.task(name=TASK, ignore_result=True)
     def ring(job_id: str) -> None:
         supervisor.run_until_idle(hint=job_id)
 
@@ -28,7 +24,7 @@ def run_celery(supervisor: Supervisor, broker_url: str, slots: int) -> None:
     worker_shutting_down.connect(stop, weak=False)
     app.worker_main(
         [
-            "worker", "--pool=threads", f"--concurrency={slots}", "--queues=espalier", "--loglevel=WARNING",
+            "worker", "--pool=threads", f"--concurrency={slots}", f"--queues={QUEUE}", "--loglevel=WARNING",
             "--without-gossip", "--without-mingle", "--without-heartbeat",
         ]  # fmt: skip
     )

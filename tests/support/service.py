@@ -162,3 +162,30 @@ def long_job(**changes: Any) -> dict[str, Any]:
     spec["data"] = {"synthetic": {"classes": 4, "train": 4096, "test": 128, "seed": 1}}
     spec["training"] = {**spec["training"], "epochs": 60}
     return spec
+
+
+@contextmanager
+def running(module: str, environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[str]]:
+    """`python -m <module>` with exactly what it needs from the environment, ended by SIGTERM."""
+    with log.open("a") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *module.split()],
+            stdout=subprocess.PIPE,
+            stderr=output,
+            text=True,
+            env={**os.environ, "ESPALIER_THREADS": "1", **environment},
+        )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise
+        finally:
+            assert process.stdout is not None
+            process.stdout.close()
