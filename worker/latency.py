@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,10 +25,13 @@ BATCH_SIZES = (1, 32)
 MOST_RUNS = 200
 FEWEST_RUNS = 5
 WARM_UP_RUNS = 20
+PATIENCE = 4  # times a measurement's share of the time, then one run has to do: a large network on one thread
 NO_GAIN = 0.95  # a ratio of medians above this is within the noise of a busy machine
 
 Timings = dict[str, dict[str, dict[str, float]]]
 Run = Callable[[], object]
+Runner = Callable[[NDArray[np.float32]], Run]  # images -> one run on them
+Change = Literal["smaller", "zeros", "none"]
 
 
 @dataclass(frozen=True)
@@ -54,15 +58,16 @@ def measure_latency(
     Args:
         dense, pruned: networks of the same input shape; they are copied, not touched.
         threads: of either runtime; torch's own setting is put back afterwards.
-        seconds: of measuring in total, shared by all runtimes and batch sizes. A network so large that five runs take
-            longer than its share gets those five.
+        seconds: of measuring in total, shared by all runtimes and batch sizes. A large network is given up to four
+            times that for five runs, and at least one.
         batch_sizes: examples per run.
         waiting: called between the measurements; may raise to give up.
     """
     share = seconds / (2 * len(batch_sizes))
     timings: tuple[Timings, Timings] = ({}, {})
     runs: dict[str, JsonValue] = {}
-    notes = []
+    notes: list[str] = []
+    change = _change(dense, pruned)
     with _torch_threads(threads):
         for runtime, runner in (("torch", _torch_runs), ("onnxruntime", _onnx_runs)):
             prepared = runner((dense, pruned), threads)
@@ -76,15 +81,15 @@ def measure_latency(
                     one.setdefault(runtime, {})[key] = _percentiles(milliseconds)
                 if waiting is not None:
                     waiting()
-            notes += _notes(runtime, timings[0][runtime], timings[1][runtime], same_shape=_same_shape(dense, pruned))
+            notes += _notes(runtime, timings[0][runtime], timings[1][runtime], change)
     conditions: dict[str, JsonValue] = {"device": "cpu", "threads": threads, "runs": runs}
     return Latency(timings[0], timings[1], tuple(notes), conditions)
 
 
-def _torch_runs(networks: Sequence[Network], threads: int) -> list[Callable[[NDArray[np.float32]], Run]]:
+def _torch_runs(networks: Sequence[Network], threads: int) -> list[Runner]:
     """One maker of runs per network, in eager mode on a CPU copy."""
 
-    def maker(network: Network) -> Callable[[NDArray[np.float32]], Run]:
+    def maker(network: Network) -> Runner:
         copy = build_network(network.graph)
         copy.load_state_dict(portable_tensors(network))
         copy.eval()
@@ -103,13 +108,13 @@ def _torch_runs(networks: Sequence[Network], threads: int) -> list[Callable[[NDA
     return [maker(network) for network in networks]
 
 
-def _onnx_runs(networks: Sequence[Network], threads: int) -> list[Callable[[NDArray[np.float32]], Run]]:
+def _onnx_runs(networks: Sequence[Network], threads: int) -> list[Runner]:
     """One maker of runs per network, in a session of the graph as it is exported."""
     import onnxruntime  # not before it is needed: a trainer starts without it
 
     from worker.onnx_model import onnx_bytes
 
-    def maker(network: Network) -> Callable[[NDArray[np.float32]], Run]:
+    def maker(network: Network) -> Runner:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -133,14 +138,18 @@ def _take_turns(pair: Sequence[Run], seconds: float) -> tuple[list[float], list[
     for count in range(WARM_UP_RUNS):
         for run in pair:
             run()
-        if count and time.perf_counter() - start > seconds / 5:
+        elapsed = time.perf_counter() - start
+        if elapsed > seconds or (count and elapsed > seconds / 5):
             break
     measured: tuple[list[float], list[float]] = ([], [])
-    while len(measured[0]) < FEWEST_RUNS or (len(measured[0]) < MOST_RUNS and time.perf_counter() - start < seconds):
+    while len(measured[0]) < MOST_RUNS:
         for run, milliseconds in zip(pair, measured, strict=True):
             before = time.perf_counter()
             run()
             milliseconds.append((time.perf_counter() - before) * 1e3)
+        allowed = seconds if len(measured[0]) >= FEWEST_RUNS else PATIENCE * seconds
+        if time.perf_counter() - start >= allowed:
+            break
     return measured
 
 
@@ -150,34 +159,37 @@ def _percentiles(milliseconds: Sequence[float]) -> dict[str, float]:
 
 
 def _notes(
-    runtime: str,
-    dense: Mapping[str, Mapping[str, float]],
-    pruned: Mapping[str, Mapping[str, float]],
-    *,
-    same_shape: bool,
+    runtime: str, dense: Mapping[str, Mapping[str, float]], pruned: Mapping[str, Mapping[str, float]], change: Change
 ) -> Iterator[str]:
-    """One sentence for a runtime in which the pruned network is not faster."""
+    """One sentence for a runtime in which the pruned network is not faster; none where nothing was pruned."""
     slow = [key for key in dense if pruned[key]["p50"] > NO_GAIN * dense[key]["p50"]]
-    if not slow:
+    if not slow or change == "none":
         return
     figures = ", ".join(
         f"{pruned[key]['p50']:.3g} ms against {dense[key]['p50']:.3g} ms at batch {key.removeprefix('batch_')}"
         for key in slow
     )
-    if same_shape:
+    if change == "zeros":
         yield (
             f"zeros alone do not make {runtime} faster: {figures}; they make the compressed file smaller. "
             "Prune channels for speed."
         )
     else:
         yield (
-            f"the pruned network is not faster in {runtime}: {figures}; at this size the time goes into starting each "
+            f"the smaller network is not faster in {runtime}: {figures}; at this size the time goes into starting each "
             "layer or into widths that the runtime pads (see round_to)."
         )
 
 
-def _same_shape(dense: Network, pruned: Network) -> bool:
-    return cost(dense.graph).macs == cost(pruned.graph).macs
+def _change(dense: Network, pruned: Network) -> Change:
+    """What pruning did: fewer multiply-accumulates, only zeros, or neither."""
+    if cost(pruned.graph).macs < cost(dense.graph).macs:
+        return "smaller"
+    return "zeros" if _nonzero(pruned) < _nonzero(dense) else "none"
+
+
+def _nonzero(network: Network) -> int:
+    return sum(int(torch.count_nonzero(parameter)) for parameter in network.parameters())
 
 
 def _noise(shape: tuple[int, ...]) -> NDArray[np.float32]:

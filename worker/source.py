@@ -76,7 +76,7 @@ def model_source(graph: Graph, class_names: Sequence[str], preprocessing: Prepro
     """
     total = cost(graph)
     head = _HEADER.format(
-        input_shape=" x ".join(map(str, graph.input_shape)),
+        input_shape=_by(graph.input_shape),
         classes=graph[graph.output].shape[0],
         params=f"{total.params:,}",
         macs=f"{total.macs:,}",
@@ -89,7 +89,8 @@ def model_source(graph: Graph, class_names: Sequence[str], preprocessing: Prepro
         *_lines("STD = [", [repr(value) for value in preprocessing.std], "]", ""),
     ]
     per_channel = ", ".join(["-1", *["1"] * (len(graph.input_shape) - 1)])
-    body = ["", "", "class Network(nn.Module):", *_init(graph), "", *_forward(graph)]
+    about = f'    """Images N x {_by(graph.input_shape)} -> logits N x {_by(graph[graph.output].shape)}."""'
+    body = ["", "", "class Network(nn.Module):", about, "", *_init(graph), "", *_forward(graph)]
     return head + "\n".join([*constants, *body]) + "\n" + _FUNCTIONS.format(per_channel=per_channel)
 
 
@@ -101,6 +102,10 @@ def _quoted_json(value: object) -> str:
 
 def _tuple(values: Sequence[int]) -> str:
     return f"({', '.join(map(str, values))}{',' if len(values) == 1 else ''})"
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _sizes(values: Sequence[int]) -> str:
@@ -131,7 +136,7 @@ def _forward(graph: Graph) -> list[str]:
     for node in graph.nodes:
         start, arguments, end = _expression(node, [variables[name] for name in node.inputs])
         statement = _lines(f"{variables[node.name]} = {start}", arguments, end, INDENT)
-        comment = f"  # {' x '.join(map(str, node.shape))}"
+        comment = f"  # {_by(node.shape)}"
         if node.shape != node.input_shapes[0] and len(statement) == 1 and len(statement[0] + comment) <= LINE_LENGTH:
             statement[0] += comment
         lines += statement
@@ -257,6 +262,8 @@ _ELEMENTWISE = {
 
 
 def _pool(layer: spec.MaxPool | spec.AvgPool, inputs: Sequence[str], node: Node, axes: int) -> Expression:
+    if set(layer.kernel(axes)) == {1} and not any(layer.paddings(axes)):  # every stride-th position
+        return Expression(f"{inputs[0]}[:, :, {', '.join(f'::{stride}' for stride in layer.strides(axes))}]")
     sizes: dict[str, Sequence[int]] = {"kernel_size": layer.kernel(axes)}
     if layer.strides(axes) != layer.kernel(axes):
         sizes["stride"] = layer.strides(axes)

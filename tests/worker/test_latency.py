@@ -1,0 +1,73 @@
+"""Latency: both networks under the same conditions, and a plain sentence where pruning brought nothing."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from support.topologies import CLASSES, conv, layer, topology, trained
+
+from app.spec.graph import build_graph
+from app.spec.layers import read_layers
+from worker.latency import MOST_RUNS, Latency, measure_latency
+from worker.network import Network
+
+
+def plain(width: int) -> Network:
+    layers = [conv(width), layer("relu"), conv(width), layer("global_avg_pool"), layer("flatten")]
+    return trained(build_graph(read_layers([*layers, layer("linear", out_features=CLASSES)]), (3, 32, 32)))
+
+
+def measured(dense: Network, pruned: Network) -> Latency:
+    return measure_latency(dense, pruned, seconds=0.8, batch_sizes=(1, 8))
+
+
+def test_a_much_smaller_network_is_faster_in_both_runtimes_and_nothing_is_noted() -> None:
+    found = measured(plain(64), plain(4))
+    assert found.notes == ()
+    assert found.dense.keys() == found.pruned.keys() == {"torch", "onnxruntime"}
+    for runtime, sizes in found.dense.items():
+        assert sizes.keys() == {"batch_1", "batch_8"}
+        for key, figures in sizes.items():
+            assert 0 < found.pruned[runtime][key]["p50"] < figures["p50"] <= figures["p95"]
+
+
+def test_zeros_alone_are_said_to_bring_nothing_once_for_each_runtime() -> None:
+    dense, pruned = plain(32), plain(32)
+    with torch.no_grad():
+        for parameter in pruned.parameters():
+            parameter.view(-1)[::2] = 0
+    found = measured(dense, pruned)
+    assert len(found.notes) >= 1
+    for note in found.notes:
+        assert note.startswith(("zeros alone do not make torch faster", "zeros alone do not make onnxruntime faster"))
+        assert " ms against " in note
+
+
+def test_nothing_is_noted_where_nothing_was_pruned() -> None:
+    assert measured(plain(8), plain(8)).notes == ()
+
+
+def test_conditions_are_stated_and_the_process_is_left_as_it_was() -> None:
+    dense, before = trained(topology("chain")), torch.get_num_threads()
+    dense.train()
+    found = measure_latency(dense, dense, threads=2, seconds=0.2, batch_sizes=(1,))
+    assert dict(found.conditions) | {"runs": None} == {"device": "cpu", "threads": 2, "runs": None}
+    runs = found.conditions["runs"]
+    assert isinstance(runs, dict)
+    assert all(isinstance(count, int) and 1 <= count <= MOST_RUNS for count in runs.values())
+    assert dense.training
+    assert torch.get_num_threads() == before
+
+
+def test_the_time_is_kept_and_the_caller_may_give_up_between_measurements() -> None:
+    start = time.perf_counter()
+    measure_latency(plain(64), plain(64), seconds=0.5)
+    assert time.perf_counter() - start < 5
+
+    def cancelled() -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        measure_latency(plain(4), plain(4), seconds=0.2, waiting=cancelled)
