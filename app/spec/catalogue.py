@@ -1,4 +1,4 @@
-"""What the service offers, described for people and forms: optimizations with JSON schema and example, presets with cost."""
+"""What the service offers, for people and forms: optimizations with JSON schema and example, presets with cost."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
 
 
 def optimization_catalogue() -> list[dict[str, Any]]:
-    """One `{type, title, description, schema, example}` for each optimization, in the order in which they make sense."""
+    """One `{type, title, description, schema, example}` for each optimization, in the order in which they apply."""
     return deepcopy(_optimizations())
 
 

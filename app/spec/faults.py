@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from app.errors import Fault, JsonValue
 
 MOST_FAULTS = 100
 DEEPEST = 64
+MOST_ENTRIES = 10_000
 _KEY_LENGTH = 64  # a key of a megabyte must not come back
 _POINTER_LENGTH = 512
 _TEXT_LENGTH = 64
@@ -41,6 +42,7 @@ _MESSAGES = {
     "literal_error": "must be one of: {expected}",
     "union_tag_invalid": "is not offered; offered are: {expected_tags}",
     "union_tag_not_found": "is required",
+    "json_invalid": "is not valid JSON: a string holds one half of a surrogate pair",
 }
 _LIMITS = ("gt", "ge", "lt", "le", "max_length", "min_length")
 
@@ -65,22 +67,26 @@ def echo(value: object) -> JsonValue:
     return None
 
 
-def depth_fault(document: object) -> Fault | None:
-    """What is wrong when lists and objects are nested deeper than 64; None when they are not."""
-    level: list[object] = [document]
+def bulk_fault(document: object) -> Fault | None:
+    """What is wrong if lists and objects are nested deeper than 64 or hold more than 10,000 entries, else None.
+
+    Looked at first, since a checker that lists every mistake would list half a million.
+    """
+    level: list[tuple[tuple[str | int, ...], Any]] = [((), document)]
     for _ in range(DEEPEST + 1):
-        level = [child for value in level for child in _children(value)]
-        if not level:
+        below = []
+        for path, value in level:
+            if not isinstance(value, dict | list):
+                continue
+            if len(value) > MOST_ENTRIES:
+                message = f"must have at most {MOST_ENTRIES} entries"
+                return Fault(pointer(*path), message, limit=MOST_ENTRIES, value=len(value))
+            entries = value.items() if isinstance(value, dict) else enumerate(value)
+            below += [((*path, key), child) for key, child in entries if isinstance(child, dict | list)]
+        if not below:
             return None
+        level = below
     return Fault("", f"is nested deeper than {DEEPEST} levels", limit=DEEPEST)
-
-
-def _children(value: object) -> Iterable[object]:
-    if isinstance(value, dict):
-        return [child for child in value.values() if isinstance(child, dict | list)]
-    if isinstance(value, list):
-        return [child for child in value if isinstance(child, dict | list)]
-    return ()
 
 
 @dataclass(frozen=True)
@@ -97,11 +103,19 @@ def faults_of(error: ValidationError, document: object) -> list[Fault]:
     """At most 100 faults, in the order of the document's schema, one for each place."""
     located: list[_Located] = []
     for entry in error.errors(include_url=False):
-        if entry["type"] != "default_factory_not_called":  # follows from another error, which is listed
+        if not _follows(entry, document):
             located.append(_locate(entry, document))
             if len(located) >= 4 * MOST_FAULTS:
                 break
     return _merge(located)[:MOST_FAULTS]
+
+
+def _follows(entry: Any, document: object) -> bool:
+    """Whether the error only follows from another one, which is listed too."""
+    if entry["type"] == "too_short":  # pydantic counts the entries that are right
+        sent = _at(document, _path(entry["loc"], document, missing=False)[0])
+        return isinstance(sent, list | dict) and len(sent) >= entry["ctx"]["min_length"]
+    return bool(entry["type"] == "default_factory_not_called")
 
 
 def _locate(entry: Any, document: object) -> _Located:
@@ -115,7 +129,8 @@ def _locate(entry: Any, document: object) -> _Located:
             path = (*path, *(int(part) if part.isdigit() else part for part in context["field"].split("/")))
         value = echo(context["value"])
     elif kind in ("too_long", "too_short"):
-        value = context["actual_length"]
+        sent = _at(document, path)
+        value = len(sent) if isinstance(sent, dict | list) else None
     elif kind == "string_too_long":
         value = len(entry["input"])
     else:
@@ -132,11 +147,14 @@ def _message(kind: str, context: dict[str, Any], fallback: str) -> str:
         return str(context["text"])
     if kind == "value_error":
         return fallback.removeprefix("Value error, ")
-    named = {
-        name: str(value).replace("'", "").replace(" or ", ", ") if name in ("expected", "expected_tags") else value
-        for name, value in context.items()
-    }
+    named = {name: _spoken(name, value) for name, value in context.items()}
     return _MESSAGES[kind].format(**named) if kind in _MESSAGES else fallback
+
+
+def _spoken(name: str, value: object) -> object:
+    if name in ("expected", "expected_tags"):
+        return str(value).replace("'", "").replace(" or ", ", ")
+    return f"{value:g}" if isinstance(value, float) else value
 
 
 def _path(location: Sequence[str | int], document: object, *, missing: bool) -> tuple[tuple[str | int, ...], bool]:

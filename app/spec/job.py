@@ -18,7 +18,7 @@ from pydantic.functional_validators import AfterValidator, BeforeValidator
 
 from app.errors import Fault, InvalidSpec
 from app.spec.data import DataSpec
-from app.spec.faults import depth_fault, faults_of
+from app.spec.faults import bulk_fault, faults_of
 from app.spec.layers import AnyLayer
 from app.spec.optimizations import Epochs, LearningRate, Optimization, Prune, Retrain
 from app.spec.presets import PRESETS
@@ -273,9 +273,9 @@ def parse_job(document: object) -> JobSpec:
 
     Raises InvalidSpec with at most 100 faults: JSON pointer into `document`, message, limit, value.
     """
-    too_deep = depth_fault(document)
-    if too_deep:
-        raise InvalidSpec([too_deep])
+    too_much = bulk_fault(document)
+    if too_much:
+        raise InvalidSpec([too_much])
     try:
         text = json.dumps(document)
     except (TypeError, ValueError) as exc:
