@@ -179,8 +179,10 @@ class Sweeper:
             by_id.setdefault(stored.key.split("/")[1], []).append(stored.key)
         for ids in _batches(sorted(by_id)):
             with self._db.read() as session:
-                known = select(DatasetRow.id).where(DatasetRow.id.in_(ids), DatasetRow.deleted_at.is_(None))
-                alive = set(session.scalars(known))
+                alive = set[str | None]()
+                for column in (DatasetRow.id, DatasetRow.packed_id):  # a data set may use what another one packed
+                    known = select(column).where(column.in_(ids), DatasetRow.deleted_at.is_(None))
+                    alive |= set(session.scalars(known))
             for dataset_id in ids:
                 if dataset_id not in alive:
                     yield from by_id[dataset_id]

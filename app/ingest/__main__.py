@@ -16,10 +16,9 @@ from pathlib import Path
 
 from app.ingest.limits import Limits, Problem, Rejected
 from app.ingest.pack import ingest
+from app.ingest.packed import PACKED, RESULT
 from app.lifeline import end_with_parent
 
-RESULT = "result.json"
-PACKED = "packed"
 DISK_ERRORS = {
     errno.ENOSPC: "the service's disk is full: free space there, then send it again",
     errno.EDQUOT: "the service's disk quota is used up: free space there, then send it again",

@@ -7,6 +7,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+HELD_OUT_SHARE = 0.1  # of an upload that has no test part
+
 
 def stratified_mask(
     labels: npt.NDArray[np.int64], share: float, generator: np.random.Generator

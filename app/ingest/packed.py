@@ -29,6 +29,8 @@ from app.spec.data import DataFacts
 
 FORMAT_VERSION = 1
 MANIFEST = "dataset.json"
+PACKED = "packed"  # where the checking process packs, and its answer beside it
+RESULT = "result.json"
 SPLITS = ("train", "test")
 BLOCK_BYTES = 4 << 20  # how much of an array is in memory at once
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from app.ingest.archive import Archive, Entry, read_exactly
 from app.ingest.arrays import check_class_names
-from app.ingest.holdout import stratified_mask
+from app.ingest.holdout import HELD_OUT_SHARE, stratified_mask
 from app.ingest.limits import Limits, Problem, Rejected, reject, shorten
 from app.ingest.packed import SPLITS, ArrayFile
 
@@ -36,7 +36,6 @@ SPLIT_FOLDERS = {
     "test": "test",
     "testing": "test",
 }
-HELD_OUT_SHARE = 0.1
 WHITE = 255
 SAMPLE_OF_NAMES = 5
 

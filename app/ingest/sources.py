@@ -22,9 +22,9 @@ from pathlib import Path
 from app.errors import DataUnavailable
 from app.ingest import debian
 from app.ingest.arrays import Arrays
+from app.ingest.finish import finish_arrays
 from app.ingest.idx import read_labels, write_images
 from app.ingest.limits import Limits
-from app.ingest.pack import finish_arrays
 from app.ingest.packed import ensure_packed
 from app.settings import Settings
 from app.spec.data import DataFacts
