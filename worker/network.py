@@ -120,13 +120,31 @@ def initialise(network: Network, generator: torch.Generator | None) -> None:
 
 
 def _fan_in(node: Node) -> float:
-    """How many products one output element sums."""
+    """How many products one output element sums, on average; those with padding are zero and not counted.
+
+    On small maps that matters: a 3 x 3 window on 2 x 2 positions meets 4 of its 9.
+    """
     weight = node.tensors["weight"].shape
     if isinstance(node.layer, spec.ConvTranspose):
         channels, axes = node.input_shapes[0][0], len(node.shape) - 1
         taps = math.prod(weight[2:]) / math.prod(node.layer.strides(axes))
         return max(1.0, channels / node.layer.group_count(channels) * taps)
-    return math.prod(weight[1:])
+    if not isinstance(node.layer, spec.Conv):
+        return weight[1]
+    axes = len(node.shape) - 1
+    geometry = (node.layer.strides(axes), node.layer.dilations(axes), node.layer.paddings(axes))
+    met = 1.0
+    for size, given, kernel, stride, dilation, (before, _) in zip(
+        node.input_shapes[0][1:], node.shape[1:], weight[2:], *geometry, strict=True
+    ):
+        meetings = 0
+        for tap in range(kernel):
+            offset = tap * dilation - before  # output o meets position o * stride + offset
+            first = max(0, -(offset // stride))
+            last = min(given - 1, (size - 1 - offset) // stride)
+            meetings += max(0, last - first + 1)
+        met *= meetings / given
+    return weight[1] * met
 
 
 _THROUGH = (

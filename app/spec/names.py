@@ -18,7 +18,6 @@ LONGEST_NAME = 200
 # Attributes of `torch.nn.Module` without a leading underscore (torch is not here to ask; a test compares). A
 # sub-module of such a name is refused by `add_module`, or worse: `setattr` leaves the method in place.
 MODULE_ATTRIBUTES = frozenset(
-    # fmt: off
     {
         "T_destination",
         "add_module",
@@ -75,7 +74,6 @@ MODULE_ATTRIBUTES = frozenset(
         "xpu",
         "zero_grad",
     }
-    # fmt: on
 )
 # Names of tensors inside a layer: `weight.weight` would be a key nobody can read.
 TENSOR_NAMES = frozenset({"weight", "bias", "running_mean", "running_var", "num_batches_tracked"})
