@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -67,6 +68,7 @@ def create_app(settings: Settings) -> FastAPI:
         meters=meters.Meters(lambda: meters.count_jobs(database)),
         checks=ThreadPoolExecutor(CHECKS, thread_name_prefix="check"),
         stopping=asyncio.Event(),
+        leaving=threading.Event(),
         watch=Watch(database),
     )
     app.state.backends = given
@@ -84,8 +86,10 @@ def create_app(settings: Settings) -> FastAPI:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     given: Backends = app.state.backends
+    datasets.resume_checks(given)
     yield
     given.stopping.set()
+    given.leaving.set()
     given.checks.shutdown(wait=True, cancel_futures=True)
     given.bell.close()
     given.db.close()

@@ -171,7 +171,7 @@ class Dataset(Answer):
     name: str
     state: Literal["checking", "ready", "rejected"]
     format: str
-    splits: dict[str, int]
+    splits: dict[str, int] | None
     classes: list[str]
     shape: list[int] | None
     size_bytes: int

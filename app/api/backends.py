@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class Backends:
     meters: Meters
     checks: ThreadPoolExecutor  # each thread waits for one child process that checks an upload
     stopping: asyncio.Event  # set when the server begins to stop: streams and held requests end
+    leaving: threading.Event  # set when the application ends: checks are interrupted and taken up by the next process
     watch: Watch
 
 

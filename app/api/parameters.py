@@ -20,6 +20,7 @@ from app.errors import (
     InvalidHeader,
     InvalidIdempotencyKey,
     InvalidParameter,
+    JobNotFound,
     MalformedRequest,
     NotFound,
     PreconditionFailed,
@@ -95,12 +96,14 @@ async def refuse_unknown_query(request: Request) -> None:
 
 def check_id(kind: str, value: str) -> str:
     """`value` if it looks like an id we give out; else NotFound, as for any id that does not exist."""
-    if not _ID.fullmatch(value) or not value.startswith(f"{kind}_"):
-        raise NotFound(NOT_FOUND[kind])
+    if not is_id(kind, value):
+        raise JobNotFound() if kind == "job" else NotFound("there is no such data set")
     return value
 
 
-NOT_FOUND = {"job": "there is no job with this id", "ds": "there is no data set with this id"}
+def is_id(kind: str, value: str) -> bool:
+    """Whether `value` looks like an id we give out."""
+    return value.startswith(f"{kind}_") and _ID.fullmatch(value) is not None
 
 
 def parse_label(label: str | None) -> tuple[str, str] | None:

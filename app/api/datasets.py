@@ -1,0 +1,193 @@
+"""`/v1/datasets`: uploads arrive as a stream, are checked in a child process, and are listed, read and removed."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal
+
+from fastapi import APIRouter, Query, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from app import datasets
+from app.api import answers
+from app.api.backends import Backends
+from app.api.bodies import refuse_encoding
+from app.api.documents import Json
+from app.api.jobs import Given, Tenant
+from app.api.parameters import Cursor, DatasetId, Limit, check_id, is_id
+from app.datasets import DatasetView
+from app.errors import InvalidCursor, InvalidParameter, StorageFull
+from app.spec.strict import Text
+
+WAIT_S = 10.0  # how long an upload's answer waits for its check
+PIECE_BYTES = 1 << 20
+ABANDONED_S = 3600.0  # a living upload writes at least every 30 s
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+router = APIRouter(prefix="/v1/datasets", tags=["data sets"])
+
+Name = Annotated[Text, Query(description="What to call it; it is used by its id.")]
+Format = Annotated[
+    Literal["auto", "image_folder", "npz", "cifar", "idx"],
+    Query(alias="format", description="auto: told from the names of the files."),
+]
+
+
+@dataclass(frozen=True)
+class Received:
+    """A whole upload in a file of this machine."""
+
+    path: Path
+    size_bytes: int
+    sha256: str
+
+
+@router.post(
+    "", status_code=201, summary="Upload a data set", responses=answers.UPLOADED, openapi_extra=answers.UPLOAD_BODY
+)
+async def upload_dataset(
+    request: Request, given: Given, owner: Tenant, name: Name = "upload", kind: Format = "auto"
+) -> Response:
+    """The data set, whose file is the body: `ready`, `rejected`, or `checking` if that takes longer than 10 s."""
+    refuse_encoding(request)
+    async with _receiving(request, given) as received:
+        view = await run_in_threadpool(
+            datasets.register_upload,
+            given.db,
+            given.storage,
+            owner,
+            received.path,
+            name=name,
+            kind=kind,
+            size_bytes=received.size_bytes,
+            sha256=received.sha256,
+        )
+    await _first(asyncio.wrap_future(start_check(given, view.id)), given.stopping)
+    view = await run_in_threadpool(datasets.get_dataset, given.db, owner, view.id)
+    return Json(view.document(), 201, {"Location": f"/v1/datasets/{view.id}"})
+
+
+@router.get("", summary="List data sets, newest first", responses=answers.DATASETS)
+def list_datasets(given: Given, owner: Tenant, limit: Limit = 50, cursor: Cursor = None) -> Response:
+    """One page; `next_cursor` null is the end. More than 200 are cut to 200."""
+    if cursor is not None and not is_id("ds", cursor):
+        raise InvalidCursor()
+    page, following = datasets.list_datasets(given.db, owner, limit=min(limit, datasets.PAGE_LIMIT), before=cursor)
+    return Json({"items": [view.document() for view in page], "next_cursor": following})
+
+
+@router.get("/{dataset_id}", summary="One data set", responses=answers.DATASET)
+def get_dataset(given: Given, owner: Tenant, dataset_id: DatasetId) -> Response:
+    """The data set; while it is `checking`, ask again."""
+    view = datasets.get_dataset(given.db, owner, check_id("ds", dataset_id))
+    return Json(view.document(), headers=_retry(view))
+
+
+@router.delete("/{dataset_id}", status_code=204, summary="Remove a data set", responses=answers.REMOVED)
+def delete_dataset(given: Given, owner: Tenant, dataset_id: DatasetId) -> Response:
+    """Nothing; 409 while a job that has not finished uses it."""
+    datasets.delete_dataset(given.db, owner, check_id("ds", dataset_id))
+    return Response(status_code=204)
+
+
+def start_check(given: Backends, dataset_id: str) -> Future[None]:
+    """Check an upload in a thread, which waits for its child process."""
+    return given.checks.submit(
+        datasets.check_upload, given.db, given.storage, given.settings, dataset_id, stopping=given.leaving
+    )
+
+
+def resume_checks(given: Backends) -> Future[None]:
+    """Check, in a thread, the uploads whose check was interrupted, and remove what never became an upload."""
+    sweep_staging(_staging(given))
+    return given.checks.submit(
+        datasets.recheck_pending, given.db, given.storage, given.settings, stopping=given.leaving
+    )
+
+
+def sweep_staging(folder: Path) -> None:
+    """Remove the beginnings of uploads whose process was killed."""
+    for path in folder.glob("*.upload"):
+        if time.time() - path.stat().st_mtime > ABANDONED_S:
+            path.unlink(missing_ok=True)
+
+
+def _staging(given: Backends) -> Path:
+    return given.settings.home_folder / "uploads"
+
+
+def _retry(view: DatasetView) -> dict[str, str]:
+    return {"Retry-After": "2"} if view.state == "checking" else {}
+
+
+async def _first(check: asyncio.Future[None], stopping: asyncio.Event) -> None:
+    """Return when the check is over, its time is, or the server stops; the check goes on."""
+    stop = asyncio.create_task(stopping.wait())
+    try:
+        await asyncio.wait((check, stop), timeout=WAIT_S, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stop.cancel()
+    if check.done():
+        check.result()
+
+
+@asynccontextmanager
+async def _receiving(request: Request, given: Backends) -> AsyncIterator[Received]:
+    """The body in a file that is gone afterwards, whatever happens. Never more of it in memory than a few pieces.
+
+    Raises StorageFull, InvalidParameter; TooLarge and RequestTimeout come from the edge.
+    """
+    file = await run_in_threadpool(_open, _staging(given))
+    path = Path(file.name)
+    try:
+        received = await _receive(request, file, path)
+        if received.size_bytes == 0:
+            raise InvalidParameter("the body is empty: send the file as the body (curl --data-binary @FILE)")
+        yield received
+    except OSError as exc:
+        if exc.errno in FULL:
+            raise StorageFull("the disk for uploads is full: free space, then try again") from exc
+        raise
+    finally:
+        await run_in_threadpool(_discard, file, path)
+
+
+async def _receive(request: Request, file: BinaryIO, path: Path) -> Received:
+    digest = hashlib.sha256()
+    size = 0
+    piece = bytearray()
+
+    def keep(content: bytes) -> None:
+        digest.update(content)
+        file.write(content)
+
+    async for chunk in request.stream():
+        piece += chunk
+        if len(piece) >= PIECE_BYTES:
+            size += len(piece)
+            await run_in_threadpool(keep, bytes(piece))
+            piece.clear()
+    size += len(piece)
+    await run_in_threadpool(keep, bytes(piece))
+    await run_in_threadpool(file.flush)
+    return Received(path, size, digest.hexdigest())
+
+
+def _open(folder: Path) -> Any:
+    folder.mkdir(parents=True, exist_ok=True)
+    return tempfile.NamedTemporaryFile(dir=folder, suffix=".upload", delete=False)
+
+
+def _discard(file: BinaryIO, path: Path) -> None:
+    file.close()
+    path.unlink(missing_ok=True)
