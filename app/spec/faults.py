@@ -73,7 +73,7 @@ def bulk_fault(document: object) -> Fault | None:
     Looked at first, since a checker that lists every mistake would list half a million.
     """
     level: list[tuple[tuple[str | int, ...], Any]] = [((), document)]
-    for _ in range(DEEPEST + 1):
+    for _ in range(DEEPEST):
         below = []
         for path, value in level:
             if not isinstance(value, dict | list):
@@ -161,17 +161,18 @@ def _path(location: Sequence[str | int], document: object, *, missing: bool) -> 
     """(path in the document, whether it names an arm of a union) of pydantic's location, which also holds tags."""
     path: list[str | int] = []
     here: Any = document
-    of_union = False
+    of_union = tagged = False
     for position, part in enumerate(location):
         absent = missing and position == len(location) - 1
-        tag = isinstance(here, dict) and bool(path) and isinstance(path[-1], int) and here.get("type") == part
+        entry = isinstance(here, dict) and bool(path) and isinstance(path[-1], int)
+        tag = entry and not tagged and here.get("type") == part
         if _steps_into(here, part) and (absent or not tag):
             here = here[part]
         elif not absent:
-            of_union = of_union or not tag
+            tagged, of_union = tagged or tag, of_union or not tag
             continue
         path.append(part)
-        of_union = False
+        of_union = tagged = False
     return tuple(path), of_union
 
 
