@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 from app.errors import Fault, InvalidSpec, JsonValue
@@ -20,6 +21,9 @@ from app.spec.shapes import LayerFault, Shape, written
 
 MOST_FAULTS = 100
 _FEW_NAMES = 200  # with more, looking for a similar name takes longer than the rest
+
+_TRACED_CIRCLES = 10  # looking for one goes over all layers
+_LONGEST_CIRCLE = 6  # steps of a cycle that a message tells
 
 
 class Scope:
@@ -81,8 +85,6 @@ def _references(layer: Layer) -> Iterator[str]:
 
 class Expansion:
     """Writes layers out. Goes on behind a fault with everything that does not depend on it."""
-
-    most_faults = MOST_FAULTS
 
     def __init__(self, input_shape: Shape, limits: Limits) -> None:
         self.nodes: list[Node] = []
@@ -201,12 +203,9 @@ class Expansion:
         """The nodes whose outputs the layer takes, or None with a fault."""
         count = 1 if layer.inputs is None else len(layer.inputs)
         if not layer.least_inputs <= count <= layer.most_inputs:
-            if layer.least_inputs > count:
-                message = f"{layer.type} takes two or more inputs: name them in `inputs`"
-                limit = layer.least_inputs
-            else:
-                message = f"{layer.type} takes one input, not {count}"
-                limit = layer.most_inputs
+            wanted = "one input" if layer.most_inputs == 1 else "two or more inputs, named in `inputs`"
+            message = f"{layer.type} takes {wanted}, not {count}"
+            limit = layer.least_inputs if count < layer.least_inputs else layer.most_inputs
             self._fault(pointer if layer.inputs is None else f"{pointer}/inputs", message, limit, count)
             return None
         if layer.inputs is None:
@@ -232,18 +231,21 @@ class Expansion:
         self._fault(pointer, f"there is no layer '{name}' before it" + (f": did you mean '{near[0]}'?" if near else ""))
         return None
 
-    @staticmethod
-    def _not_yet(name: str, holder: Scope, scope: Scope) -> str:
+    def _not_yet(self, name: str, holder: Scope, scope: Scope) -> str:
         """Why a name that `holder` has cannot be taken yet."""
         position = holder.position
         if holder.positions[name] == position:
             if holder is scope:
                 return f"cycle: '{name}' takes its own output"
             return f"cycle: '{scope.prefix}{scope.names[scope.position]}' is inside '{name}' and takes its output"
-        circle = holder.circle(holder.positions[name], position)
+        few = len(self._faults) < _TRACED_CIRCLES
+        circle = holder.circle(holder.positions[name], position) if few else None
         if circle is not None:
-            steps = zip([holder.names[position], *circle], circle, strict=False)
-            return "cycle: " + ", ".join(f"'{taker}' takes '{taken}'" for taker, taken in steps)
+            around = pairwise([holder.names[position], *circle])
+            steps = [f"'{taker}' takes '{taken}'" for taker, taken in around]
+            if len(steps) > _LONGEST_CIRCLE:
+                steps = [*steps[: _LONGEST_CIRCLE - 1], "...", steps[-1]]
+            return "cycle: " + ", ".join(steps)
         return f"'{name}' comes later: a layer takes the outputs of layers that stand before it"
 
     def _node(self, name: str, layer: Layer, inputs: tuple[str, ...] | None, pointer: str, sent: Layer) -> Shape | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from app.errors import Fault, InvalidSpec
 from app.spec import soundness
-from app.spec.expansion import Expansion
+from app.spec.expansion import MOST_FAULTS, Expansion
 from app.spec.layer import Layer
 from app.spec.names import INPUT
 from app.spec.node import Limits, Node
@@ -134,7 +134,7 @@ def build_graph(
     if classes is not None:
         faults += soundness.class_scores(graph, classes)
     if faults:
-        raise InvalidSpec(faults[: expansion.most_faults])
+        raise InvalidSpec(list({fault.pointer: fault for fault in reversed(faults)}.values())[::-1][:MOST_FAULTS])
     return graph
 
 

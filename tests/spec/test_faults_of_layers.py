@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any, NamedTuple
 
 import pytest
@@ -194,6 +195,11 @@ WIRES = {
         "/model/layers/0/inputs/0",
         ("cycle: 'a' takes 'b', 'b' takes 'relu1', 'relu1' takes 'a'",),
     ),
+    "a long circle": Mistake(
+        [conv(3, inputs=["z"]), *[RELU] * 50, conv(3, name="z")],
+        "/model/layers/0/inputs/0",
+        ("'conv1' takes 'z', 'z' takes 'relu50'", ", ..., 'relu1' takes 'conv1'"),
+    ),
     "a circle through a container": Mistake(
         [layer("residual", name="r", layers=[conv(3), layer("add", inputs=["conv1", "r"])])],
         "/model/layers/0/layers/1/inputs/1",
@@ -219,7 +225,9 @@ WIRES = {
         "/model/layers/1/inputs/0",
         ("no layer 'x'",),
     ),
-    "no input": Mistake([conv(8), layer("relu", inputs=[])], "/model/layers/1/inputs", ("inputs",), 0, 1),
+    "no input": Mistake(
+        [conv(8), layer("relu", inputs=[])], "/model/layers/1/inputs", ("relu takes one input, not 0",), 0, 1
+    ),
     "two inputs for one": Mistake(
         [conv(8), layer("relu", inputs=["conv1", "input"])], "/model/layers/1/inputs", ("one input, not 2",), 2, 1
     ),
@@ -432,6 +440,19 @@ def test_several_mistakes_are_told_at_once() -> None:
     ]
     pointers = [fault.pointer for fault in faults_of(layers, (3, 8, 8))]
     assert pointers == ["/model/layers/0/groups", "/model/layers/1/in_channels", "/model/layers/2/inputs/1"]
+
+
+def test_a_mistake_inside_a_repeat_is_told_once() -> None:
+    block = [conv(3), layer("relu", name="dead"), layer("relu", inputs=["conv1"])]
+    faults = faults_of([layer("repeat", times=50, layers=block)], (3, 8, 8))
+    assert [fault.pointer for fault in faults] == ["/model/layers/0/layers/1"]
+
+
+def test_ten_thousand_wrong_references_are_refused_quickly() -> None:
+    layers = [layer("relu", inputs=["z"])] * 100 + [RELU] * 9899 + [layer("relu", name="z")]
+    started = time.process_time()
+    assert len(faults_of(layers, (3, 8, 8))) == 100
+    assert time.process_time() - started < 1
 
 
 def test_at_most_a_hundred_mistakes_are_told() -> None:
