@@ -42,6 +42,7 @@ from app.errors import (
 from app.ingest.child import Answer, Interrupted, check_in_child
 from app.ingest.limits import Limits
 from app.ingest.packed import MANIFEST, PACKED, Manifest, ensure_packed, locked, packed_files
+from app.ingest.resizing import prepare_pictures
 from app.ingest.sources import BUILTIN, ensure_builtin
 from app.ingest.synthetic import ensure_synthetic, synthetic_bytes
 from app.settings import Settings
@@ -232,6 +233,10 @@ def check_upload(
                 _check(db, storage, settings, dataset_id, work, stopping)
         except (Unavailable, Interrupted) as error:
             log.warning("upload not checked yet", dataset=dataset_id, reason=str(error) or type(error).__name__)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            log.error("upload not checked yet", dataset=dataset_id, reason=f"no space under {settings.cache}")
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
@@ -341,7 +346,8 @@ def materialize(
     """The packed folder of a job's data on this machine's disk, complete; several workers may ask at once.
 
     Built-in data sets come from their sources, uploads from the object store (hard links where it is a local folder),
-    synthetic ones are drawn for the job's `input_shape` `(C, *spatial)`.
+    synthetic ones are drawn for the job's `input_shape` `(C, *spatial)`; pictures are resized to it here, where no
+    training waits.
 
     Raises DataUnavailable where the data set was deleted or cannot be had, DataInvalid, DiskFull; Unavailable while the
     store or the database is away.
@@ -358,7 +364,10 @@ def materialize(
         assert data.dataset is not None
         if data.dataset in BUILTIN:
             return ensure_builtin(data.dataset, settings)
-        return _materialize_upload(data.dataset, db=db, storage=storage, settings=settings)
+        folder = _materialize_upload(data.dataset, db=db, storage=storage, settings=settings)
+        if input_shape is not None:
+            prepare_pictures(folder, tuple(input_shape))
+        return folder
     except StorageFull as error:
         raise DiskFull(f"no space for the data set under {settings.cache}") from error
     except OSError as error:

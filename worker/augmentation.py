@@ -76,18 +76,19 @@ def cut_out(images: Tensor, axes: Axes, generator: torch.Generator) -> None:
     32 x 32; a quarter is the milder of the two, for short trainings.
     """
     count = images.shape[0]
-    inside: Tensor | None = None
+    channels_behind = images.shape[axes.first + len(axes.sizes) :].numel()
+    inside = torch.ones(count, 1)
     for number, size in enumerate(axes.sizes):
         side = max(1, size // CUTOUT_SHARE)
         starts = torch.randint(0, size, (count, 1), generator=generator) - side // 2
         places = torch.arange(size)
-        box = ((places >= starts) & (places < starts + side)).to(images.device)
-        shape = [count] + [1] * (images.dim() - 1)
-        shape[axes.first + number] = size
-        box = box.view(shape)
-        inside = box if inside is None else inside & box
-    assert inside is not None, "images have at least one axis of space"
-    images.masked_fill_(inside, 0.0)
+        box = ((places >= starts) & (places < starts + side)).float()
+        if number == len(axes.sizes) - 1:
+            box = box.repeat_interleave(channels_behind, dim=1)
+        inside = (inside[:, :, None] * box[:, None, :]).flatten(1)
+    # a product over flat runs: `masked_fill_` is not vectorised on a CPU and takes 16 times as long
+    kept = (1 - inside).to(images.device, non_blocking=True)
+    images.view(count, -1, inside.shape[1]).mul_(kept[:, None, :])
 
 
 def shift_and_flip(images: Tensor, changes: Sequence[tuple[int, Tensor]]) -> Tensor:

@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -24,12 +23,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 
 from app.errors import DataInvalid
 from app.ingest.holdout import stratified_mask
-from app.ingest.packed import ArrayFile, Manifest, examples_per_block, locked, read_manifest
+from app.ingest.packed import examples_per_block, read_manifest
+from app.ingest.resizing import ensure_resized
 from app.spec.architecture import Preprocessing
 from app.spec.data import DataSpec, Layout
 from worker.augmentation import Axes, cut_out, shift_and_flip, source_positions
@@ -147,7 +146,7 @@ class Dataset:
         for split in ("train", "test"):
             source = ImageFile(folder / f"{split}.images.npy", layout)
             if layout == "pictures":
-                source = ImageFile(ensure_resized(folder, split, shape, manifest), "channels_first")
+                source = ImageFile(ensure_resized(folder, split, shape), "channels_first")
             parts.append(Part(source, np.load(folder / f"{split}.labels.npy")))
         if layout == "pictures":
             channels = "grey" if shape[0] == 1 else "RGB"
@@ -155,45 +154,6 @@ class Dataset:
                 f"pictures were resized to {shape[1]} x {shape[2]} {channels} (bilinear, sides stretched to fit)"
             )
         return cls(manifest.name, manifest.classes, manifest.scale, manifest.sha256, parts[0], parts[1], tuple(notes))
-
-
-def ensure_resized(folder: Path, split: str, shape: tuple[int, ...], manifest: Manifest) -> Path:
-    """The `.npy` file N x C x H x W of one split's pictures in `shape`; made once, renamed into place when complete."""
-    path = folder / f"{split}.{'x'.join(map(str, shape))}.images.npy"
-    if path.exists():
-        return path
-    with locked(folder / ".resize.lock"):
-        if path.exists():
-            return path
-        partial = folder / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
-        try:
-            with ArrayFile(partial, shape, "uint8") as file:
-                for picture_HWC in stored_pictures(folder, split, manifest):
-                    file.write(resize(picture_HWC, shape)[None])
-            partial.rename(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    return path
-
-
-def stored_pictures(folder: Path, split: str, manifest: Manifest) -> Iterator[npt.NDArray[np.uint8]]:
-    """Every picture of a split in its own size, H x W x (1 or 3)."""
-    if manifest.example_shape is not None:
-        yield from np.load(folder / f"{split}.images.npy", mmap_mode="r")
-        return
-    with (folder / f"{split}.pixels.bin").open("rb") as file:
-        for offset, height, width, channels in np.load(folder / f"{split}.sizes.npy").tolist():
-            file.seek(offset)
-            pixels = np.frombuffer(file.read(height * width * channels), np.uint8)
-            yield pixels.reshape(height, width, channels)
-
-
-def resize(picture_HWC: npt.NDArray[np.uint8], shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-    """The picture as C x H x W of `shape`: grey where C is 1, RGB where it is 3, resampled over all its pixels."""
-    channels, height, width = shape
-    picture = Image.fromarray(picture_HWC[:, :, 0] if picture_HWC.shape[2] == 1 else picture_HWC)
-    picture = picture.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(picture).reshape(height, width, channels).transpose(2, 0, 1)
 
 
 @dataclass(frozen=True)
