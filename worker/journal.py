@@ -87,11 +87,12 @@ class MemoryJournal:
     """A journal that keeps everything: for tests, and for running a job without the service.
 
     `wishes` is asked before each step with the last progress, so that a caller can wish something at an exact place;
-    `echo` gets one line for each event.
+    `echo` gets one line for each event; with `keep` False checkpoints are deleted as soon as they are announced.
     """
 
     wishes: Callable[[Progress | None], Wish | None] = lambda progress: None
     echo: IO[str] | None = None
+    keep: bool = True
     events: list[Event] = field(default_factory=list)
     progresses: list[Progress] = field(default_factory=list)
     metrics: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
@@ -115,8 +116,11 @@ class MemoryJournal:
         self.metrics.setdefault(series, []).append((step, value))
 
     def checkpoint(self, saved: SavedCheckpoint) -> None:
-        """Keep the announcement."""
+        """Keep the announcement, and the files unless they are not wanted."""
         self.checkpoints.append(saved)
+        if not self.keep:
+            saved.tensors.unlink()
+            saved.state.unlink()
 
     def wish(self) -> Wish | None:
         """What `wishes` says at this place."""

@@ -60,13 +60,11 @@ class Penalty:
     def __bool__(self) -> bool:
         return bool(self._l1 or self._l2)
 
-    def absolute(self) -> Tensor | None:
-        """The l1 terms together, a scalar in the graph of the parameters; None where there are none."""
-        return _sum([factor * _norms(tensors, 1).sum() for factor, tensors in self._l1])
-
-    def squared(self) -> Tensor | None:
-        """The l2 terms together, a scalar in the graph of the parameters; None where there are none."""
-        return _sum([factor * (_norms(tensors, 2) ** 2).sum() for factor, tensors in self._l2])
+    def terms(self) -> dict[str, Tensor]:
+        """The terms that the job has, "l1" and "l2": scalars in the graph of the parameters."""
+        absolute = [factor * _norms(tensors, 1).sum() for factor, tensors in self._l1]
+        squared = [factor * (_norms(tensors, 2) ** 2).sum() for factor, tensors in self._l2]
+        return {name: torch.stack(found).sum() for name, found in (("l1", absolute), ("l2", squared)) if found}
 
 
 def decoupled_decay(network: Network, regularizations: Sequence[Regularization]) -> list[tuple[float, list[Tensor]]]:
@@ -85,7 +83,3 @@ def decoupled_decay(network: Network, regularizations: Sequence[Regularization])
 def _norms(tensors: Sequence[Tensor], order: int) -> Tensor:
     # vector_norm has the gradient 0 at 0; sqrt(sum(w^2)) would have NaN at a pruned channel
     return torch.stack([torch.linalg.vector_norm(tensor, order) for tensor in tensors])
-
-
-def _sum(terms: Sequence[Tensor]) -> Tensor | None:
-    return torch.stack(list(terms)).sum() if terms else None

@@ -37,7 +37,6 @@ from worker.pruning.masks import Masks
 
 WINDOW_STEPS = 50  # between two looks at the losses: each waits for the device
 WINDOW_S = 2.0  # or sooner, where steps are slow: somebody is watching
-LARGEST_SEED = 2**63
 
 
 class NonFiniteLoss(EspalierError):
@@ -315,14 +314,14 @@ class Fit:
         for images_part, labels_part in zip(images.tensor_split(pieces), labels_N.tensor_split(pieces), strict=True):
             share = len(labels_part) / len(labels_N)
             total, terms = self._objective(images_part, labels_part)
-            self._scaler.scale(total * share if pieces > 1 else total).backward()
+            self._scaler.scale(total * share if pieces > 1 else total).backward()  # type: ignore[no-untyped-call]
             for name, term in terms.items():
                 losses[name] = losses[name] + term * share if name in losses else term * share
         if self._penalty:
-            terms = {"l1": self._penalty.absolute(), "l2": self._penalty.squared()}
-            present = {name: term for name, term in terms.items() if term is not None}
-            self._scaler.scale(sum(present.values(), torch.zeros((), device=images.device))).backward()
-            losses |= {name: term.detach() for name, term in present.items()}
+            penalties = self._penalty.terms()
+            total = torch.stack(list(penalties.values())).sum()
+            self._scaler.scale(total).backward()  # type: ignore[no-untyped-call]
+            losses |= {name: term.detach() for name, term in penalties.items()}
         return losses
 
     def _objective(self, images: Tensor, labels_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -426,11 +425,6 @@ class _Losses:
         self.last_losses = rows[:, self._names.index("loss")].tolist()
         means = dict(zip(self._names, rows.mean(dim=0).tolist(), strict=True))
         return Window(step, count, rate, means, images / seconds)
-
-
-def phase_seed(seed: int, phase: int) -> int:
-    """A seed of its own for the phase with this number, from the job's."""
-    return (seed * 0x9E3779B97F4A7C15 + (phase + 1) * 0xBF58476D1CE4E5B9) % LARGEST_SEED
 
 
 def _rank(accuracy: float, loss: float) -> tuple[float, float]:

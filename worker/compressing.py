@@ -1,0 +1,172 @@
+"""One removal of a pruning step: scores, choice, masks or surgery, recalibration; and its rows of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from app.errors import BudgetMissed
+from app.spec.budget import BudgetUnreachable, choose_removals
+from app.spec.channels import channel_classes
+from app.spec.cost import Cost, cost
+from app.spec.graph import Graph, Node
+from app.spec.optimizations import Prune
+from worker.averaging import put
+from worker.losses import cross_entropy
+from worker.network import Network
+from worker.precision import Precision
+from worker.pruning.importance import class_scores
+from worker.pruning.masks import Masks, weight_masks
+from worker.pruning.recalibration import recalibrate_batch_norm
+from worker.pruning.schedules import Stage
+from worker.pruning.surgery import shrink
+
+LARGE = ("conv", "conv_transpose", "linear")
+RECALIBRATION_IMAGES = 4096
+
+Pairs = Iterator[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What a removal needs beside the network: images of the training part without augmentation, seeds, the dense cost.
+
+    `plain` gives batches of images and labels, the same at each call; `seed` is the job's.
+    """
+
+    plain: Callable[[], Pairs]
+    seed: int
+    precision: Precision
+    baseline: Cost
+
+
+def cut_weights(
+    network: Network,
+    step: Prune,
+    stage: Stage,
+    previous: Masks | None,
+    materials: Materials,
+    rewind: dict[str, Tensor] | None,
+) -> Masks:
+    """The masks after this removal; the network's pruned weights are zero.
+
+    `rewind` are the weights of an earlier epoch: they take the place of the trained ones, on which the choice is made.
+
+    Raises:
+        LayerEmptied: a threshold leaves nothing of a layer.
+        Diverged: a weight is not finite.
+    """
+    masks = joined_masks(network, step, stage.sparsity(step.sparsity), previous, seed=materials.seed)
+    if rewind is not None:
+        put(network, rewind)
+    masks.apply(network)
+    return masks
+
+
+def joined_masks(network: Network, step: Prune, sparsity: float | None, previous: Masks | None, *, seed: int) -> Masks:
+    """The masks of `step` at this sparsity, and those of earlier steps for layers that it leaves alone."""
+    new = weight_masks(network, step, sparsity, seed=seed, previous=previous)
+    if previous is None:
+        return new
+    names = [name for name, _ in network.named_parameters()]
+    held = {name: previous[name] for name in names if name in previous and name not in new}
+    return Masks(held | {name: new[name] for name in names if name in new})
+
+
+def cut_channels(network: Network, step: Prune, stage: Stage, materials: Materials, *, start: Graph) -> Network:
+    """The smaller network, placed as the larger one was. `start` is the graph before the step's first removal.
+
+    Raises:
+        BudgetMissed: the budget is below what the floors allow.
+    """
+    classes = channel_classes(network.graph)
+    scores = class_scores(
+        network, classes, step.criterion, seed=materials.seed, batches=materials.plain(), loss=cross_entropy
+    )
+    try:
+        removals = choose_removals(
+            network.graph, classes, scores, step, start=start, baseline=materials.baseline, fraction=stage.fraction
+        )
+    except BudgetUnreachable as exc:
+        raise BudgetMissed(str(exc)) from exc
+    smaller = shrink(network, classes, removals.dropped)
+    materials.precision.place(smaller)
+    return smaller
+
+
+def recalibrate(network: Network, materials: Materials) -> bool:
+    """Count batch norm's statistics again on training images; False if the network has none."""
+
+    def images() -> Iterator[Tensor]:
+        seen = 0
+        for images_NCx, _ in materials.plain():
+            yield images_NCx
+            seen += len(images_NCx)
+            if seen >= RECALIBRATION_IMAGES:
+                return
+
+    return recalibrate_batch_norm(network, images()) > 0
+
+
+def check_budget(network: Network, step: Prune, baseline: Cost) -> None:
+    """Nothing, if the network is within the step's budget.
+
+    Raises:
+        BudgetMissed: it is not; the message has both numbers.
+    """
+    if step.budget is None:
+        return
+    measure = step.budget.measure
+    reached, allowed = getattr(cost(network.graph), measure), step.budget.allowed(getattr(baseline, measure))
+    if reached > allowed:
+        raise BudgetMissed(f"the pruned network has {reached} {measure}, the budget allows {allowed}")
+
+
+@torch.no_grad()
+def layer_rows(network: Network, before: Graph, step: Prune) -> list[dict[str, Any]]:
+    """The report's `layers` of a step: each convolution and linear layer before and after, or why it was left alone."""
+    classes = channel_classes(before) if step.structure == "channels" else None
+    parameters = dict(network.named_parameters())
+    rows = []
+    for node in network.graph.nodes:
+        if node.type not in LARGE:
+            continue
+        weight = parameters[f"{node.name}.weight"]
+        count, nonzero = weight.numel(), int(torch.count_nonzero(weight))
+        was = before[node.name]
+        row: dict[str, Any] = {
+            "name": node.name,
+            "type": node.type,
+            "channels_before": was.shape[0],
+            "channels_after": node.shape[0],
+            "weights": count,
+            "nonzero": nonzero,
+            "sparsity": 1 - nonzero / count,
+        }
+        pins = None if classes is None else [classes.pins.get(int(s)) for s in classes.slots[node.name].ids]
+        reason = _why_untouched(was, node, nonzero, step, pins)
+        rows.append(row if reason is None else row | {"reason": reason})
+    return rows
+
+
+def _why_untouched(before: Node, after: Node, nonzero: int, step: Prune, pins: list[str | None] | None) -> str | None:
+    """Why this step left the layer as it was; None if it did not."""
+    if pins is None:
+        if before.name in step.exclude:
+            return "excluded"
+        return None if nonzero < before.tensors["weight"].elements else "no weight of it was among the weakest"
+    if before.shape[0] != after.shape[0]:
+        return None
+    if before.name in step.exclude:
+        return "excluded"
+    if pins and all(pins):
+        return pins[0]
+    if before.shape[0] <= step.round_to:
+        return f"not wider than round_to {step.round_to}"
+    if before.input_shapes[0][0] != after.input_shapes[0][0]:
+        return "only its inputs follow"
+    return "the budget was met without it, or the layers it is tied to hold it"

@@ -1,0 +1,114 @@
+"""How far a job is, over all of its phases, and how long the rest takes.
+
+The course is laid out before the first step: one part for each phase, with the seconds it would take on a nominal
+machine. The fraction done depends on the position alone, so it never falls, also across attempts. The time left is the
+estimate, corrected by how fast the training really is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from worker.journal import Phase, Progress
+
+NOMINAL_FLOP_PER_S = 6e10  # of a convolution on two cores
+NOMINAL_IMAGE_S = 1.5e-5  # to cut, augment and normalise one image
+FORWARD_FLOP_PER_MAC = 2
+TRAINING_FLOP_PER_MAC = 6  # forward 2, backward 4
+
+
+@dataclass(frozen=True)
+class Part:
+    """One phase: epochs, optimizer steps, and its seconds on a nominal machine, of computing and of anything else."""
+
+    phase: Phase
+    computing_s: float
+    other_s: float = 0.0
+    epochs: int = 0
+    steps: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Both together."""
+        return self.computing_s + self.other_s
+
+
+def training_seconds(images: int, macs: int) -> float:
+    """Seconds in which a nominal machine trains a network of so many MACs on so many images."""
+    return images * (NOMINAL_IMAGE_S + TRAINING_FLOP_PER_MAC * macs / NOMINAL_FLOP_PER_S)
+
+
+def forward_seconds(images: int, macs: int) -> float:
+    """Seconds in which a nominal machine computes the logits of so many images."""
+    return images * (NOMINAL_IMAGE_S + FORWARD_FLOP_PER_MAC * macs / NOMINAL_FLOP_PER_S)
+
+
+class Course:
+    """The parts of a job in order, and where it is among them."""
+
+    def __init__(self, parts: Sequence[Part], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._parts = tuple(parts)
+        self._clock = clock
+        self._at = 0
+        self._share = 0.0
+        self._fraction = 0.0
+        self._entered = (clock(), 0.0)
+        self._spent_s = 0.0
+        self._estimated_s = 0.0
+
+    @property
+    def part(self) -> Part:
+        """The part that the job is in."""
+        return self._parts[self._at]
+
+    def enter(self, index: int) -> None:
+        """Begin the part with this number."""
+        self._settle()
+        self._at, self._share = index, 0.0
+        self._entered = (self._clock(), 0.0)
+
+    def resume_at(self, share: float) -> None:
+        """Stand at this share (0 to 1) of the present part: what lies before it was done by an earlier attempt."""
+        self._share = share
+        self._entered = (self._clock(), share)
+
+    def progress(self, share: float, *, epoch: int = 0, step: int = 0, images_per_s: float | None = None) -> Progress:
+        """The progress at `share` (0 to 1) of the present part, `step` steps into it."""
+        self._share = max(self._share, min(1.0, share))
+        whole = sum(part.seconds for part in self._parts)
+        done = sum(part.seconds for part in self._parts[: self._at]) + self._share * self.part.seconds
+        self._fraction = max(self._fraction, done / whole if whole else 0.0)
+        before = sum(part.steps for part in self._parts[: self._at])
+        return Progress(
+            phase=self.part.phase,
+            epoch=epoch,
+            epochs=self.part.epochs,
+            step=before + step,
+            steps=sum(part.steps for part in self._parts),
+            fraction=self._fraction,
+            images_per_s=images_per_s,
+            eta_s=self._seconds_left(),
+        )
+
+    def _seconds_left(self) -> float | None:
+        spent_s, estimated_s = self._measured()
+        if estimated_s <= 0:
+            return None
+        slowness = spent_s / estimated_s
+        left = (1 - self._share) * (self.part.computing_s * slowness + self.part.other_s)
+        return left + sum(part.computing_s * slowness + part.other_s for part in self._parts[self._at + 1 :])
+
+    def _measured(self) -> tuple[float, float]:
+        """(seconds spent in trainings, seconds estimated for the same), the present one included."""
+        if not self.part.steps:
+            return self._spent_s, self._estimated_s
+        began, share = self._entered
+        return (
+            self._spent_s + self._clock() - began,
+            self._estimated_s + (self._share - share) * self.part.computing_s,
+        )
+
+    def _settle(self) -> None:
+        self._spent_s, self._estimated_s = self._measured()

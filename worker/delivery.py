@@ -1,0 +1,192 @@
+"""The end of a job: latencies, files, the proof of each in a clean process, the report. Nothing leaves unproven."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.errors import DiskFull, JsonValue
+from app.spec.cost import cost
+from worker.averaging import floating_tensors, put
+from worker.evaluation import Scores, score
+from worker.export import export_network, file_sha256, kind_of, media_type_of, write_json, write_manifest
+from worker.latency import measure_latency
+from worker.network import Network, build_network
+from worker.preparation import Job
+from worker.proof import compute_logits, prove
+from worker.report import class_rows, compressed_bytes, environment, measures, step_rows
+
+REPORT = "report.json"
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """One file of the result, on this machine's disk."""
+
+    name: str
+    kind: str
+    path: Path
+    size_bytes: int
+    sha256: str
+    media_type: str
+
+    def document(self) -> dict[str, JsonValue]:
+        """The delivery as JSON values."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "path": str(self.path),
+            "size_bytes": self.size_bytes,
+            "sha256": self.sha256,
+            "media_type": self.media_type,
+        }
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """A job that succeeded: its files (the manifest last), summary and report."""
+
+    artifacts: list[Delivery]
+    summary: dict[str, Any]
+    report: dict[str, Any]
+    stopped_early: bool
+
+
+def deliver(job: Job, *, stopped_early: bool) -> Delivered:
+    """Measure, export and prove what was reached.
+
+    Raises:
+        VerificationFailed: a file does not reproduce the network.
+        DiskFull: there is no room for the files.
+        Interrupted: the user cancelled or paused.
+    """
+    try:
+        return _deliver(job, stopped_early)
+    except OSError as exc:
+        if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFull("the worker's disk is full: the result could not be written") from exc
+
+
+def _deliver(job: Job, stopped_early: bool) -> Delivered:
+    dense = build_network(job.plan.baseline)
+    put(dense, {name: tensor.cpu() for name, tensor in job.reached.kept["baseline"].items()})
+    pruned = on_cpu(job.reached.network)
+    measuring = len(job.stages) + 1
+    job.watch.enter(measuring, message="measuring latencies, dense and pruned in turns")
+    latency = measure_latency(dense, pruned, seconds=job.task.latency_s, waiting=job.watch.look_to_leave)
+    if any(record.rounds for record in job.reached.ledger.steps):
+        for sentence in latency.notes:
+            job.reached.ledger.note(sentence)
+    job.watch.enter(measuring + 1, message="exporting, and proving each file in a clean process")
+    job.watch.look_to_leave()
+    folder = job.task.scratch / "export"
+    names, formats = job.dataset.class_names, job.plan.spec.exports
+    files: list[Path] = []
+    for stem, network in (("pruned", pruned), ("baseline", dense)):
+        files += export_network(
+            network,
+            folder,
+            stem=stem,  # type: ignore[arg-type]
+            class_names=names,
+            preprocessing=job.preprocessing,
+            formats=formats,
+        )
+    test = job.splits.test
+    proof = prove(
+        folder,
+        images=test.images,
+        labels=test.labels,
+        reference_logits={
+            "pruned": compute_logits(pruned, test.images, job.preprocessing),
+            "baseline": compute_logits(dense, test.images, job.preprocessing),
+        },
+        threads=torch.get_num_threads(),
+        waiting=job.watch.look_to_leave,
+    )
+    baseline_scores = score(proof.logits["baseline"], test.labels)
+    final_scores = score(proof.logits["pruned"], test.labels)
+    baseline = _measured(dense, baseline_scores, latency.dense, folder / "baseline.safetensors")
+    final = _measured(pruned, final_scores, latency.pruned, folder / "pruned.safetensors")
+    job.watch.charge()
+    report = {
+        "job_id": job.task.job_id,
+        "attempt": job.task.attempt,
+        "stopped_early": stopped_early,
+        "baseline": baseline,
+        "final": final,
+        "steps": step_rows(job.task.spec.get("optimizations", []), job.plan.graphs, job.reached.ledger, final),
+        "classes": class_rows(names, baseline_scores, final_scores),
+        "verification": proof.document(),
+        "latency": dict(latency.conditions),
+        "compressed_bytes": compressed_bytes([folder / "baseline.safetensors", folder / "pruned.safetensors"]),
+        "data": _data(job),
+        "environment": environment(job.precision) | {"seed": job.training.seed},
+        "seconds": round(job.reached.ledger.seconds, 3),
+        "notes": _notes(job),
+    }
+    write_json(folder / REPORT, report)
+    files.append(folder / REPORT)
+    files.append(
+        write_manifest(
+            folder,
+            job_id=job.task.job_id,
+            attempt=job.task.attempt,
+            files=files,
+            verification=proof.document(),
+        )
+    )
+    job.journal.progress(job.watch.course.progress(1.0))
+    summary = {"baseline": baseline, "final": final}
+    return Delivered([_delivery(path) for path in files], summary, report, stopped_early)
+
+
+def on_cpu(network: Network) -> Network:
+    """A copy of the network on the CPU, in torch's usual layout: what is exported, and what gives the reference."""
+    copy = build_network(network.graph)
+    put(copy, {name: tensor.cpu() for name, tensor in floating_tensors(network).items()})
+    return copy.eval()
+
+
+def _measured(network: Network, scores: Scores, latency_ms: dict[str, Any], weights: Path) -> dict[str, Any]:
+    size_bytes = weights.stat().st_size
+    assert size_bytes == cost(network.graph).bytes, (
+        f"{weights.name} has {size_bytes} bytes, {cost(network.graph).bytes} were planned"
+    )
+    return measures(network, scores, latency_ms=latency_ms)
+
+
+def _data(job: Job) -> dict[str, Any]:
+    return {
+        "name": job.dataset.name,
+        "sha256": job.dataset.sha256,
+        "train": len(job.splits.train),
+        "validation": len(job.splits.validation),
+        "test": len(job.splits.test),
+        "preprocessing": job.preprocessing.document(),
+    }
+
+
+def _notes(job: Job) -> list[str]:
+    """What was noted on the way, and what the data and the device have to say."""
+    notes = [*job.reached.ledger.notes, *job.dataset.notes, *job.precision.notes]
+    if job.validation is None:
+        notes.append("nothing was held out for validation: the last weights were taken, not the best epoch's")
+    if job.reached.micro_batches > 1:
+        notes.append("memory ran out once: each batch was computed in two halves, for the same gradient")
+    return list(dict.fromkeys(notes))
+
+
+def _delivery(path: Path) -> Delivery:
+    return Delivery(
+        name=path.name,
+        kind=kind_of(path.name),
+        path=path,
+        size_bytes=path.stat().st_size,
+        sha256=file_sha256(path),
+        media_type=media_type_of(path.name),
+    )

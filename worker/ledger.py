@@ -1,0 +1,66 @@
+"""What a job writes down on its way for its report: it survives in checkpoints, so it is made of JSON values."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+from worker.evaluation import Scores
+
+
+@dataclass
+class StepRecord:
+    """One compression: `position` in the job's optimizations, measures (`M` of the report) before and after, layers.
+
+    `start` is the network before its first removal (as `model.layers`), `sparsity_before` the part of the prunable
+    weights that earlier steps had pruned. `after` is None while the step is under way. `rounds` has one entry for each
+    removal, with the accuracy on the test part right after the cut and after batch norm was recalibrated.
+    """
+
+    position: int
+    before: dict[str, Any]
+    start: list[dict[str, Any]]
+    sparsity_before: float = 0.0
+    after: dict[str, Any] | None = None
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    complete: bool = False
+
+
+@dataclass
+class Ledger:
+    """The report so far: `seconds` of all attempts, scores of the dense network and of the latest one."""
+
+    baseline: Scores | None = None
+    latest: Scores | None = None
+    steps: list[StepRecord] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def note(self, sentence: str) -> None:
+        """Add a sentence to the report's notes, once."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
+    def document(self) -> dict[str, Any]:
+        """The ledger as JSON values; `from_document` reads them back."""
+        return {
+            "baseline": None if self.baseline is None else self.baseline.document(),
+            "latest": None if self.latest is None else self.latest.document(),
+            "steps": [asdict(step) for step in self.steps],
+            "notes": list(self.notes),
+            "seconds": self.seconds,
+        }
+
+    @classmethod
+    def from_document(cls, document: dict[str, Any]) -> Self:
+        """The ledger that `document()` wrote."""
+        baseline, latest = document["baseline"], document["latest"]
+        return cls(
+            baseline=None if baseline is None else Scores.from_document(baseline),
+            latest=None if latest is None else Scores.from_document(latest),
+            steps=[StepRecord(**step) for step in document["steps"]],
+            notes=list(document["notes"]),
+            seconds=document["seconds"],
+        )

@@ -1,0 +1,339 @@
+"""What each phase of a job does: train, evaluate, prune, retrain. `carry_out` runs them from where the job stands."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from app.errors import Diverged, OutOfMemory
+from app.spec.graph import Graph, build_graph
+from app.spec.job import retraining
+from app.spec.layers import read_layers
+from app.spec.optimizations import Prune
+from worker.averaging import snapshot
+from worker.compressing import check_budget, cut_channels, cut_weights, joined_masks, layer_rows, recalibrate
+from worker.data import derive_seed
+from worker.learning_rate import learning_rate
+from worker.ledger import StepRecord
+from worker.network import Network
+from worker.preparation import Job, Stage
+from worker.pruning.masks import Masks
+from worker.pruning.schedules import retrain_schedule, rewind_epoch
+from worker.report import measures
+from worker.state import NO_LIMITS
+from worker.training import Fit, NonFiniteLoss, Recipe
+from worker.watching import Interrupted
+
+ALLOCATION_FAILED = ("can't allocate memory", "not enough memory", "DefaultCPUAllocator")
+
+
+def carry_out(job: Job) -> bool:
+    """Run all stages that are left; True if the user stopped the job before the last.
+
+    A loss that is no number is tried once more from the last checkpoint; memory that runs out once more with half the
+    images at a time, for the same gradient.
+
+    Raises:
+        Interrupted: the user cancelled or paused.
+        Diverged: the loss was no number twice. OutOfMemory: halves did not fit either.
+        BudgetMissed, LayerEmptied, DiskFull: as their docstrings say.
+    """
+    while True:
+        try:
+            while job.reached.stage < len(job.stages):
+                _carry_out_one(job)
+            return False
+        except Interrupted as told:
+            if told.wish != "stop":
+                raise
+            _stop(job)
+            return True
+        except NonFiniteLoss as found:
+            _prepare_retry(job, found)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _ran_out_of_memory(error):
+                raise
+            _prepare_smaller_steps(job, str(error))
+        _return_to_checkpoint(job)
+
+
+def _carry_out_one(job: Job) -> None:
+    reached, number = job.reached, job.reached.stage
+    stage = job.stages[number]
+    job.watch.enter(number + 1, message=_announcement(job, stage), resumed=reached.suspended is not None)
+    if all(later.phase == "evaluating" for later in job.stages[number:]):
+        job.watch.look_to_leave()
+    else:
+        job.watch.look()
+    ACTIONS[stage.phase](job, stage)
+    job.watch.charge()
+    reached.finish_stage()
+    job.watch.checkpoint()
+
+
+def _announcement(job: Job, stage: Stage) -> str:
+    if stage.phase == "training":
+        return f"training for {job.training.epochs} epochs on {len(job.splits.train)} images"
+    if stage.phase == "evaluating":
+        return f"evaluating on {len(job.splits.test)} test images"
+    assert stage.removal is not None
+    of_rounds = f", round {stage.removal.number} of {stage.removal.count}" if stage.removal.count > 1 else ""
+    if stage.phase == "retraining":
+        return f"retraining for {stage.removal.epochs} epochs{of_rounds}"
+    return f"pruning {job.prune_step(stage).structure}{of_rounds}"
+
+
+# --- stages
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def _train(job: Job, stage: Stage) -> None:
+    reached = job.reached
+    if 0 in job.watch.keep_epochs and "rewind/0" not in reached.kept:
+        reached.kept["rewind/0"] = snapshot(reached.network)
+    fit = begin_fit(job, stage)
+    fit.run(job.watch)
+    fit.conclude()
+    reached.kept["baseline"] = snapshot(reached.network)
+
+
+def _retrain(job: Job, stage: Stage) -> None:
+    fit = begin_fit(job, stage)
+    fit.run(job.watch)
+    fit.conclude()
+    record = job.reached.ledger.steps[-1]
+    if recalibrate(job.reached.network, job.materials):
+        record.rounds[-1]["recalibrated_after_retraining"] = True
+
+
+def _evaluate(job: Job, stage: Stage) -> None:
+    reached = job.reached
+    reached.ledger.latest = job.score(reached.network)
+    if stage.position is None:
+        reached.ledger.baseline = reached.ledger.latest
+        return
+    check_budget(reached.network, job.prune_step(stage), job.plan.baseline_cost)
+    _close_record(job, job.prune_step(stage), complete=True)
+
+
+def _prune(job: Job, stage: Stage) -> None:
+    assert stage.position is not None
+    assert stage.removal is not None
+    reached, step = job.reached, job.prune_step(stage)
+    assert reached.ledger.latest is not None
+    if stage.removal.number == 1:
+        reached.ledger.steps.append(
+            StepRecord(
+                position=stage.position,
+                before=measures(reached.network, reached.ledger.latest),
+                start=reached.network.graph.to_layers(),
+                sparsity_before=_sparsity(reached.masks),
+            )
+        )
+    record = reached.ledger.steps[-1]
+    target = "threshold" if step.threshold is not None else "budget" if step.budget is not None else "sparsity"
+    job.journal.event(
+        "prune.planned",
+        f"{step.structure} by {step.criterion}, scope {step.scope}, to the {target} asked for",
+        structure=step.structure,
+        criterion=step.criterion,
+        scope=step.scope,
+        round=stage.removal.number,
+        rounds=stage.removal.count,
+    )
+    if step.structure == "weights":
+        rewind = _rewind_weights(job, step)
+        reached.masks = cut_weights(reached.network, step, stage.removal, reached.masks, job.materials, rewind)
+    else:
+        reached.network = cut_channels(reached.network, step, stage.removal, job.materials, start=_start(job, record))
+    after_cut = job.score(reached.network)
+    recalibrated = recalibrate(reached.network, job.materials)
+    reached.ledger.latest = job.score(reached.network) if recalibrated else after_cut
+    found = measures(reached.network, reached.ledger.latest)
+    record.rounds.append(
+        {
+            "round": stage.removal.number,
+            "after_cut": after_cut.accuracy,
+            "after_recalibration": reached.ledger.latest.accuracy,
+            "params": found["params"],
+            "nonzero_params": found["nonzero_params"],
+            "macs": found["macs"],
+        }
+    )
+    _tell_removal(job, record, step)
+
+
+def _tell_removal(job: Job, record: StepRecord, step: Prune) -> None:
+    latest, before = record.rounds[-1], record.before
+    job.journal.event(
+        "prune.applied",
+        f"{step.structure} pruned: {latest['nonzero_params']} of {before['params']} parameters and {latest['macs']} of "
+        f"{before['macs']} MACs are left; accuracy {latest['after_cut']:.4f} after the cut, "
+        f"{latest['after_recalibration']:.4f} recalibrated",
+        **latest,
+    )
+    if job.reached.masks is not None:
+        step_now = job.watch.course.progress(0.0).step
+        job.journal.metric("sparsity", step_now, _sparsity(job.reached.masks))
+    chance = 1.5 / len(job.dataset.class_names)
+    if latest["after_recalibration"] <= chance < before["accuracy"]:
+        message = f"accuracy is at chance ({latest['after_recalibration']:.4f}) until the network is retrained"
+        job.journal.event("warning", message, level="warn")
+
+
+ACTIONS: dict[str, Callable[[Job, Stage], None]] = {
+    "training": _train,
+    "evaluating": _evaluate,
+    "pruning": _prune,
+    "retraining": _retrain,
+}
+
+
+# --- trainings -------------------------------------------------------------------------------------------------------
+
+
+def begin_fit(job: Job, stage: Stage) -> Fit:
+    """The training of a stage: at its start, or where a checkpoint left it."""
+    reached = job.reached
+    batches = job.training_batches(reached.stage)
+    steps_per_epoch = len(batches)
+    recipe = _recipe(job, stage, steps_per_epoch)
+    fit = Fit(
+        reached.network,
+        batches,
+        recipe,
+        job.precision,
+        validation=job.validation,
+        masks=reached.masks,
+        teacher=job.dense_network() if recipe.distillation is not None else None,
+        micro_batches=reached.micro_batches,
+    )
+    if reached.suspended is not None:
+        fit.restore(reached.suspended.tensors, reached.suspended.state)
+        reached.suspended = None
+        job.watch.course.resume_at(fit.position.step / max(1, fit.steps))
+    reached.fit = fit
+    return fit
+
+
+def _recipe(job: Job, stage: Stage, steps_per_epoch: int) -> Recipe:
+    seed = derive_seed(job.training.seed, "fit", job.reached.stage)
+    if stage.position is None or stage.removal is None:
+        return Recipe(
+            phase="training",
+            epochs=job.training.epochs,
+            rate=learning_rate(job.training),
+            training=job.training,
+            seed=seed,
+            regularizations=job.regularizations,
+        )
+    step = job.prune_step(stage)
+    record = job.reached.ledger.steps[-1]
+
+    def regrow(network: Network, sparsity: float, previous: Masks | None) -> Masks:
+        return joined_masks(network, step, sparsity, previous, seed=job.training.seed)
+
+    return Recipe(
+        phase="retraining",
+        epochs=stage.removal.epochs,
+        rate=retrain_schedule(step, job.training),
+        training=job.training,
+        seed=seed,
+        regularizations=job.regularizations,
+        distillation=retraining(step, job.training).distillation,
+        mask_updates=stage.removal.mask_updates(
+            step.sparsity, stage.removal.epochs * steps_per_epoch, initial=record.sparsity_before
+        ),
+        regrow=regrow,
+    )
+
+
+def _rewind_weights(job: Job, step: Prune) -> dict[str, Tensor] | None:
+    """The weights that `weight_rewind` goes back to; None for other policies.
+
+    Where the training was stopped before that epoch, the trained weights stay, and a note says so.
+    """
+    epoch = rewind_epoch(step, job.training)
+    if epoch is None:
+        return None
+    weights = job.reached.kept.get(f"rewind/{epoch}")
+    if weights is None:
+        job.reached.ledger.note(f"weight_rewind: training ended before epoch {epoch}, so the trained weights stayed")
+    return weights
+
+
+def _start(job: Job, record: StepRecord) -> Graph:
+    return build_graph(read_layers(record.start), job.plan.baseline.input_shape, limits=NO_LIMITS)
+
+
+def _sparsity(masks: Masks | None) -> float:
+    return 0.0 if masks is None else masks.zeros() / max(1, masks.sizes())
+
+
+def _close_record(job: Job, step: Prune, *, complete: bool) -> None:
+    reached = job.reached
+    record = reached.ledger.steps[-1]
+    job.watch.charge()
+    record.after = measures(reached.network, reached.ledger.latest)
+    record.layers = layer_rows(reached.network, _start(job, record), step)
+    record.complete = complete
+
+
+# --- leaving and coming back -----------------------------------------------------------------------------------------
+
+
+def _stop(job: Job) -> None:
+    """End all training here: the best weights so far are the result; steps that were not reached stay undone."""
+    reached = job.reached
+    stage = job.stages[reached.stage]
+    fit = reached.fit
+    if fit is None and reached.suspended is not None:
+        fit = begin_fit(job, stage)
+    if fit is not None:
+        fit.conclude()
+        reached.masks, reached.fit = fit.masks, None
+    reached.kept.setdefault("baseline", snapshot(reached.network))
+    reached.ledger.latest = job.score(reached.network)
+    if reached.ledger.baseline is None:
+        reached.ledger.baseline = reached.ledger.latest
+    if reached.ledger.steps and reached.ledger.steps[-1].after is None:
+        step = job.plan.spec.optimizations[reached.ledger.steps[-1].position]
+        assert isinstance(step, Prune)
+        _close_record(job, step, complete=False)
+    reached.ledger.note(f"stopped early, while {stage.phase}: the best weights so far are the result")
+    job.journal.event("job.stopping", f"stopped while {stage.phase}: the best so far is kept", phase=stage.phase)
+
+
+def _prepare_retry(job: Job, found: NonFiniteLoss) -> None:
+    """Once more from the last checkpoint; the second time the job has diverged."""
+    if job.retried:
+        raise Diverged(f"{found.message}, and again after a retry from the last checkpoint") from found
+    job.retried = True
+    message = f"{found.message}: once more from the last checkpoint"
+    job.journal.event("warning", message, level="warn", step=found.step, lr=found.rate)
+
+
+def _prepare_smaller_steps(job: Job, reason: str) -> None:
+    if job.reached.micro_batches > 1 or job.micro_batches > 1:
+        raise OutOfMemory(f"half a batch of {job.training.batch_size} images does not fit either: {reason[:200]}")
+    job.micro_batches = 2
+    message = "the device ran out of memory: the batch is computed in two halves from here on, for the same gradient"
+    job.journal.event("warning", message, level="warn", code=OutOfMemory.code)
+
+
+def _return_to_checkpoint(job: Job) -> None:
+    """Stand where the last checkpoint was taken; what the failed training held is given back first."""
+    job.reached.fit = None
+    gc.collect()
+    if job.precision.device.type == "cuda":
+        torch.cuda.empty_cache()
+    job.watch.reached = job.take_up(job.checkpoints.latest or job.task.resume)
+
+
+def _ran_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error) for words in ALLOCATION_FAILED)
