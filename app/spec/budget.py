@@ -97,12 +97,15 @@ def choose_removals(
     """The classes of `graph` that leave so that it meets the budget or sparsity of `step`.
 
     Args:
-        graph: The network as it is now. classes: Of `graph`. scores: Importance of every class that is not pinned:
-        the lowest leave first. None: equal shares, whatever the scope. step: What is asked for; a prune step of
-        structure channels. start: The graph before the first stage of this step (default: `graph`); floors and
-        `sparsity` refer to its widths. baseline: The cost to which fractions of a budget refer (default: that of
-        `start`). fraction: How far to go, in (0, 1]: stages of equal length keep the same part of what the one before
-        left.
+        graph: The network as it is now.
+        classes: Of `graph`.
+        scores: Importance of every class that is not pinned: the lowest leave first. None: equal shares, whatever the
+            scope.
+        step: What is asked for; a prune step of structure channels.
+        start: The graph before the first stage of this step (default: `graph`). Floors and `sparsity` refer to its
+            widths.
+        baseline: The cost to which fractions of a budget refer (default: that of `start`).
+        fraction: How far to go, in (0, 1]: stages of equal length keep the same part of what the one before left.
 
     Raises:
         BudgetUnreachable: The budget is below the floor, or nothing may be removed at all.
@@ -144,7 +147,7 @@ def why_kept(graph: Graph, classes: Classes, step: Prune) -> dict[str, str]:
     for layer, found in _rooms_of_layers(classes, rooms).items():
         held = [room.held for room in found if room.held is not None]
         if len(held) == len(found):
-            reasons[layer] = held[0]
+            reasons[layer] = _for_layer(layer, held[0])
     return reasons
 
 
@@ -173,7 +176,7 @@ def _rooms(graph: Graph, classes: Classes, step: Prune, start: Graph) -> list[_R
         together = _in_classes(math.lcm(*rounded) if rounded else step.round_to, group)
         least = min(len(group.classes), _least(step, overrides, group, width))
         own = [o.sparsity for o in overrides if o.sparsity is not None]
-        held = classes.pins.get(one) or _excluded(classes, group, excluded, one) or _too_narrow(group, least, together)
+        held = classes.pins.get(one) or _excluded(excluded, one) or _too_narrow(group, least, together)
         rooms.append(_Room(group, width, least, together, min(own) if own else None, held))
     return rooms
 
@@ -191,11 +194,19 @@ def _least(step: Prune, overrides: Sequence[PruneOverride], group: Group, width:
     return max(1, share, -(-min_channels // group.channels))
 
 
-def _excluded(classes: Classes, group: Group, excluded: Mapping[str, set[int]], one: int) -> str | None:
+def _excluded(excluded: Mapping[str, set[int]], one: int) -> str | None:
     for name, ids in excluded.items():
         if one in ids:
-            return "excluded" if classes.layers_of(group) == (name,) else f"tied to {name}, which is excluded"
+            return _TIED.format(name)
     return None
+
+
+_TIED = "tied to {}, which is excluded"
+
+
+def _for_layer(layer: str, held: str) -> str:
+    """Why a group is held, said of one of its layers."""
+    return "excluded" if held == _TIED.format(layer) else held
 
 
 def _too_narrow(group: Group, least: int, together: int) -> str | None:
@@ -213,7 +224,7 @@ def _held(classes: Classes, rooms: Sequence[_Room]) -> list[str]:
     for room in rooms:
         layers = classes.layers_of(room.group)
         if room.held is not None and layers:
-            phrases.append(f"{layers[0]} ({room.held})")
+            phrases.append(f"{layers[0]} ({_for_layer(layers[0], room.held)})")
     return phrases
 
 
@@ -234,7 +245,7 @@ def _heaviest(smallest: Graph, graph: Graph, classes: Classes, rooms: Sequence[_
     phrases = []
     for name in sorted(costs, key=lambda name: -costs[name])[:3]:
         if costs[name] and name in rooms_of:
-            held = next((room.held for room in rooms_of[name] if room.held is not None), None)
+            held = next((_for_layer(name, room.held) for room in rooms_of[name] if room.held is not None), None)
             stay = f"{smallest[name].shape[0]} of {graph[name].shape[0]} channels stay"
             phrases.append(f"{name} has {costs[name] / whole:.0%} of it ({held or stay})")
     return phrases

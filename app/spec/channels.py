@@ -39,8 +39,9 @@ class TooManyChannels(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Classes that appear in the same places: `classes` in ascending order, `axes` their positions in `Classes.axes`.
+    """Classes that appear in the same places: `classes` in ascending order.
 
+    `axes` are the positions in `Classes.axes` and `nodes` the names of the nodes in whose outputs they appear.
     `channels` is the number of channels that leave with one class where it is narrowest (g behind a convolution with
     g groups, else 1).
     """
@@ -48,6 +49,7 @@ class Group:
     index: int
     classes: IntArray
     axes: tuple[int, ...]
+    nodes: tuple[str, ...]
     channels: int
 
 
@@ -92,8 +94,9 @@ class Classes:
         return tuple(dict.fromkeys(producers))
 
     def key(self, group: Group) -> frozenset[tuple[str, str, int]]:
-        """What names the group in another graph with the same layer names: the (layer, tensor, axis) it appears in."""
-        return frozenset((self.axes[i].layer, self.axes[i].tensor, self.axes[i].axis) for i in group.axes)
+        """What names the group in another graph with the same layer names: where it appears."""
+        axes = [self.axes[i] for i in group.axes]
+        return frozenset([*((a.layer, a.tensor, a.axis) for a in axes), *((node, "", 0) for node in group.nodes)])
 
 
 def channel_classes(graph: Graph) -> Classes:
@@ -184,27 +187,33 @@ def _find(parents: IntArray, slots: IntArray) -> IntArray:
 
 def _groups(found: IntArray, slots: Mapping[str, Slots], axes: Sequence[OwnedAxis]) -> tuple[Group, ...]:
     """The classes `found`, divided: those of one group appear in the same node outputs and the same tensor axes."""
-    outputs = {id(s): s for s in slots.values()}
-    places = [np.unique(s.ids, return_counts=True) for s in outputs.values()]
-    owned = {id(a.slots): np.unique(a.slots.ids) for a in axes}
+    distinct = {id(s): s for s in [*slots.values(), *(axis.slots for axis in axes)]}
+    counted = {key: np.unique(s.ids, return_counts=True) for key, s in distinct.items()}
     label = np.zeros(int(found[-1]) + 1, dtype=np.int64)
     labels = 1
-    for ids in [*(ids for ids, _ in places), *owned.values()]:
+    for ids, _ in counted.values():
         old, new = np.unique(label[ids], return_inverse=True)  # those inside part from those outside
         label[ids] = labels + new
         labels += len(old)
     channels = np.full(len(label), np.iinfo(np.int64).max)
-    for (ids, counts), output in zip(places, outputs.values(), strict=True):
-        channels[ids] = np.minimum(channels[ids], counts * output.repeat)
+    for key in {id(s) for s in slots.values()}:
+        ids, counts = counted[key]
+        channels[ids] = np.minimum(channels[ids], counts * distinct[key].repeat)
 
     order = found[np.lexsort((found, label[found]))]
     parts = np.split(order, np.flatnonzero(np.diff(label[order])) + 1)
     parts.sort(key=lambda part: int(part[0]))
     index_of = {int(label[part[0]]): index for index, part in enumerate(parts)}
-    touching: list[list[int]] = [[] for _ in parts]
+    inside = {key: [index_of[name] for name in np.unique(label[ids]).tolist()] for key, (ids, _) in counted.items()}
+    axes_of: list[list[int]] = [[] for _ in parts]
+    nodes_of: list[list[str]] = [[] for _ in parts]
     for place, axis in enumerate(axes):
-        for name in np.unique(label[owned[id(axis.slots)]]).tolist():
-            touching[index_of[name]].append(place)
+        for index in inside[id(axis.slots)]:
+            axes_of[index].append(place)
+    for name, output in slots.items():
+        for index in inside[id(output)]:
+            nodes_of[index].append(name)
     return tuple(
-        Group(index, part, tuple(touching[index]), int(channels[part].min())) for index, part in enumerate(parts)
+        Group(index, part, tuple(axes_of[index]), tuple(nodes_of[index]), int(channels[part].min()))
+        for index, part in enumerate(parts)
     )
