@@ -395,7 +395,7 @@ def _how(reason: dict[str, Any]) -> str:
 
 def _end(session: Session, db: Database, moved: Moved) -> None:
     """What a job that failed or was cancelled leaves behind goes; the job itself too if its user deleted it."""
-    if moved.deleted:
+    if moved.deleted_at is not None:
         purge(session, db, moved.job_id)
     else:
         clear_objects(session, db, moved.job_id, keep_artifacts=False)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, delete, select, update
@@ -34,7 +35,7 @@ class Moved:
     log_bytes: int
     state: str
     wish: str | None
-    deleted: bool
+    deleted_at: datetime | None
 
 
 def move(
@@ -46,12 +47,12 @@ def move(
     *,
     seen: bool = True,
 ) -> Moved | None:
-    """The row after the UPDATE, with the events written; None if no row fulfils `where`. `seen` False: no reader sees a
-    change.
+    """The row after the UPDATE, with the events written; None if no row fulfils `where`.
 
     Event numbers come from the row: its lock is held until the commit, so a job's events become visible in order,
-    without gaps.
+    without gaps. `seen` is False for a change that no reader sees.
     """
+    # RETURNING deleted_at, not deleted_at IS NOT NULL: that SQLite 3.40 answers wrongly beside jobs_newest's condition.
     changed: dict[str, Any] = {**values, "event_seq": Job.event_seq + len(events)}
     if seen:
         changed["revision"] = Job.revision + 1
@@ -67,7 +68,7 @@ def move(
             Job.log_bytes,
             Job.state,
             Job.wish,
-            Job.deleted_at.is_not(None),
+            Job.deleted_at,
         )
     ).one_or_none()
     if row is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 from alembic import command
@@ -57,8 +56,8 @@ def _config() -> Config:
 
 
 def _migrations() -> Path:
-    """The folder of the package `migrations`, beside `app` in a checkout and in an installation."""
-    spec = importlib.util.find_spec("migrations")
-    if spec is None or not spec.submodule_search_locations:
-        raise StartupError("the package `migrations` is missing: install Espalier again")
-    return Path(spec.submodule_search_locations[0])
+    """The folder `migrations`, beside `app` in a checkout and in an installation."""
+    folder = Path(__file__).parent.parent / "migrations"
+    if not (folder / "env.py").is_file():
+        raise StartupError("the folder `migrations` is missing beside `app`: install Espalier again")
+    return folder
