@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from app.spec.layers import Conv, Shape
+from app.spec.shapes import per_axis
 
 Word = Literal["same", "valid"]
 
@@ -55,21 +56,21 @@ def _spread(per_axis: list[list[int]]) -> list[tuple[int, ...]]:
 
 
 def _paddings(conv: Conv, sizes: list[tuple[int, ...]], axes: int) -> list[tuple[int, ...] | Word]:
-    """The padding of each convolution of the stack.
+    """The padding of each convolution of the stack, the sum of which is that of `conv`.
 
-    From the last to the first each takes what keeps its map as large as it was, d * (k - 1) / 2, and the first takes
-    the rest: so every window fits, and no border of an inner map is cut off that the large kernel would have seen.
+    From the first to the last each takes what keeps its map as large as it was, d * (k - 1) / 2; what is left then goes
+    to the first: so every window fits, and no inner map ends before something that the large kernel would have seen.
     """
     if isinstance(conv.padding, str):
         return [conv.padding] * len(sizes)
-    left = list((conv.padding,) * axes if isinstance(conv.padding, int) else conv.padding)
-    dilations = conv.dilations(axes)
-    paddings: list[tuple[int, ...] | Word] = []
-    for size in reversed(sizes[1:]):
-        taken = [min(rest, d * (k - 1) // 2) for rest, d, k in zip(left, dilations, size, strict=True)]
-        left = [rest - part for rest, part in zip(left, taken, strict=True)]
-        paddings.insert(0, tuple(taken))
-    return [tuple(left), *paddings]
+    left = list(per_axis("padding", conv.padding, axes))
+    paddings = []
+    for size in sizes:
+        natural = [d * (k - 1) // 2 for d, k in zip(conv.dilations(axes), size, strict=True)]
+        paddings.append([min(rest, share) for rest, share in zip(left, natural, strict=True)])
+        left = [rest - part for rest, part in zip(left, paddings[-1], strict=True)]
+    paddings[0] = [part + rest for part, rest in zip(paddings[0], left, strict=True)]
+    return [tuple(part) for part in paddings]
 
 
 def _short(values: tuple[int, ...]) -> int | tuple[int, ...]:

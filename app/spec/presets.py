@@ -55,10 +55,11 @@ def preset_layers(name: str, input_shape: tuple[int, ...], classes: int, width: 
 def scaled(channels: int, width: float) -> int:
     """`channels * width`, at least 1: from 16 up the nearest multiple of 8 that loses at most a tenth.
 
-    Below 16 the nearest integer. The rule of MobileNet (`make_divisible`): fast kernels want aligned widths.
+    Below 16 the nearest integer; at width 1 what the paper has. The rule of MobileNet (`make_divisible`): fast kernels
+    want aligned widths.
     """
     exact = channels * width
-    if exact < 2 * _ALIGNMENT:
+    if width == 1 or exact < 2 * _ALIGNMENT:
         return max(1, round(exact))
     aligned = int(exact + _ALIGNMENT / 2) // _ALIGNMENT * _ALIGNMENT
     return aligned if aligned >= 0.9 * exact else aligned + _ALIGNMENT

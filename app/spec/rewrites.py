@@ -217,11 +217,8 @@ def _deeper(graph: Graph, draft: Draft, optimization: Deeper, narrowed: _Narrowe
 
     chosen = narrowed.choose(graph.nodes, why_not)
     if optimization.layers is None:
-        chosen = [
-            node
-            for node, following in zip(chosen, [*chosen[1:], None], strict=True)
-            if following is None or following.shape != node.shape
-        ]
+        following = [node.shape for node in chosen[1:]] + [None]
+        chosen = [node for node, shape in zip(chosen, following, strict=False) if node.shape != shape]
     for node in chosen:
         block = block_of(graph, node)
         conv = node.layer
