@@ -47,6 +47,10 @@ class Graph:
                 found[name].append(node)
         return {name: tuple(nodes) for name, nodes in found.items()}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Graph:
+        """Itself: nothing in it changes. Copies of a network share it."""
+        return self
+
     def __getitem__(self, name: str) -> Node:
         """The node of this name.
 

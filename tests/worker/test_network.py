@@ -205,6 +205,7 @@ def test_a_copy_is_independent() -> None:
     images = images_of(PICTURE)
     wanted = network(images)
     other = copy.deepcopy(network)
+    assert other.graph is network.graph
     with torch.no_grad():
         other.get_parameter("conv1.weight").zero_()
     assert torch.equal(network(images), wanted)
@@ -217,5 +218,5 @@ def test_channels_last_gives_the_same_results() -> None:
     network = build_network(graph_of(layers), seed=0).double().eval()
     images = images_of(PICTURE).double()
     wanted = network(images)
-    network.to(memory_format=torch.channels_last)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     assert torch.allclose(network(images.contiguous(memory_format=torch.channels_last)), wanted, atol=1e-12)
