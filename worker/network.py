@@ -64,9 +64,18 @@ def build_network(graph: Graph, *, seed: int | None = None) -> Network:
     """
     with torch.device("meta"):
         network = Network(graph)
-    network.to_empty(device="cpu")
+    _allocate(network)
     initialise(network, None if seed is None else torch.Generator().manual_seed(seed))
     return network
+
+
+def _allocate(network: Network) -> None:
+    """Gives every tensor memory on the CPU. `to_empty` does too, but imports sympy for it: 2 s for a first network."""
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype)))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 def forward_steps(graph: Graph) -> tuple[Step, ...]:

@@ -251,6 +251,7 @@ class Fit:
             "stale_epochs": self.stale_epochs,
             "mark": self._mark,
             "best": None if best is None else {"epoch": best.epoch, "accuracy": best.accuracy, "loss": best.loss},
+            "optimizer_steps": self.optimizer.steps,
             "scaler": self._scaler.state_dict(),
         }
 
@@ -261,7 +262,8 @@ class Fit:
         self._mark = state["mark"]
         self._rate = self.recipe.rate(self._progress())
         device = self.precision.device
-        restore_optimizer(self.optimizer, self.network, _below("optimizer/", tensors))
+        memory = _below("optimizer/", tensors)
+        restore_optimizer(self.optimizer, self.network, memory, steps=state["optimizer_steps"])
         if self.average is not None:
             for name, tensor in _below("average/", tensors).items():
                 self.average.tensors[name].copy_(tensor)
@@ -284,10 +286,10 @@ class Fit:
         self._rate = self.recipe.rate(self._progress())
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         losses = self._backward(images, labels_N)
         if self._scaler.is_enabled():
-            self._scaler.unscale_(self.optimizer)
+            self._scaler.unscale_(self.optimizer)  # type: ignore[arg-type]
         if self.masks is not None:
             self.masks.mask_gradients(self.network)
         if self.recipe.training.gradient_clipping is not None:
@@ -295,8 +297,11 @@ class Fit:
         for decay, parameters in self._decay:
             with torch.no_grad():
                 torch._foreach_mul_(parameters, 1 - self._rate * decay)
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
+        if self._scaler.is_enabled():
+            self._scaler.step(self.optimizer)  # type: ignore[arg-type]
+            self._scaler.update()
+        else:
+            self.optimizer.step()
         if self.masks is not None:
             self.masks.apply(self.network)
         if self.average is not None:

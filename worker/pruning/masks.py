@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,14 @@ from worker.pruning.importance import check_finite, prunable_weights, weight_sco
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.floating]
+
+
+class Remembering(Protocol):
+    """An optimizer: torch's, or one that keeps what it remembers in the same place."""
+
+    @property
+    def state(self) -> Mapping[Tensor, Mapping[str, Any]]:
+        """Parameter -> key -> what is remembered."""
 
 
 class Masks:
@@ -85,7 +93,7 @@ class Masks:
             torch._foreach_mul_([grad for grad, _ in pairs], [mask for _, mask in pairs])
 
     @torch.no_grad()
-    def mask_optimizer(self, optimizer: torch.optim.Optimizer, network: Network) -> None:
+    def mask_optimizer(self, optimizer: Remembering, network: Network) -> None:
         """Set the optimizer's memory of pruned weights (momentum, averages of gradients and squares) to zero."""
         for parameter, mask in zip(*self._bound(network), strict=True):
             for value in optimizer.state.get(parameter, {}).values():
