@@ -16,7 +16,7 @@ from torch import Tensor
 from app.errors import JsonValue
 from app.spec.architecture import Preprocessing, architecture_document
 from app.spec.cost import SAFETENSORS_METADATA
-from worker.network import Network
+from worker.network import Network, build_network
 from worker.source import model_source
 
 Stem = Literal["pruned", "baseline"]
@@ -93,6 +93,13 @@ def portable_tensors(network: Network) -> dict[str, Tensor]:
         for name, tensor in network.state_dict().items()
         if not name.endswith(".num_batches_tracked")
     }
+
+
+def portable_network(network: Network) -> Network:
+    """A copy of the network in eval mode, float32 on the CPU, as whoever loads its file has it."""
+    copy = build_network(network.graph)
+    copy.load_state_dict(portable_tensors(network))
+    return copy.eval()
 
 
 def file_sha256(path: Path) -> str:

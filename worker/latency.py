@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from app.errors import JsonValue
 from app.spec.cost import cost
-from worker.export import portable_tensors
-from worker.network import Network, build_network
+from worker.export import portable_network, portable_tensors
+from worker.network import Network
 
 BATCH_SIZES = (1, 32)
 MOST_RUNS = 200
@@ -90,9 +90,7 @@ def _torch_runs(networks: Sequence[Network], threads: int) -> list[Runner]:
     """One maker of runs per network, in eager mode on a CPU copy."""
 
     def maker(network: Network) -> Runner:
-        copy = build_network(network.graph)
-        copy.load_state_dict(portable_tensors(network))
-        copy.eval()
+        copy = portable_network(network)
 
         def run_on(images: NDArray[np.float32]) -> Run:
             images_NCx = torch.from_numpy(images)

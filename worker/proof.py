@@ -26,16 +26,16 @@ from app.spec.architecture import Preprocessing, read_architecture
 from app.spec.cost import cost
 from app.spec.graph import Graph
 from worker.evaluation import score
-from worker.export import MODEL_SOURCE, Stem, architecture_name
+from worker.export import MODEL_SOURCE, Stem, architecture_name, portable_network
 from worker.network import Network
 from worker.source import model_source
 
 SCRIPT = Path(__file__).with_name("proof_script.py")
-SAME_RUNTIME = 1e-5  # of the largest logit: 0 is usual on the same device; a GPU's or another batch's rounding fits
+SAME_RUNTIME = 1e-5  # of the largest logit: it is 0 with a reference from the CPU; another layout's rounding fits
 OTHER_RUNTIME = 1e-4  # of the largest logit: onnxruntime adds up in another order, with batch norm folded
 CLOSE_CALL = 1e-3  # of the largest logit: two classes nearer than this may change places
-MOST_ELEMENTS = 1 << 24  # of the largest activation of one batch: 64 MiB
-LARGEST_BATCH = 256
+MOST_ELEMENTS = 1 << 22  # of the largest activation of one batch: 16 MiB, near the caches
+LARGEST_BATCH = 128
 SLOWEST_MACS_PER_S = 2e8  # a machine that needs longer than this is taken for hung
 START_ALLOWANCE_S = 300.0  # import of torch from a cold disk on a busy machine
 
@@ -135,28 +135,35 @@ class _CleanProcess:
 
 
 def proof_batch_size(graph: Graph) -> int:
-    """Examples per batch, so that the largest activation of a batch stays below 64 MiB."""
+    """Examples per batch, so that the largest activation of a batch stays within 16 MiB."""
     largest = max(node.elements for node in graph.nodes)
     return max(1, min(LARGEST_BATCH, MOST_ELEMENTS // largest))
 
 
 def compute_logits(
-    network: Network, images: NDArray[Any], preprocessing: Preprocessing, *, batch_size: int | None = None
+    network: Network, images: NDArray[Any], preprocessing: Preprocessing, *, device: Literal["cpu"] | None = None
 ) -> Logits:
-    """Logits `N x K` of raw images `N x C x ...` in eval mode on the network's device, float32.
+    """Logits `N x K`, float32, of raw images `N x C x ...` in eval mode.
 
-    The reference that `prove` compares with: the same preprocessing and the same batches as in the clean process, so
-    that the difference on a CPU is exactly 0.
+    Args:
+        network: on whatever device it is; its mode is as before afterwards.
+        images, preprocessing: what the network's input is made of.
+        device: None computes where and as the network is. "cpu" takes a float32 copy, laid out as in the clean process:
+            the reference that `prove` compares with, from which delivered weights differ by exactly 0.
     """
-    batch = batch_size or proof_batch_size(network.graph)
-    device = next((tensor.device for tensor in network.parameters()), torch.device("cpu"))
+    if device is not None:
+        copy: Any = portable_network(network)
+        network = copy.to(memory_format=torch.channels_last)
+    layout = torch.channels_last if images.ndim == 4 else torch.contiguous_format
+    place = next((tensor.device for tensor in network.parameters()), torch.device("cpu"))
+    batch = proof_batch_size(network.graph)
     was_training = network.training
     network.eval()
     parts: list[Logits] = []
     with torch.inference_mode():
         for start in range(0, len(images), batch):
             ready = torch.from_numpy(preprocessing.apply(images[start : start + batch]))
-            parts.append(network(ready.to(device)).float().cpu().numpy())
+            parts.append(network(ready.to(place).contiguous(memory_format=layout)).float().cpu().numpy())
     network.train(was_training)
     return np.concatenate(parts)
 
@@ -214,7 +221,8 @@ def prove(
         folder: where `export_network` wrote `pruned.*` and, if `reference_logits` has it, `baseline.*`.
         images: raw test images `N x C x ...`; a plain view of a `.npy` opened with `mmap_mode` is not copied.
         labels: N class numbers.
-        reference_logits: `N x K` of the trained network (`compute_logits`), by stem ("pruned", "baseline").
+        reference_logits: `N x K` of the trained network, `compute_logits(..., device="cpu")`, by stem ("pruned",
+            "baseline").
         threads: of each process; the reference's count gives the same bits.
         waiting: called a few times per second; may raise to give up.
         timeout_s: of the processes; default by the work there is.

@@ -49,11 +49,13 @@ def torch_network(model: str, weights: str, threads: int) -> Callable[[Any], Any
         raise ImportError(f"{model} is not a Python module")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    network = module.load(weights)
+    network = module.load(weights).to(memory_format=torch.channels_last)  # twice as fast on a CPU: layout only
+    layout = {4: torch.channels_last}
 
     def logits(images_NCx: Any) -> Any:
+        images = torch.from_numpy(images_NCx)
         with torch.inference_mode():
-            return network(torch.from_numpy(images_NCx)).numpy()
+            return network(images.contiguous(memory_format=layout.get(images.ndim, torch.contiguous_format))).numpy()
 
     return logits
 
