@@ -1,4 +1,4 @@
-"""Channel classes: what is tied, what is pinned, and the smaller graph. No weights here: see tests/worker/pruning."""
+"""Channel classes: what is tied, what is pinned, and the smaller graph. No weights here."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from support.specs import COLOUR, misplanned, plan, preset_graph
+from support.specs import COLOUR, GREY, misplanned, plan, preset_graph
 
 from app.spec.budget import choose_removals
 from app.spec.channels import channel_classes, shrink_graph
@@ -16,8 +16,8 @@ from app.spec.plan import Plan
 
 
 def pruned(preset: str = "simple_cnn", **fields: Any) -> Plan:
-    facts = {} if preset == "simple_cnn" else {"facts": COLOUR}
-    return plan(**facts, model={"preset": preset}, optimizations=[{"type": "prune", **fields}])  # type: ignore[arg-type]
+    facts = GREY if preset == "simple_cnn" else COLOUR
+    return plan(facts, model={"preset": preset}, optimizations=[{"type": "prune", **fields}])
 
 
 def rows(planned: Plan) -> dict[str, tuple[str, int | None, int | None, bool]]:
@@ -135,6 +135,7 @@ def test_a_budget_out_of_reach_names_the_lowest_that_is_not(measure: str) -> Non
     assert misplanned(optimizations=[{"type": "prune", "budget": {measure: absolute.limit - 1}}])
 
 
+ZEROS = {"sparsity": 0.5}
 HALF = {"budget": {"macs": 0.5}}
 NAMED: list[tuple[dict[str, Any], str, str]] = [
     ({"sparsity": 0.5, "exclude": ["conv1", "conv3"]}, "/exclude/1", "did you mean conv"),
@@ -147,7 +148,7 @@ NAMED: list[tuple[dict[str, Any], str, str]] = [
     ({"sparsity": 0.5, "overrides": {"conv1": {"round_to": 4}}}, "/overrides/conv1/round_to", "structure weights"),
     ({**HALF, "overrides": {"conv1": {"threshold": 4}}}, "/overrides/conv1/threshold", "structure channels"),
     ({**HALF, "overrides": {"linear2": {"sparsity": 0.5}}}, "/overrides/linear2", "gives the logits"),
-    ({"sparsity": 0.5, "exclude": ["conv1"], "overrides": {"conv1": {"sparsity": 0.1}}}, "/overrides/conv1", "excluded"),
+    ({**ZEROS, "exclude": ["conv1"], "overrides": {"conv1": {"sparsity": 0.1}}}, "/overrides/conv1", "excluded"),
     ({"sparsity": 0.95, "structure": "channels"}, "/sparsity", "max_sparsity 0.9"),
     ({**HALF, "overrides": {"conv1": {"sparsity": 0.95}}}, "/overrides/conv1/sparsity", "max_sparsity 0.9"),
 ]  # fmt: skip

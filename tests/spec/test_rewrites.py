@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from support.dags import random_graph
 from support.specs import graph_of, preset_graph
 from support.topologies import TOPOLOGIES
 
@@ -60,6 +61,17 @@ def test_every_rewrite_of_every_topology_is_a_network_with_the_old_names(topolog
     assert all(after[name].shape == graph[name].shape for name in kept)
     again = graph_of(after.to_layers(), shape)
     assert again == after
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_rewrite_of_a_random_network_is_a_network(seed: int) -> None:
+    graph = random_graph(seed)
+    for optimization in ALL:
+        after = rewrite(graph, optimization)
+        assert after[after.output].shape == graph[graph.output].shape
+        assert [name for name in names(after) if name in graph] == names(graph)
+        if after is not graph:
+            assert after != graph
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
