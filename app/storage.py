@@ -268,15 +268,15 @@ class RemoteStorage(Storage):
         self._store = from_url(url, client_options=CLIENT, retry_config=RETRY)  # type: ignore[call-overload]
 
     def check(self) -> None:
-        with _remote():
+        with _remote(reads=False):
             next(iter(obstore.list(self._store, "readiness", chunk_size=1)), None)
 
     def put_bytes(self, key: str, data: bytes, *, create: bool = False) -> None:
-        with _remote(writes=True):
+        with _remote(reads=False):
             obstore.put(self._store, _checked(key), data, mode="create" if create else "overwrite")
 
     def put_file(self, key: str, path: Path) -> None:
-        with _remote(writes=True), path.open("rb") as file:
+        with path.open("rb") as file, _remote(reads=False):
             obstore.put(self._store, _checked(key), file, max_concurrency=4)
 
     def size(self, key: str) -> int:
@@ -302,7 +302,7 @@ class RemoteStorage(Storage):
 
     def list(self, prefix: str) -> list[StoredObject]:
         folder = prefix.rpartition("/")[0]  # obstore's prefixes are whole folders
-        with _remote():
+        with _remote(reads=False):
             found = [
                 StoredObject(entry["path"], entry["size"], entry["last_modified"])
                 for chunk in obstore.list(self._store, folder or None, chunk_size=1000)
@@ -400,17 +400,17 @@ def _filesystem() -> Iterator[None]:
 
 
 @contextmanager
-def _remote(*, writes: bool = False) -> Iterator[None]:
-    """Errors of the store in our words; a missing object is the builtin FileNotFoundError (in a write, the bucket)."""
+def _remote(*, reads: bool = True) -> Iterator[None]:
+    """Errors of the store in our words. What is missing in a read is the object, else the bucket."""
     try:
         yield
     except refused.AlreadyExistsError as error:
         raise ObjectExists from error
     except (refused.PermissionDeniedError, refused.UnauthenticatedError) as error:
         raise StorageDenied from error
-    except FileNotFoundError as error:
-        if writes:
-            raise StorageDenied("the object store's bucket does not exist") from error
-        raise ObjectNotFound from error
+    except FileNotFoundError as error:  # the builtin, not obstore's NotFoundError
+        if reads:
+            raise ObjectNotFound from error
+        raise StorageDenied("the object store's bucket does not exist") from error
     except refused.BaseError as error:
         raise Unavailable("the object store does not answer: try again") from error
