@@ -204,9 +204,9 @@ def _strongest(scores: Mapping[str, FloatArray], sparsity: float) -> dict[str, B
     """
     flat = np.concatenate(list(scores.values()))
     start = 0
-    for values in scores.values():  # the first of the strongest weights of each layer never goes
-        flat[start + int(values.argmax())] = math.inf
+    for values in scores.values():  # the last of the strongest weights of each layer never goes
         start += values.size
+        flat[start - 1 - int(values[::-1].argmax())] = math.inf
     already = int(np.count_nonzero(flat < 0))
     count = min(max(round(sparsity * flat.size), already), flat.size - len(scores))
     keep = np.ones(flat.size, dtype=np.bool_)
