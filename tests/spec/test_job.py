@@ -84,7 +84,8 @@ def test_the_least_job_gets_the_documented_defaults() -> None:
     assert (optimizer.name, optimizer.lr, optimizer.momentum) == ("sgd", 0.1, 0.9)
     assert (optimizer.nesterov, optimizer.weight_decay) == (True, 5e-4)
     assert (training.schedule.name, training.augmentation, training.label_smoothing) == ("one_cycle", (), 0)
-    assert training.ema_decay is training.early_stopping is training.gradient_clipping is training.channels_last is None
+    nothing = (training.ema_decay, training.early_stopping, training.gradient_clipping, training.channels_last)
+    assert nothing == (None,) * 4
     assert training.precision == "auto"
 
 
@@ -384,5 +385,5 @@ def test_retraining_takes_a_third_of_the_epochs_and_at_least_one() -> None:
 def test_a_job_is_immutable() -> None:
     spec = job()
     with pytest.raises(ValueError, match="frozen"):
-        spec.name = "other"  # type: ignore[misc]
+        spec.name = "other"
     assert isinstance(spec, JobSpec)

@@ -32,7 +32,7 @@ ALL: list[Rewrite] = [
     Deeper(times=2),
     ResidualRewrite(),
 ]
-HEAD = [{"type": "flatten"}, {"type": "linear", "out_features": 3}]
+HEAD: list[dict[str, Any]] = [{"type": "flatten"}, {"type": "linear", "out_features": 3}]
 
 
 def conv(channels: int, kernel: Any = 3, **fields: Any) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def test_dropout_stands_before_linear_layers_and_never_behind_the_last() -> None
 
 
 def test_dropout_touches_only_the_linear_layers_own_input() -> None:
-    layers = [
+    layers: list[dict[str, Any]] = [
         {"type": "flatten", "name": "flat"},
         {"type": "linear", "out_features": 4, "name": "a", "inputs": ["flat"]},
         {"type": "linear", "out_features": 4, "name": "b", "inputs": ["flat"]},
