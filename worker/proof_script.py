@@ -95,12 +95,11 @@ def run_over(
     scale = np.float32(steps["scale"])
     mean = np.asarray(steps["mean"], np.float32).reshape(per_channel)
     std = np.asarray(steps["std"], np.float32).reshape(per_channel)
-    count, classes = len(images_NCx), len(architecture["classes"])
-    logits_NK = np.lib.format.open_memmap(out, "w+", np.float32, (count, classes))
-    for start in range(0, count, batch):
+    parts = []
+    for start in range(0, len(images_NCx), batch):
         ready = images_NCx[start : start + batch].astype(np.float32, order="C")
-        logits_NK[start : start + batch] = network((ready * scale - mean) / std)
-    logits_NK.flush()
+        parts.append(network((ready * scale - mean) / std))
+    np.save(out, np.concatenate(parts))
 
 
 def main(order_path: str) -> None:

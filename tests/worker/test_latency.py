@@ -52,8 +52,16 @@ def test_nothing_is_noted_where_nothing_was_pruned() -> None:
 def test_conditions_are_stated_and_the_process_is_left_as_it_was() -> None:
     dense, before = trained(topology("chain")), torch.get_num_threads()
     dense.train()
-    found = measure_latency(dense, dense, threads=2, seconds=0.2, batch_sizes=(1,))
-    assert dict(found.conditions) | {"runs": None} == {"device": "cpu", "threads": 2, "runs": None}
+    within: list[int] = []
+    found = measure_latency(
+        *(dense, dense),
+        threads=before + 1,
+        seconds=0.2,
+        batch_sizes=(1,),
+        waiting=lambda: within.append(torch.get_num_threads()),
+    )
+    assert within == [before + 1] * 2
+    assert dict(found.conditions) | {"runs": None} == {"device": "cpu", "threads": before + 1, "runs": None}
     runs = found.conditions["runs"]
     assert isinstance(runs, dict)
     assert all(isinstance(count, int) and 1 <= count <= MOST_RUNS for count in runs.values())
@@ -63,7 +71,7 @@ def test_conditions_are_stated_and_the_process_is_left_as_it_was() -> None:
 
 def test_the_time_is_kept_and_the_caller_may_give_up_between_measurements() -> None:
     start = time.perf_counter()
-    measure_latency(plain(64), plain(64), seconds=0.5)
+    measure_latency(plain(16), plain(16), seconds=0.5)
     assert time.perf_counter() - start < 5
 
     def cancelled() -> None:
