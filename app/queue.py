@@ -6,6 +6,7 @@ to every worker of this home; with a broker, a Celery message by task name.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import socket
@@ -100,6 +101,7 @@ class CeleryBell:
         self._rings: queue.Queue[str | None] = queue.Queue(MOST_WAITING_RINGS)
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
+        self._closed = threading.Event()
 
     def ring(self, job_id: str) -> None:
         """Leave the id to the thread; dropped when a thousand wait already, because then the broker is long away."""
@@ -113,21 +115,27 @@ class CeleryBell:
             log.debug("ring dropped", job=job_id)
 
     def close(self) -> None:
-        """Give what waits a moment, then stop; the thread is a daemon, a frozen broker cannot hold the process."""
+        """Stop after the ring at hand; the thread is a daemon, a frozen broker cannot hold the process."""
+        self._closed.set()
         if self._thread is not None:
-            try:
+            with contextlib.suppress(queue.Full):
                 self._rings.put_nowait(None)
-            except queue.Full:
-                return
             self._thread.join(timeout=2.0)
 
     def _publish(self) -> None:
         app = celery_app(self._broker_url, worker=False)
-        while (job_id := self._rings.get()) is not None:
+        away = False
+        while (job_id := self._rings.get()) is not None and not self._closed.is_set():
             try:
                 app.send_task(TASK, [job_id], queue=QUEUE, ignore_result=True, expires=MESSAGE_LIFE_S)
             except (KombuError, OSError) as error:
-                log.warning("broker away, ring lost", job=job_id, reason=str(error))
+                if not away:
+                    log.warning("broker away, rings are lost until it is back", reason=str(error))
+                away = True
+            else:
+                if away:
+                    log.info("broker back")
+                away = False
         app.close()
 
 
