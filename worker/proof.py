@@ -141,22 +141,17 @@ def proof_batch_size(graph: Graph) -> int:
     return max(1, min(LARGEST_BATCH, MOST_ELEMENTS // largest))
 
 
-def compute_logits(
-    network: Network, images: NDArray[Any], preprocessing: Preprocessing, *, device: Literal["cpu"] | None = None
-) -> Logits:
-    """Logits `N x K`, float32, of raw images `N x C x ...` in eval mode.
+def compute_logits(network: Network, images: NDArray[Any], preprocessing: Preprocessing) -> Logits:
+    """Logits `N x K`, float32, of raw images `N x C x ...` in eval mode, on the network's device; its mode stays.
 
-    Args:
-        network: on whatever device it is; its mode is as before afterwards.
-        images, preprocessing: what the network's input is made of.
-        device: None computes where and as the network is. "cpu" takes a float32 copy, laid out as in the clean process:
-            the reference that `prove` compares with, from which delivered weights differ by exactly 0.
+    On the CPU it is a float32 copy that computes, laid out and batched as in the clean process: the reference that `prove`
+    compares with, from which a right file differs by exactly 0.
     """
-    if device is not None:
+    place = next((tensor.device for tensor in network.parameters()), torch.device("cpu"))
+    if place.type == "cpu":
         copy: Any = portable_network(network)
         network = copy.to(memory_format=torch.channels_last)
     layout = torch.channels_last if images.ndim == 4 else torch.contiguous_format
-    place = next((tensor.device for tensor in network.parameters()), torch.device("cpu"))
     batch = proof_batch_size(network.graph)
     was_training = network.training
     network.eval()
@@ -222,8 +217,7 @@ def prove(
         folder: where `export_network` wrote `pruned.*` and, if `reference_logits` has it, `baseline.*`.
         images: raw test images `N x C x ...`; a plain view of a `.npy` opened with `mmap_mode` is not copied.
         labels: N class numbers.
-        reference_logits: `N x K` of the trained network, `compute_logits(..., device="cpu")`, by stem ("pruned",
-            "baseline").
+        reference_logits: `N x K` of the trained network on the CPU (`compute_logits`), by stem ("pruned", "baseline").
         threads: of each process; the reference's count gives the same bits.
         waiting: called a few times per second; may raise to give up.
         timeout_s: of the processes; default by the work there is.
