@@ -144,8 +144,8 @@ def proof_batch_size(graph: Graph) -> int:
 def compute_logits(network: Network, images: NDArray[Any], preprocessing: Preprocessing) -> Logits:
     """Logits `N x K`, float32, of raw images `N x C x ...` in eval mode, on the network's device; its mode stays.
 
-    On the CPU it is a float32 copy that computes, laid out and batched as in the clean process: the reference that `prove`
-    compares with, from which a right file differs by exactly 0.
+    On the CPU it is a float32 copy that computes, laid out and batched as in the clean process: the reference that
+    `prove` compares with, from which a right file differs by exactly 0.
     """
     place = next((tensor.device for tensor in network.parameters()), torch.device("cpu"))
     if place.type == "cpu":
