@@ -22,6 +22,9 @@ from worker.network import Network
 from worker.precision import Precision
 
 
+NO_LOSS = float(np.finfo(np.float64).max)  # stands for NaN and infinity, which JSON does not have
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """A network on one part of the data: accuracy (0 to 1) and mean cross-entropy in nats."""
@@ -61,7 +64,7 @@ def evaluate(network: Network, batches: Iterable[tuple[Tensor, Tensor]], precisi
     Sums stay on the device until the end, in float64: the result does not depend on how the images were cut into
     batches but for the rounding of the network itself.
 
-    Raises ValueError where there is no image.
+    A loss that is no number comes back as NO_LOSS. Raises ValueError where there is no image.
     """
     was_training = network.training
     network.eval()
@@ -77,23 +80,26 @@ def evaluate(network: Network, batches: Iterable[tuple[Tensor, Tensor]], precisi
     network.train(was_training)
     if images_seen == 0:
         raise ValueError("nothing to evaluate: the part has no image")
-    return Evaluation(float(correct) / images_seen, float(loss) / images_seen)
+    return Evaluation(float(correct) / images_seen, _finite(float(loss) / images_seen))
 
 
 def score(logits_NK: NDArray[np.float32], labels_N: NDArray[np.int64]) -> Scores:
     """The scores of logits `N x K` against N class numbers; the loss is summed in float64.
 
-    A loss that is no number comes back as the largest float: a report holds finite numbers only.
+    A loss that is no number comes back as NO_LOSS.
     """
     wide_NK = logits_NK.astype(np.float64)
     wide_NK -= wide_NK.max(axis=1, keepdims=True)
     losses_N = np.log(np.exp(wide_NK).sum(axis=1)) - wide_NK[np.arange(len(labels_N)), labels_N]
     right_N = logits_NK.argmax(axis=1) == labels_N
     classes = logits_NK.shape[1]
-    loss = float(losses_N.mean())
     return Scores(
         accuracy=float(right_N.mean()),
-        loss=loss if np.isfinite(loss) else float(np.finfo(np.float64).max),
+        loss=_finite(float(losses_N.mean())),
         correct=tuple(int(count) for count in np.bincount(labels_N[right_N], minlength=classes)),
         examples=tuple(int(count) for count in np.bincount(labels_N, minlength=classes)),
     )
+
+
+def _finite(loss: float) -> float:
+    return loss if np.isfinite(loss) else NO_LOSS

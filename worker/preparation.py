@@ -200,6 +200,7 @@ def prepare(task: Task, journal: Journal) -> Job:
 
     Raises:
         DataInvalid: the data are not what the spec was accepted for.
+        InvalidSpec: the document is no job.
     """
     if task.threads is not None:
         torch.set_num_threads(task.threads)
@@ -262,8 +263,9 @@ def _plan(task: Task) -> Plan:
         facts = read_manifest(task.data).facts()
     except (OSError, ValueError, KeyError) as error:
         raise DataInvalid(f"the packed data set cannot be read: {error}") from error
+    spec = parse_job(task.spec)
     try:
-        return make_plan(parse_job(task.spec), facts, limits=NO_LIMITS)
+        return make_plan(spec, facts, limits=NO_LIMITS)
     except InvalidSpec as refused:
         first = refused.faults[0]
         raise DataInvalid(f"the job does not fit its data: {first.message}", pointer=first.pointer) from refused

@@ -433,7 +433,7 @@ class _Losses:
 
 
 def _rank(accuracy: float, loss: float) -> tuple[float, float]:
-    return accuracy, -loss if loss == loss else float("-inf")
+    return accuracy, -loss
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from app.failpoints import failpoint
 from worker.averaging import snapshot
 from worker.checkpoint import STEM, write_checkpoint
 from worker.course import Course
+from worker.evaluation import NO_LOSS
 from worker.journal import Journal, Phase, SavedCheckpoint, Wish
 from worker.state import Reached
 from worker.training import EpochResult, Fit, Window
@@ -233,7 +234,7 @@ class JobWatch:
         self._metrics = {"train.loss": result.loss}
         if result.accuracy is not None and result.validation_loss is not None:
             self._metrics["val.accuracy"] = result.accuracy
-            if result.validation_loss - result.validation_loss == 0:
+            if result.validation_loss < NO_LOSS:
                 self._metrics["val.loss"] = result.validation_loss
         for name, value in self._metrics.items():
             if name.startswith("val."):
