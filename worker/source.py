@@ -114,7 +114,7 @@ def _sizes(values: Sequence[int]) -> str:
 
 
 def _lines(start: str, arguments: Sequence[str], end: str, indent: str) -> list[str]:
-    """The lines of `start`, arguments, `end` (with the brackets): one if it fits, else one per argument, as ruff does."""
+    """The lines of `start`, arguments, `end` (with the brackets): one if it fits, else one an argument, as in ruff."""
     line = f"{indent}{start}{', '.join(arguments)}{end}"
     if len(line) <= LINE_LENGTH or not arguments:
         return [line]
