@@ -35,6 +35,19 @@ def test_nine_workers_in_three_processes_claim_each_job_once(db: Database, datab
     assert all(event_types(db, job_id) == expected for job_id in made)
 
 
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+def test_a_worker_steps_over_a_job_that_another_is_taking(db: Database) -> None:
+    first, second = lives.submit(db).id, lives.submit(db).id
+    with db.write() as session:
+        session.execute(select(Job.id).where(Job.id == first).with_for_update())
+        claim = attempts.claim(db, worker_id="w")
+        assert claim is not None
+        assert claim.job_id == second
+        assert attempts.claim(db, worker_id="w") is None
+        assert attempts.claim(db, worker_id="w", hint=first) is None
+    assert lives.claim(db, first).attempt == 1
+
+
 def test_twins_of_a_request_make_one_job(db: Database) -> None:
     start = threading.Barrier(8)
 
