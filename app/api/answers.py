@@ -246,7 +246,7 @@ class Preset(Answer):
     input_shape: list[int]
     classes: int
     cost: Cost
-    json_schema: dict[str, Any]
+    schema_: dict[str, Any] = Field(alias="schema")
     example: dict[str, Any]
 
 
@@ -260,8 +260,9 @@ class Optimization(Answer):
     """An optimization a job may ask for."""
 
     type: str
+    title: str
     description: str
-    json_schema: dict[str, Any]
+    schema_: dict[str, Any] = Field(alias="schema")
     example: dict[str, Any]
 
 

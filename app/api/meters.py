@@ -51,7 +51,7 @@ def count_jobs(db: Database) -> dict[str, int]:
     """How many jobs there are in each stored state."""
     with db.read() as session:
         rows = session.execute(select(Job.state, func.count()).where(Job.deleted_at.is_(None)).group_by(Job.state))
-        return dict(rows.tuples().all())
+        return dict(rows.all())
 
 
 class _JobCounts(Collector):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import socket
+import sys
 from types import FrameType
 from typing import Any
 
@@ -15,6 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from app.settings import Settings
 
 HEAD_S = 10.0
+M_ARENA_MAX = -8  # malloc.h
 LONGEST_HEAD = 128 * 1024  # the edge refuses 32 KiB politely; this is where a connection is cut
 
 
@@ -91,10 +94,18 @@ def serve_options(settings: Settings) -> dict[str, Any]:
     }
 
 
+def bound_arenas() -> None:
+    """Let malloc use two arenas (glibc): with one for each of 40 threads, 300 busy requests took 13 MiB more."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_ARENA_MAX, 2)
+
+
 class ApiServer(uvicorn.Server):
     """The API's server: says when it is ready, and ends event streams before it waits for connections."""
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
+        bound_arenas()
         super().__init__(uvicorn.Config(app, **serve_options(settings)))
         self._stopping: asyncio.Event = app.state.stopping
         self._loop: asyncio.AbstractEventLoop | None = None
