@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import structlog
 
@@ -97,7 +98,9 @@ def _settings(options: argparse.Namespace) -> Settings:
     given = {"port": options.port, "home": options.home}
     settings = load_settings(**{name: value for name, value in given.items() if value is not None})
     if settings.api_key is None and settings.host not in {"127.0.0.1", "::1", "localhost"}:
-        raise StartupError(f"listening on {settings.host} needs a key: set ESPALIER_API_KEY, or ESPALIER_HOST=127.0.0.1")
+        raise StartupError(
+            f"listening on {settings.host} needs a key: set ESPALIER_API_KEY, or ESPALIER_HOST=127.0.0.1"
+        )
     return settings
 
 
@@ -108,13 +111,17 @@ def _run(settings: Settings, workers: int) -> None:
         database.upgrade()
         database.close()
         server = ApiServer(create_app(settings), settings)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _outlive)
         staff = Workers(settings, workers)
         try:
             server.run(sockets=[listener])
         finally:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second Ctrl-C must not lose a checkpoint
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
             staff.close()
+
+
+def _outlive(_number: int, _frame: FrameType | None) -> None:
+    """Do nothing: uvicorn ends at a signal and raises it again behind itself, where the workers still have to checkpoint."""
 
 
 @contextmanager
@@ -141,7 +148,9 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise StartupError(f"port {port} of {host} cannot be used ({error.strerror}); choose another with --port") from error
+        raise StartupError(
+            f"port {port} of {host} cannot be used ({error.strerror}); choose another with --port"
+        ) from error
     return listener
 
 

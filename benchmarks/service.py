@@ -86,7 +86,9 @@ def measure(short: bool) -> dict[str, Any]:
                 body = json.dumps(RESNET).encode()
                 headers = {"Content-Type": "application/json"}
                 figures = {
-                    "validate_ms": median_ms(lambda: client.post("/v1/jobs/validate", content=body, headers=headers), n),
+                    "validate_ms": median_ms(
+                        lambda: client.post("/v1/jobs/validate", content=body, headers=headers), n
+                    ),
                     "first_step_s": statistics.median(first),
                 }
                 ids: list[str] = []

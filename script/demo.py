@@ -103,7 +103,16 @@ def follow(service: Service, job_id: str) -> dict[str, Any]:
         speed = f"{progress['images_per_s']:,.0f} images/s" if progress.get("images_per_s") else ""
         left = f"{progress['eta_s']:.0f} s left" if progress.get("eta_s") is not None else ""
         line = "  ".join(
-            part for part in (f"{progress.get('fraction') or 0:4.0%}", job["state"], progress.get("phase") or "", epoch, speed, left) if part
+            part
+            for part in (
+                f"{progress.get('fraction') or 0:4.0%}",
+                job["state"],
+                progress.get("phase") or "",
+                epoch,
+                speed,
+                left,
+            )
+            if part
         )
         if live:
             print(f"\r  {line:<100}", end="", flush=True)
@@ -126,7 +135,11 @@ def table(report: dict[str, Any]) -> str:
     for runtime, batches in before["latency_ms"].items():
         for batch, times in batches.items():
             rows.append(
-                (f"{runtime} {batch} p50 ms", f"{times['p50']:.3f}", f"{after['latency_ms'][runtime][batch]['p50']:.3f}")
+                (
+                    f"{runtime} {batch} p50 ms",
+                    f"{times['p50']:.3f}",
+                    f"{after['latency_ms'][runtime][batch]['p50']:.3f}",
+                )
             )
     return "\n".join(f"  {name:<28}{dense:>14}{pruned:>14}" for name, dense, pruned in rows)
 
@@ -156,7 +169,15 @@ def main() -> None:
     report = json.loads((folder / "report.json").read_text())
     packed = home / "cache" / "datasets" / "fashion-mnist"
     check = subprocess.run(
-        [sys.executable, "-I", "-c", CHECK, str(folder), str(packed / "test.images.npy"), str(packed / "test.labels.npy")],
+        [
+            sys.executable,
+            "-I",
+            "-c",
+            CHECK,
+            str(folder),
+            str(packed / "test.images.npy"),
+            str(packed / "test.labels.npy"),
+        ],
         capture_output=True,
         text=True,
         cwd=folder,
@@ -169,7 +190,9 @@ def main() -> None:
         print(f"  note: {note}")
     print(f"  {time.monotonic() - started:.0f} s")
     if abs(reproduced["accuracy"] - report["final"]["accuracy"]) > 1e-9:
-        sys.exit(f"demo: the report says {report['final']['accuracy']}, the delivered file gives {reproduced['accuracy']}")
+        sys.exit(
+            f"demo: the report says {report['final']['accuracy']}, the delivered file gives {reproduced['accuracy']}"
+        )
     print(
         f"demo: dense {report['baseline']['accuracy']:.4f} pruned {reproduced['accuracy']:.4f} "
         f"sparsity {reproduced['sparsity']:.4f} verified"

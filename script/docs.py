@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def settings_page() -> str:
     """The settings as a Markdown table."""
     rows = [
-        f"| `ESPALIER_{name.upper()}` | `{field.default}` | {field.description} |" for name, field in Settings.model_fields.items()
+        f"| `ESPALIER_{name.upper()}` | `{field.default}` | {field.description} |"
+        for name, field in Settings.model_fields.items()
     ]
     return "\n".join(
         [

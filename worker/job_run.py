@@ -7,7 +7,6 @@ attempt ends silently, because somebody else owns the job.
 
 from __future__ import annotations
 
-import os
 import queue
 import shutil
 import time
@@ -157,7 +156,11 @@ class JobRun:
         """The packed data set's folder and the folder of the checkpoint to resume from; in the porter's thread."""
         spec = parse_job(self._claim.spec)
         data = datasets.materialize(
-            spec.data, self._claim.spec["model"].get("input_shape"), db=self._db, storage=self._storage, settings=self._settings
+            spec.data,
+            self._claim.spec["model"].get("input_shape"),
+            db=self._db,
+            storage=self._storage,
+            settings=self._settings,
         )
         folder = self._scratch / "resume"
         folder.mkdir(exist_ok=True)
@@ -380,7 +383,11 @@ class JobRun:
 
     def _without_paths(self, text: str) -> str:
         """The text with this host's folders left out, and no NUL, which Postgres refuses."""
-        for folder, name in ((str(self._scratch), "<scratch>"), (str(self._settings.home_folder), "<home>"), (os.getcwd(), ".")):  # noqa: PTH109
+        for folder, name in (
+            (str(self._scratch), "<scratch>"),
+            (str(self._settings.home_folder), "<home>"),
+            (str(Path.cwd()), "."),
+        ):
             text = text.replace(folder, name)
         return text.replace("\0", "")
 

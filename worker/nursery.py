@@ -15,16 +15,19 @@ import sys
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from app.lifeline import parent_environment
 
 # What a trainer may see of this process's environment: no credentials, no URLs.
-ALLOWED = (
-    "CUDA_VISIBLE_DEVICES", "ESPALIER_DEVICE", "ESPALIER_FAILPOINT", "ESPALIER_THREADS", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH",
-    "MKL_NUM_THREADS", "OMP_NUM_THREADS", "PATH", "PYTHONPATH", "PYTHONWARNINGS", "TMPDIR", "TZ", "VIRTUAL_ENV",
-)  # fmt: skip
+ALLOWED = frozenset(
+    """
+    CUDA_VISIBLE_DEVICES ESPALIER_DEVICE ESPALIER_FAILPOINT ESPALIER_THREADS HOME LANG
+    LC_ALL LD_LIBRARY_PATH MKL_NUM_THREADS OMP_NUM_THREADS PATH PYTHONPATH PYTHONWARNINGS TMPDIR TZ VIRTUAL_ENV
+    """.split()
+)
 SPARE_DELAY_S = 3.0  # importing torch takes two seconds of one core: not while the new job takes its first steps
 
 
@@ -66,18 +69,14 @@ class TrainerProcess:
     def end(self) -> int:
         """Kill the trainer and everything it started, close its pipes; its exit code (negative: the signal)."""
         if self.alive:
-            try:
+            with suppress(ProcessLookupError):  # it ended in between
                 os.killpg(self.process.pid, signal.SIGKILL)
-            except ProcessLookupError:  # it ended in between
-                pass
         code = self.process.wait()
         self._reader.join()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                try:
+                with suppress(BrokenPipeError):  # a line that the dead trainer never read
                     pipe.close()
-                except BrokenPipeError:  # a line that the dead trainer never read
-                    pass
         return code
 
     def _read(self) -> None:

@@ -134,5 +134,3 @@ class Porter:
 def _remove(files: CheckpointFiles) -> None:
     files.tensors.unlink(missing_ok=True)
     files.state.unlink(missing_ok=True)
-
-

@@ -1,4 +1,4 @@
-"""The Celery side of a worker: one thin task. The message carries a job id and may be lost, doubled or late; the row is the truth."""
+"""The Celery side of a worker: one thin task. Its message carries a job id and may be lost, doubled or late."""
 
 from __future__ import annotations
 
@@ -22,9 +22,5 @@ def run_celery(supervisor: Supervisor, broker_url: str, slots: int) -> None:
         supervisor.stopping.set()
 
     worker_shutting_down.connect(stop, weak=False)
-    app.worker_main(
-        [
-            "worker", "--pool=threads", f"--concurrency={slots}", f"--queues={QUEUE}", "--loglevel=WARNING",
-            "--without-gossip", "--without-mingle", "--without-heartbeat",
-        ]  # fmt: skip
-    )
+    quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel=WARNING"]
+    app.worker_main(["worker", "--pool=threads", f"--concurrency={slots}", f"--queues={QUEUE}", *quiet])

@@ -1,4 +1,4 @@
-"""What a user does with the embedded service, from an upload the service has never seen to weights that give the report's accuracy."""
+"""What a user does with the embedded service: from an upload it has never seen to weights that give the report's accuracy."""
 
 from __future__ import annotations
 
@@ -117,7 +117,9 @@ def delivered(service: Service, upload: Path, tmp_path_factory: pytest.TempPathF
 
 
 def clean_process(code: str, *arguments: str) -> str:
-    ended = subprocess.run([sys.executable, "-I", "-c", code, *arguments], capture_output=True, text=True, cwd="/", check=False)
+    ended = subprocess.run(
+        [sys.executable, "-I", "-c", code, *arguments], capture_output=True, text=True, cwd="/", check=False
+    )
     assert ended.returncode == 0, ended.stderr
     return ended.stdout.strip()
 
@@ -207,7 +209,11 @@ def test_the_stream_tells_the_whole_story_and_resumes(service: Service) -> None:
 
 
 def training(job: dict[str, Any]) -> bool:
-    return job["state"] == "running" and (job["progress"] or {}).get("phase") == "training" and job["progress"]["epoch"] >= 2
+    return (
+        job["state"] == "running"
+        and (job["progress"] or {}).get("phase") == "training"
+        and job["progress"]["epoch"] >= 2
+    )
 
 
 def test_a_cancelled_job_ends_and_delivers_nothing(service: Service) -> None:
@@ -288,7 +294,14 @@ def test_twenty_posts_with_one_key_make_one_job(service: Service) -> None:
 
 def test_a_diverging_job_fails_with_advice(service: Service) -> None:
     job_id = service.submit(
-        synthetic_job(training={"epochs": 2, "batch_size": 32, "optimizer": {"name": "sgd", "lr": 1e6}, "schedule": {"name": "constant"}})
+        synthetic_job(
+            training={
+                "epochs": 2,
+                "batch_size": 32,
+                "optimizer": {"name": "sgd", "lr": 100},
+                "schedule": {"name": "constant"},
+            }
+        )
     )
     job = service.wait(job_id, lambda job: job["state"] == "failed", 60)
     assert job["error"]["code"] == "diverged"
