@@ -16,7 +16,7 @@ VERSION = 1  # part of the cache's key: another generator, other images
 WAVES = 3  # cosines a pattern is the sum of, per channel
 HIGHEST_FREQUENCY = 3  # periods along an axis
 SHIFT = 1 / 8  # of an axis, in each direction
-NOISE = 0.6  # standard deviation, of the pattern's
+NOISE = 0.5  # standard deviation, of the pattern's
 
 
 def ensure_synthetic(synthetic: Synthetic, input_shape: tuple[int, ...], cache: Path) -> Path:
@@ -89,7 +89,7 @@ def draw_examples(
         shifts = generator.integers(-most, most + 1, (count, 1))
         places = (np.arange(size)[None, :] + shifts) % size
         index.append(places.reshape(count, 1, *[1] * axis, size, *[1] * (rank - 1 - axis)))
-    strength = generator.uniform(0.6, 1.2, (count, *[1] * (rank + 1))).astype(np.float32)
+    strength = generator.uniform(0.8, 1.2, (count, *[1] * (rank + 1))).astype(np.float32)
     images: npt.NDArray[np.float32] = patterns[tuple(index)] * strength
     images += NOISE * generator.standard_normal(images.shape, np.float32)
     pixels: npt.NDArray[np.float32] = np.clip(images * 40 + 128, 0, 255)
