@@ -29,7 +29,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from app.ingest.synthetic import ensure_synthetic
 from app.spec.data import Synthetic
-from worker import pipeline, preparation
+from worker import preparation, stages
 from worker.journal import MemoryJournal, Progress
 from worker.source import model_source
 from worker.training import EpochResult, Fit
@@ -66,7 +66,7 @@ class BareLoop:
 
     def __init__(self, job: preparation.Job, name: str, *, augment: bool) -> None:
         part = job.splits.train
-        self.network = bare_network(name, job).to(memory_format=torch.channels_last)
+        self.network = bare_network(name, job).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         values = [tensor for tensor in job.reached.network.state_dict().values() if tensor.is_floating_point()]
         with torch.no_grad():
             own = [tensor for tensor in self.network.state_dict().values() if tensor.is_floating_point()]
@@ -87,7 +87,7 @@ class BareLoop:
         """One epoch of batches: images N x C x H x W in channels last, labels N."""
         count, height, width, _ = self.images_NHWC.shape
         rows, columns = torch.arange(height), torch.arange(width)
-        for chosen in torch.randperm(count).split(BATCH):
+        for chosen in torch.split(torch.randperm(count), BATCH):
             if self.augment:
                 images = len(chosen)
                 down = (rows + torch.randint(-SHIFT, SHIFT + 1, (images, 1))).abs()
@@ -108,7 +108,7 @@ class BareLoop:
             for group in self.optimizer.param_groups:
                 group["lr"] = 0.01 / (1 + self.steps)
             self.optimizer.zero_grad(set_to_none=True)
-            F.cross_entropy(self.network(images), labels_N).backward()
+            torch.autograd.backward(F.cross_entropy(self.network(images), labels_N))
             self.optimizer.step()
             self.steps += 1
         return len(self.labels_N) / (time.perf_counter() - began)
@@ -157,15 +157,15 @@ def measure(name: str, *, images: int, rounds: int, threads: int, augment: bool)
         data = ensure_synthetic(Synthetic.model_validate(synthetic), shape, Path(folder) / "cache")
         scratch = Path(folder) / "scratch"
         scratch.mkdir()
-        task = pipeline.Task("benchmark", 1, document, data, scratch, threads=threads, device="cpu")
-        job = pipeline.prepare(task, Echo(keep=False))
+        task = preparation.Task("benchmark", 1, document, data, scratch, threads=threads, device="cpu")
+        job = preparation.prepare(task, Echo(keep=False))
         watch = TakingTurns(job.journal, job.watch.course, job.checkpoints)
         watch.reached, watch.ours, watch.theirs = job.reached, [], []
         job.watch = watch
         watch.bare = BareLoop(job, name, augment=augment)
         watch.bare.epoch()
         watch.began = time.perf_counter()
-        pipeline.carry_out(job)
+        stages.carry_out(job)
         job.close()
     ours, theirs = watch.ours[1:], watch.theirs[1:]
     ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
@@ -198,8 +198,8 @@ def main() -> None:
         row = measure(name, images=size, rounds=rounds, threads=options.threads, augment=options.augment)
         found.append(row)
         print(
-            f"{name:12} ours {row['ours_images_per_s']:8.1f} images/s   bare {row['bare_images_per_s']:8.1f} images/s   "
-            f"ratio {row['ratio']:.3f}   (rounds {min(row['ratios']):.3f} to {max(row['ratios']):.3f})"
+            f"{name:12} ours {row['ours_images_per_s']:8.1f}, bare {row['bare_images_per_s']:8.1f} images/s   "
+            f"ratio {row['ratio']:.3f} (rounds {min(row['ratios']):.3f} to {max(row['ratios']):.3f})"
         )
     if options.write:
         folder = ROOT / "benchmarks" / "results"

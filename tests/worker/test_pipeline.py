@@ -80,7 +80,7 @@ def test_the_summary_counts_what_the_delivered_file_holds(delivered: tuple[Deliv
     assert final["nonzero_params"] == sum(int(t.count_nonzero()) for t in trained.values())
     assert final["bytes"] == outcome.artifacts[0].size_bytes
     assert final["macs"] <= 0.5 * baseline["macs"]
-    assert baseline["nonzero_params"] == baseline["params"]
+    assert 0.95 * baseline["params"] < baseline["nonzero_params"] <= baseline["params"]
     assert set(final["latency_ms"]) == {"torch", "onnxruntime"}
     assert final["accuracy"] == outcome.report["verification"]["pruned.safetensors"]["accuracy"]
     assert final["accuracy"] > 0.6
