@@ -7,9 +7,9 @@ import errno
 import hashlib
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
@@ -147,19 +147,18 @@ async def _receiving(request: Request, given: Backends) -> AsyncIterator[Receive
 
     Raises StorageFull, InvalidParameter; TooLarge and RequestTimeout come from the edge.
     """
-    file = await run_in_threadpool(_open, _staging(given))
+    with _disk():
+        file = await run_in_threadpool(_open, _staging(given))
     path = Path(file.name)
     try:
-        received = await _receive(request, file, path)
+        with _disk():
+            received = await _receive(request, file, path)
         if received.size_bytes == 0:
             raise InvalidParameter("the body is empty: send the file as the body (curl --data-binary @FILE)")
         yield received
-    except OSError as exc:
-        if exc.errno in FULL:
-            raise StorageFull("the disk for uploads is full: free space, then try again") from exc
-        raise
     finally:
-        await run_in_threadpool(_discard, file, path)
+        file.close()
+        path.unlink(missing_ok=True)
 
 
 async def _receive(request: Request, file: BinaryIO, path: Path) -> Received:
@@ -188,6 +187,11 @@ def _open(folder: Path) -> Any:
     return tempfile.NamedTemporaryFile(dir=folder, suffix=".upload", delete=False)
 
 
-def _discard(file: BinaryIO, path: Path) -> None:
-    file.close()
-    path.unlink(missing_ok=True)
+@contextmanager
+def _disk() -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno in FULL:
+            raise StorageFull("the disk for uploads is full: free space, then try again") from exc
+        raise

@@ -123,7 +123,7 @@ def _job_row(job: Document) -> Html:
         element("td", _state(job)),
         element("td", _progress(job)),
         element("td", accuracy),
-        element("td", _kept(baseline.get("macs"), final.get("macs"))),
+        element("td", _kept(baseline.get("macs"), final.get("macs")) if final else ""),
         element("td", job["created_at"][:16].replace("T", " "), class_="soft"),
     )
 
@@ -177,8 +177,9 @@ def _verdict(job: Document) -> Html | None:
     baseline, final = _measures(job)
     if not final or final.get("accuracy") is None:
         return None
-    words = [f"{_kept(baseline.get('macs'), final['macs'])} of the MACs"]
-    words.append(f"{_kept(baseline.get('nonzero_params'), final['nonzero_params'])} of the weights that are not zero")
+    words = [f"{_kept(baseline.get('macs'), final.get('macs'))} of the MACs"]
+    kept = _kept(baseline.get("nonzero_params"), final.get("nonzero_params"))
+    words.append(f"{kept} of the weights that are not zero")
     if baseline.get("accuracy") is not None:
         change = (final["accuracy"] - baseline["accuracy"]) * 100
         words.append(
@@ -258,7 +259,7 @@ def _percent(value: float | None) -> str:
 
 
 def _kept(before: float | None, after: float | None) -> str:
-    return f"{after / before * 100:.0f} %" if before and after is not None else ""
+    return f"{after / before * 100:.0f} %" if before and after is not None else "?"
 
 
 def _number(value: float | None) -> str:
