@@ -113,7 +113,7 @@ def choose_removals(
     rooms = _rooms(graph, classes, step, start or graph)
     dense = baseline or cost(start or graph)
     tally = Tally(graph, classes)
-    forced, order = _order(classes, rooms, scores, step, tally, fraction)
+    forced, order = _order(rooms, scores, step, tally, fraction)
     for quantum in [*forced, *order]:
         tally.remove(quantum)
     floor, everything = tally.cost(), _classes_of([*forced, *order])
@@ -255,7 +255,6 @@ def _heaviest(smallest: Graph, graph: Graph, classes: Classes, rooms: Sequence[_
 
 
 def _order(
-    classes: Classes,
     rooms: Sequence[_Room],
     scores: Mapping[int, float] | None,
     step: Prune,
@@ -272,7 +271,7 @@ def _order(
         values = np.array([scores[c] for c in group.classes.tolist()], dtype=np.float64) if scores is not None else None
         ascending = group.classes if values is None else group.classes[np.argsort(values, kind="stable")]
         parts = _parts(ascending, room)
-        quanta = tally.quanta(classes, group, parts)
+        quanta = tally.quanta(group, parts)
         if room.sparsity is not None:
             forced += _nearest(quanta, _wanted(room, 1 - (1 - room.sparsity) ** fraction))
             continue

@@ -65,7 +65,7 @@ class Tally:
         self._largest_header = safetensors_bytes(sizes) - FLOAT_BYTES * self.stored
         self._smallest_header = 0
 
-    def quanta(self, classes: Classes, group: Group, parts: Sequence[IntArray]) -> list[Quantum]:
+    def quanta(self, group: Group, parts: Sequence[IntArray]) -> list[Quantum]:
         """The parts of a group's classes, in order, with what each takes off the widths."""
         touched: list[tuple[int, IntArray]] = []
         for width in sorted({self._width_of_axis[axis] for axis in group.axes}):
