@@ -285,7 +285,7 @@ def _check(
             None, None, ({"file": "upload", "message": "its bytes are gone from the store: send it again"},)
         )
     else:
-        limits = Limits.from_settings(settings)
+        limits = Limits(unpacked_bytes=settings.max_unpacked_bytes)
         answer = check_in_child(upload, row.format, child, limits, name=row.name, stopping=stopping)
     if answer.manifest is not None:
         answer = _store(storage, dataset_id, child / PACKED, answer)

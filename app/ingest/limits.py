@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from app.settings import Settings
-
 MIB = 1 << 20
 MOST_LISTED_PROBLEMS = 100
 
@@ -27,11 +25,6 @@ class Limits:
     memory_bytes: int = 4096 * MIB  # address space of the checking process, most of it libraries
     cpu_s: int = 4 * 3600
     corrupt_share: float = 0.01  # pictures that cannot be decoded are skipped below this share of all
-
-    @classmethod
-    def from_settings(cls, settings: Settings) -> Limits:
-        """The limits in force."""
-        return cls(unpacked_bytes=settings.max_unpacked_bytes)
 
 
 @dataclass(frozen=True)
