@@ -32,11 +32,11 @@ def _served(home: Path) -> Iterator[tuple[Api, httpx2.Client]]:
         yield api, client
 
 
-@pytest.fixture
-def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Api, httpx2.Client]]:
-    monkeypatch.setattr(events, "LOOK_S", 0.1)
-    monkeypatch.setattr(backends, "LOOK_S", 0.1)
-    with _served(tmp_path) as both:
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Api, httpx2.Client]]:
+    with pytest.MonkeyPatch.context() as patch, _served(tmp_path_factory.mktemp("home")) as both:
+        patch.setattr(events, "LOOK_S", 0.1)
+        patch.setattr(backends, "LOOK_S", 0.1)
         yield both
 
 
