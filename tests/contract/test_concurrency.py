@@ -96,10 +96,11 @@ def test_readers_see_event_numbers_without_gaps_while_six_write(db: Database) ->
 
     with ThreadPoolExecutor(8) as pool:
         reader = pool.submit(read)
-        writers = [pool.submit(write, number) for number in range(6)]
-        for writer in writers:
-            writer.result()
-        done.set()
+        try:
+            for writer in [pool.submit(write, number) for number in range(6)]:
+                writer.result()
+        finally:
+            done.set()
         reader.result()
     assert gaps == []
 
