@@ -67,6 +67,7 @@ def create_app(settings: Settings) -> FastAPI:
         bell=open_bell(settings),
         meters=meters.Meters(lambda: meters.count_jobs(database)),
         checks=ThreadPoolExecutor(CHECKS, thread_name_prefix="check"),
+        checking=set(),
         stopping=asyncio.Event(),
         leaving=threading.Event(),
         watch=Watch(database),
@@ -86,10 +87,11 @@ def create_app(settings: Settings) -> FastAPI:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     given: Backends = app.state.backends
-    datasets.resume_checks(given)
+    keeper = asyncio.create_task(datasets.keep_checking(given))
     yield
     given.stopping.set()
     given.leaving.set()
+    await keeper
     given.checks.shutdown(wait=True, cancel_futures=True)
     given.bell.close()
     given.db.close()

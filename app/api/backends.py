@@ -33,6 +33,7 @@ class Backends:
     bell: Doorbell
     meters: Meters
     checks: ThreadPoolExecutor  # each thread waits for one child process that checks an upload
+    checking: set[str]  # the data sets whose check runs or waits here
     stopping: asyncio.Event  # set when the server begins to stop: streams and held requests end
     leaving: threading.Event  # set when the application ends: checks are interrupted and taken up by the next process
     watch: Watch

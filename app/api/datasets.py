@@ -14,21 +14,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
+import structlog
 from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from app import datasets
 from app.api import answers
-from app.api.backends import Backends
+from app.api.backends import Backends, pause
 from app.api.bodies import refuse_encoding
 from app.api.documents import Json
 from app.api.jobs import Given, Tenant
 from app.api.parameters import Cursor, DatasetId, Limit, check_id, is_id
 from app.datasets import DatasetView
-from app.errors import InvalidCursor, InvalidParameter, StorageFull
+from app.errors import InvalidCursor, InvalidParameter, StorageFull, Unavailable
 from app.spec.strict import Text
 
+log = structlog.get_logger("espalier.api")
+
+RECHECK_S = 300.0
 WAIT_S = 10.0  # how long an upload's answer waits for its check
 PIECE_BYTES = 1 << 20
 ABANDONED_S = 3600.0  # a living upload writes at least every 30 s
@@ -102,17 +106,39 @@ def delete_dataset(given: Given, owner: Tenant, dataset_id: DatasetId) -> Respon
 
 def start_check(given: Backends, dataset_id: str) -> Future[None]:
     """Check an upload in a thread, which waits for its child process."""
-    return given.checks.submit(
+    given.checking.add(dataset_id)
+    check = given.checks.submit(
         datasets.check_upload, given.db, given.storage, given.settings, dataset_id, stopping=given.leaving
     )
+    check.add_done_callback(lambda _: given.checking.discard(dataset_id))
+    return check
 
 
-def resume_checks(given: Backends) -> Future[None]:
-    """Check, in a thread, the uploads whose check was interrupted, and remove what never became an upload."""
+async def keep_checking(given: Backends) -> None:
+    """Until the server stops: check the uploads whose check a stop, a crash or an absent backend interrupted."""
+    while True:
+        await run_in_threadpool(_resume_checks, given)
+        if await pause(given.stopping, RECHECK_S):
+            return
+
+
+def _resume_checks(given: Backends) -> None:
     sweep_staging(_staging(given))
-    return given.checks.submit(
-        datasets.recheck_pending, given.db, given.storage, given.settings, stopping=given.leaving
-    )
+    try:
+        pending = datasets.list_pending(given.db)
+    except Unavailable as error:
+        log.warning("uploads not looked for", reason=error.message)
+        return
+    for dataset_id in pending:
+        if dataset_id not in given.checking:
+            start_check(given, dataset_id).add_done_callback(_tell)
+
+
+def _tell(check: Future[None]) -> None:
+    """Log an error that no request is told of."""
+    error = None if check.cancelled() else check.exception()
+    if error is not None:
+        log.error("check of an upload failed", error=repr(error))
 
 
 def sweep_staging(folder: Path) -> None:

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.api import SPEC, Api, open_api
-from support.raw_http import serving
+from support.api import SPEC, Api, open_api, served_api
 from support.uploads import images, labels, npz
 
 from app import datasets as registry
@@ -129,6 +128,25 @@ def test_a_check_that_a_stop_interrupted_is_done_by_the_next_process(tmp_path, u
         assert state == "ready"
 
 
+def test_a_check_that_an_absent_store_interrupted_is_done_later(tmp_path, upload, monkeypatch):
+    check, calls = registry.check_upload, []
+
+    def second_time(*arguments: object, **more: object) -> None:
+        calls.append(arguments)
+        if len(calls) > 1:
+            check(*arguments, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(registry, "check_upload", second_time)
+    monkeypatch.setattr(datasets, "RECHECK_S", 0.1)
+    with open_api(tmp_path) as api:
+        document = api.client.post("/v1/datasets", content=upload).json()
+        until = time.monotonic() + 20
+        while (state := api.client.get(f"/v1/datasets/{document['id']}").json()["state"]) == "checking":
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    assert (state, len(calls)) == ("ready", 2)
+
+
 def test_an_upload_over_the_limit_is_413_and_leaves_nothing(tmp_path):
     with open_api(tmp_path, max_upload_bytes=1000) as api:
         by_length = api.client.post("/v1/datasets", content=b"x" * 1001)
@@ -140,7 +158,7 @@ def test_an_upload_over_the_limit_is_413_and_leaves_nothing(tmp_path):
 
 
 def test_a_client_that_leaves_half_way_leaves_nothing(tmp_path):
-    with open_api(tmp_path) as api, serving(api.client.app, api.given.settings) as port:  # type: ignore[arg-type]
+    with served_api(tmp_path) as (api, port):
         with socket.create_connection(("127.0.0.1", port)) as connection:
             head = b"POST /v1/datasets HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000000\r\n\r\n"
             connection.sendall(head + b"x" * 2_500_000)

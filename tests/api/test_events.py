@@ -12,8 +12,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from support.api import Api, open_api
-from support.raw_http import serving
+from support.api import Api, served_api
 
 from app import jobs
 from app.api import backends, events
@@ -25,8 +24,7 @@ STREAM = {"Accept": "text/event-stream"}
 def _served(home: Path) -> Iterator[tuple[Api, httpx2.Client]]:
     with (
         httpx2.Client(timeout=20) as client,
-        open_api(home) as api,
-        serving(api.client.app, api.given.settings) as port,  # type: ignore[arg-type]
+        served_api(home) as (api, port),
     ):
         client.base_url = f"http://127.0.0.1:{port}"
         yield api, client

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from support import servers
-from support.api import Api, open_api
-from support.raw_http import RawAnswer, send_raw, serving
+from support.api import SPEC, Api, served_api
+from support.raw_http import RawAnswer, send_raw
 
 HOST = b"Host: localhost\r\nConnection: close\r\n"
 UNKNOWN = "job_" + "0" * 26
@@ -34,14 +34,13 @@ class Served:
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     home = tmp_path_factory.mktemp("home")
     if request.param == "sqlite":
-        with open_api(home) as api, serving(api.client.app, api.given.settings) as port:  # type: ignore[arg-type]
+        with served_api(home) as (api, port):
             yield Served(api, port)
     else:
         with (
             servers.postgres() as server,
             server.database() as url,
-            open_api(home, database_url=url) as api,
-            serving(api.client.app, api.given.settings) as port,  # type: ignore[arg-type]
+            served_api(home, database_url=url) as (api, port),
         ):
             yield Served(api, port)
 
@@ -257,8 +256,6 @@ def test_two_idempotency_keys_or_one_with_nul_are_400(served):
 
 
 def test_a_key_belongs_to_its_route(served):
-    from support.api import SPEC
-
     body = json.dumps(SPEC).encode()
     headers = b"Idempotency-Key: shared\r\nContent-Type: application/json\r\nContent-Length: %d\r\n" % len(body)
     submitted = json.loads(served.send("/v1/jobs", headers, "POST", body).body)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from starlette.testclient import TestClient
+from support.raw_http import serving
 
 from app import attempts
 from app.api.backends import Backends
@@ -120,6 +121,13 @@ def open_api(home: Path, **settings: Any) -> Iterator[Api]:
     app = create_app(chosen)
     with TestClient(app, base_url="http://localhost", raise_server_exceptions=True) as client:
         yield Api(client, app.state.backends)
+
+
+@contextlib.contextmanager
+def served_api(home: Path, **settings: Any) -> Iterator[tuple[Api, int]]:
+    """The API, and a second one over the same state behind our server on a port: an application has one event loop."""
+    with open_api(home, **settings) as api, serving(create_app(api.given.settings), api.given.settings) as port:
+        yield api, port
 
 
 def error_pointers(problem: dict[str, Any]) -> Sequence[str]:
