@@ -13,15 +13,18 @@ from app.spec.budget import BudgetUnreachable, Removals, choose_removals, why_ke
 from app.spec.channels import Classes, TooManyChannels, channel_classes, shrink_graph
 from app.spec.cost import Cost, cost
 from app.spec.draft import WEIGHTED, last_layers
+from app.spec.faults import MOST_FAULTS
 from app.spec.faults import pointer as pointer_to
 from app.spec.graph import Graph, Node
 from app.spec.optimizations import Prune, PruneOverride
 
 Action = Literal["narrow", "follow", "keep", "mask", "insert", "replace"]
 
-MOST_SIMULATED_ROUNDS = 8  # of an iterative schedule: each costs what one choice of channels costs
+# Choosing channels takes about 6 us of a core for each channel of each layer's output: a second for ResNet-152.
+MOST_CHOICES = 1_500_000  # channels over all steps of a job: nobody waits longer than this for a plan
+MOST_SIMULATED = 30_000  # channels over the rounds of an iterative schedule; with more only its end is worked out
 _CHANNEL_FIELDS = ("max_sparsity", "min_channels", "round_to")
-_SIMILAR_AMONG = 1000
+_SIMILAR_AMONG = 200  # looking for a similar name among more takes longer than everything else
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class Forecast:
     rows: list[LayerPlan] = field(default_factory=list)
     warnings: list[Fault] = field(default_factory=list)
     floor: Cost | None = None
+    choices: int = 0
+    """Channels of the layers' outputs, summed over the steps that choose among them."""
 
     @property
     def cost(self) -> Cost:
@@ -104,12 +109,13 @@ class Forecast:
 
     def _narrow(self, step: Prune, pointer: str) -> None:
         before = self.graph
+        self._count_choices(pointer)
         classes = self._classes(pointer)
         removals, after = self._removals(step, classes, pointer)
         self.graph = after
         # what may be left at the end of the job is what may be left after its last step
         self.floor = removals.floor
-        exact = step.scope == "layer" and (step.schedule.steps or 1) <= MOST_SIMULATED_ROUNDS
+        exact = step.scope == "layer" and _is_simulated(before, step)
         reasons = why_kept(before, classes, step)
         self.rows += [
             _narrowed(node, after[node.name], step, exact, reasons, before, pointer) for node in _weighted(before)
@@ -117,6 +123,12 @@ class Forecast:
         if not removals.dropped:
             self.warnings.append(Fault(pointer, f"removes nothing: {_why_nothing(step, cost(before), self.baseline)}"))
         self.warnings += _channel_warnings(before, step, pointer)
+
+    def _count_choices(self, pointer: str) -> None:
+        self.choices += _channels(self.graph)
+        if self.choices > MOST_CHOICES:
+            message = f"the layers have too many channels to choose from: {self.choices} over all steps so far"
+            raise InvalidSpec([Fault(pointer, message, limit=MOST_CHOICES, value=self.choices)])
 
     def _classes(self, pointer: str) -> Classes:
         try:
@@ -127,7 +139,7 @@ class Forecast:
     def _removals(self, step: Prune, classes: Classes, pointer: str) -> tuple[Removals, Graph]:
         """What leaves, and the graph without it: round by round, as the worker does it, where the rounds are few."""
         rounds = step.schedule.steps or 1
-        fractions = [n / rounds for n in range(1, rounds + 1)] if rounds <= MOST_SIMULATED_ROUNDS else [1.0]
+        fractions = [n / rounds for n in range(1, rounds + 1)] if _is_simulated(self.graph, step) else [1.0]
         start = graph = self.graph
         dropped: frozenset[int] = frozenset()
         try:
@@ -142,6 +154,17 @@ class Forecast:
         except BudgetUnreachable as exc:
             raise InvalidSpec([_unreachable(step, exc, pointer)]) from exc
         return Removals(dropped, cost(graph), final.floor, final.floor_dropped), graph
+
+
+def _channels(graph: Graph) -> int:
+    """Channels of the outputs of all layers; a flattened one has those of its input."""
+    return sum(node.shape[0] if node.type != "flatten" else node.input_shapes[0][0] for node in graph.nodes)
+
+
+def _is_simulated(graph: Graph, step: Prune) -> bool:
+    """Whether every round is gone through; one is whatever the size."""
+    rounds = step.schedule.steps or 1
+    return rounds == 1 or rounds * _channels(graph) <= MOST_SIMULATED
 
 
 def _weighted(graph: Graph) -> list[Node]:
@@ -259,11 +282,13 @@ def _unreachable(step: Prune, exc: BudgetUnreachable, pointer: str) -> Fault:
 
 
 def _named_faults(graph: Graph, step: Prune, pointer: str) -> list[Fault]:
-    faults = []
+    faults: list[Fault] = []
     for position, name in enumerate(step.exclude):
         reason = _unfit(graph, name)
         if reason:
             faults.append(Fault(f"{pointer}/exclude/{position}", reason, value=name))
+        if len(faults) >= MOST_FAULTS:
+            return faults
     last = last_layers(graph)
     for name, override in step.overrides.items():
         at = pointer + pointer_to("overrides", name)
@@ -276,6 +301,8 @@ def _named_faults(graph: Graph, step: Prune, pointer: str) -> list[Fault]:
             faults.append(Fault(at, reason))
         else:
             faults += _override_faults(step, override, at)
+        if len(faults) >= MOST_FAULTS:
+            return faults
     if step.structure == "channels" and step.sparsity is not None and step.sparsity > step.max_sparsity:
         message = f"at most max_sparsity {step.max_sparsity} of a group may go: raise max_sparsity or lower sparsity"
         faults.append(Fault(f"{pointer}/sparsity", message, limit=step.max_sparsity, value=step.sparsity))

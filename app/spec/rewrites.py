@@ -11,6 +11,7 @@ from typing import Any
 
 from app.errors import Fault, InvalidSpec
 from app.spec.draft import CONVOLUTIONS, NORMS, Block, Draft, block_of, convolutions, last_layers
+from app.spec.faults import MOST_FAULTS
 from app.spec.graph import DEFAULT_LIMITS, Graph, Limits, Node
 from app.spec.kernels import stack
 from app.spec.layers import BatchNorm as BatchNormLayer
@@ -75,22 +76,20 @@ class _Narrowed:
             if reason is not None
         ]
         if faults:
-            raise InvalidSpec(faults)
+            raise InvalidSpec(faults[:MOST_FAULTS])
         return [node for _, node in self._named]
 
 
 def _named(graph: Graph, names: Sequence[str] | None, pointer: str) -> Named:
     if names is None:
         return None
-    nodes = {node.name: node for node in graph.nodes}
-    faults = [
-        Fault(f"{pointer}/layers/{position}", "is not the name of a layer", value=name)
-        for position, name in enumerate(names)
-        if name not in nodes
-    ]
-    if faults:
-        raise InvalidSpec(faults)
-    return [(position, nodes[name]) for position, name in enumerate(names) if name not in names[:position]]
+    unknown = [(position, name) for position, name in enumerate(names) if name not in graph]
+    if unknown:
+        message = "is not the name of a layer"
+        faults = [Fault(f"{pointer}/layers/{position}", message, value=name) for position, name in unknown]
+        raise InvalidSpec(faults[:MOST_FAULTS])
+    first = {name: position for position, name in reversed([*enumerate(names)])}
+    return [(position, graph[name]) for name, position in sorted(first.items(), key=lambda entry: entry[1])]
 
 
 def _is_no_convolution(node: Node) -> str | None:

@@ -71,7 +71,7 @@ def test_rounds_are_gone_through_as_the_worker_does(preset: str) -> None:
 
 def test_a_global_ranking_and_many_rounds_are_estimates() -> None:
     assert not rows(pruned(budget={"macs": 0.5}, scope="global"))["conv1"][3]
-    many = pruned(budget={"macs": 0.5}, schedule={"name": "iterative", "steps": 50})
+    many = pruned(budget={"macs": 0.5}, schedule={"name": "iterative", "steps": 500})
     assert not rows(many)["conv1"][3]
     assert many.planned_cost.macs <= many.baseline_cost.macs // 2
 
@@ -170,3 +170,14 @@ def test_names_of_a_rewritten_network_may_be_excluded() -> None:
     steps = [{"type": "deeper"}, {"type": "prune", "budget": {"macs": 0.6}, "exclude": ["conv1_deep1"]}]
     planned = plan(optimizations=steps)
     assert planned.planned["conv1_deep1"].shape == preset_graph("simple_cnn")["conv1"].shape
+
+
+def test_choosing_among_more_channels_than_anybody_waits_for_is_refused() -> None:
+    block = [{"type": "conv", "out_channels": 512, "kernel_size": 1}, {"type": "relu"}]
+    layers = [{"type": "repeat", "times": 400, "layers": block}, {"type": "global_avg_pool"}, {"type": "flatten"}]
+    layers += [{"type": "linear", "out_features": 10}]
+    step = {"type": "prune", "budget": {"macs": 0.9}}
+    spec = {"model": {"layers": layers}, "training": {"batch_size": 2}, "optimizations": [step, step, step, step]}
+    (fault,) = misplanned(**spec)
+    assert fault.pointer == "/optimizations/3"
+    assert fault.limit == 1_500_000

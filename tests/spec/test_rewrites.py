@@ -275,3 +275,9 @@ def test_a_rewrite_beyond_the_limits_is_a_fault_of_the_rewrite() -> None:
     with pytest.raises(InvalidSpec) as caught:
         rewrite(graph, Deeper(times=32), limits=Limits(params=cost(graph).params))
     assert {fault.pointer for fault in caught.value.faults} == {"/optimizations/0"}
+
+
+def test_of_many_unknown_layers_a_hundred_are_told() -> None:
+    with pytest.raises(InvalidSpec) as caught:
+        rewrite(preset_graph("simple_cnn"), BatchNorm(layers=tuple(f"unknown{number}" for number in range(9_000))))
+    assert len(caught.value.faults) == 100
