@@ -279,14 +279,14 @@ class Regularization(Strict):
         return self
 
 
-class BatchNorm(Strict):
+class InsertBatchNorm(Strict):
     """Insert batch normalization after each convolution, before its activation (Ioffe & Szegedy, arXiv 1502.03167)."""
 
     type: Literal["batch_norm"] = "batch_norm"
     layers: Annotated[Names | None, Field(description="Only behind these convolutions.")] = None
 
 
-class Dropout(Strict):
+class InsertDropout(Strict):
     """Insert dropout before linear layers (Srivastava et al., JMLR 15, 2014)."""
 
     type: Literal["dropout"] = "dropout"
@@ -294,7 +294,7 @@ class Dropout(Strict):
     layers: Annotated[Names | None, Field(description="Only before these linear layers.")] = None
 
 
-class SpatialDropout(Strict):
+class InsertSpatialDropout(Strict):
     """Insert dropout of whole channels after the activations of convolutions (Tompson et al., arXiv 1411.4280)."""
 
     type: Literal["spatial_dropout"] = "spatial_dropout"
@@ -303,33 +303,65 @@ class SpatialDropout(Strict):
 
 
 class SmallKernels(Strict):
-    """Replace each k x k convolution (k >= 4) by small ones with the same receptive field (VGG, arXiv 1409.1556)."""
+    """Replace each convolution with a kernel of 4 or more by small ones (VGG, arXiv 1409.1556).
+
+    k becomes (k - 1) / 2 kernels of 3, with one of 2 where k is even: same receptive field and output shape, the stride
+    on the last, the dilation on all. Between them stand copies of the normalisation and activation that follow, so it
+    is another function than before, cheaper where there are many input channels.
+    """
 
     type: Literal["small_kernels"] = "small_kernels"
     layers: Annotated[Names | None, Field(description="Only these convolutions.")] = None
 
 
 class Deeper(Strict):
-    """Insert `times` further 3 x 3 convolutions of the same width behind each stage's convolution."""
+    """Insert `times` further blocks behind the last block of each stage.
+
+    A block is a convolution with its normalisation and its own activation; a stage is a run of blocks, in written order,
+    whose outputs have one shape. Each further block is a 3 x 3 convolution (3 on every axis), stride 1, padding "same",
+    as wide as what it reads and in as many groups as the block it follows, with copies of that block's normalisation
+    and activation. The last layer is left alone.
+    """
 
     type: Literal["deeper"] = "deeper"
     times: Annotated[int, Field(ge=1, le=32, description="Convolutions to insert at each place.")] = 1
     layers: Annotated[Names | None, Field(description="Only behind these convolutions.")] = None
 
 
-class ResidualRewrite(Strict):
-    """Lay a shortcut around runs of convolutions (He et al., arXiv 1512.03385)."""
+class InsertShortcuts(Strict):
+    """Lay shortcuts around runs of convolutions (He et al., arXiv 1512.03385).
+
+    A run is a chain of convolutions, each with its normalisation and its own activation, that have no shortcut yet; it
+    is cut into pieces of two (the last of three where one would be left, and of one where a run has only one). The sum
+    stands before the last activation of the piece. The shortcut is the identity where shapes are equal, else a 1 x 1
+    convolution, its stride that of the piece, with batch norm. Pieces whose sizes do not follow from their strides
+    (convolutions without padding) and the last layer are left alone.
+    """
 
     type: Literal["residual"] = "residual"
     layers: Annotated[Names | None, Field(description="Only around these convolutions.")] = None
 
 
-Rewrite = BatchNorm | Dropout | SpatialDropout | SmallKernels | Deeper | ResidualRewrite
+Rewrite = InsertBatchNorm | InsertDropout | InsertSpatialDropout | SmallKernels | Deeper | InsertShortcuts
 Compression = Prune
 Optimization = Annotated[
-    BatchNorm | Dropout | SpatialDropout | SmallKernels | Deeper | ResidualRewrite | Regularization | Prune,
+    InsertBatchNorm
+    | InsertDropout
+    | InsertSpatialDropout
+    | SmallKernels
+    | Deeper
+    | InsertShortcuts
+    | Regularization
+    | Prune,
     Discriminator("type"),
 ]
-REWRITES: tuple[type[Any], ...] = (BatchNorm, Dropout, SpatialDropout, SmallKernels, Deeper, ResidualRewrite)
+REWRITES: tuple[type[Any], ...] = (
+    InsertBatchNorm,
+    InsertDropout,
+    InsertSpatialDropout,
+    SmallKernels,
+    Deeper,
+    InsertShortcuts,
+)
 COMPRESSIONS: tuple[type[Any], ...] = (Prune,)
 OPTIMIZATIONS: tuple[type[Any], ...] = (*REWRITES, Regularization, *COMPRESSIONS)

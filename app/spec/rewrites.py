@@ -14,18 +14,15 @@ from app.spec.draft import CONVOLUTIONS, NORMS, Block, Draft, block_of, convolut
 from app.spec.faults import MOST_FAULTS
 from app.spec.graph import DEFAULT_LIMITS, Graph, Limits, Node
 from app.spec.kernels import stack
-from app.spec.layers import BatchNorm as BatchNormLayer
-from app.spec.layers import Conv, ConvTranspose, Layer
-from app.spec.layers import Dropout as DropoutLayer
-from app.spec.layers import SpatialDropout as SpatialDropoutLayer
+from app.spec.layers import BatchNorm, Conv, ConvTranspose, Dropout, Layer, SpatialDropout
 from app.spec.optimizations import (
-    BatchNorm,
     Deeper,
-    Dropout,
-    ResidualRewrite,
+    InsertBatchNorm,
+    InsertDropout,
+    InsertShortcuts,
+    InsertSpatialDropout,
     Rewrite,
     SmallKernels,
-    SpatialDropout,
 )
 from app.spec.shortcuts import add_shortcuts
 
@@ -96,7 +93,7 @@ def _is_no_convolution(node: Node) -> str | None:
     return None if node.type in CONVOLUTIONS else f"is a {node.type} layer, not a convolution"
 
 
-def _batch_norm(graph: Graph, draft: Draft, optimization: BatchNorm, narrowed: _Narrowed) -> None:
+def _batch_norm(graph: Graph, draft: Draft, optimization: InsertBatchNorm, narrowed: _Narrowed) -> None:
     """After each convolution, before its activation; the convolution's bias goes, since the normalisation has one.
 
     Left alone: the last layer, and convolutions that are followed by a normalisation.
@@ -112,10 +109,10 @@ def _batch_norm(graph: Graph, draft: Draft, optimization: BatchNorm, narrowed: _
 
     for conv in narrowed.choose(graph.nodes, why_not):
         draft.update(conv.name, bias=False)
-        draft.insert_behind(conv.name, [(BatchNormLayer(), f"{conv.name}_bn")])
+        draft.insert_behind(conv.name, [(BatchNorm(), f"{conv.name}_bn")])
 
 
-def _spatial_dropout(graph: Graph, draft: Draft, optimization: SpatialDropout, narrowed: _Narrowed) -> None:
+def _spatial_dropout(graph: Graph, draft: Draft, optimization: InsertSpatialDropout, narrowed: _Narrowed) -> None:
     """After the activation of each convolution; those without one of their own and the last layer are left alone."""
     last = last_layers(graph)
 
@@ -132,7 +129,7 @@ def _spatial_dropout(graph: Graph, draft: Draft, optimization: SpatialDropout, n
 
     for conv in narrowed.choose(graph.nodes, why_not):
         activation = block_of(graph, conv).end
-        draft.insert_behind(activation.name, [(SpatialDropoutLayer(p=optimization.p), f"{conv.name}_dropout")])
+        draft.insert_behind(activation.name, [(SpatialDropout(p=optimization.p), f"{conv.name}_dropout")])
 
 
 def _feeds_dropout(graph: Graph, node: Node) -> bool:
@@ -140,7 +137,7 @@ def _feeds_dropout(graph: Graph, node: Node) -> bool:
     return bool(readers) and all(reader.type in ("dropout", "spatial_dropout") for reader in readers)
 
 
-def _dropout(graph: Graph, draft: Draft, optimization: Dropout, narrowed: _Narrowed) -> None:
+def _dropout(graph: Graph, draft: Draft, optimization: InsertDropout, narrowed: _Narrowed) -> None:
     """Before each linear layer, on its own input only; left alone where that input is dropout already."""
     nodes = {node.name: node for node in graph.nodes}
 
@@ -153,7 +150,7 @@ def _dropout(graph: Graph, draft: Draft, optimization: Dropout, narrowed: _Narro
 
     for linear in narrowed.choose(graph.nodes, why_not):
         source = linear.inputs[0]
-        name = draft.add_before(linear.name, DropoutLayer(p=optimization.p), f"{linear.name}_dropout", [source])
+        name = draft.add_before(linear.name, Dropout(p=optimization.p), f"{linear.name}_dropout", [source])
         draft.redirect(linear.name, source, name)
 
 
@@ -231,7 +228,7 @@ def _deeper(graph: Graph, draft: Draft, optimization: Deeper, narrowed: _Narrowe
         draft.insert_behind(block.end.name, chain)
 
 
-def _residual(graph: Graph, draft: Draft, optimization: ResidualRewrite, narrowed: _Narrowed) -> None:
+def _residual(graph: Graph, draft: Draft, optimization: InsertShortcuts, narrowed: _Narrowed) -> None:
     """Shortcuts around runs of convolutions: see `shortcuts.add_shortcuts`."""
     last = last_layers(graph)
 
@@ -245,10 +242,10 @@ def _residual(graph: Graph, draft: Draft, optimization: ResidualRewrite, narrowe
 
 
 _RULES: dict[type, Callable[[Graph, Draft, Any, _Narrowed], None]] = {
-    BatchNorm: _batch_norm,
-    SpatialDropout: _spatial_dropout,
-    Dropout: _dropout,
+    InsertBatchNorm: _batch_norm,
+    InsertSpatialDropout: _spatial_dropout,
+    InsertDropout: _dropout,
     SmallKernels: _small_kernels,
     Deeper: _deeper,
-    ResidualRewrite: _residual,
+    InsertShortcuts: _residual,
 }

@@ -14,23 +14,23 @@ from app.spec.cost import cost
 from app.spec.graph import Graph
 from app.spec.node import Limits
 from app.spec.optimizations import (
-    BatchNorm,
     Deeper,
-    Dropout,
-    ResidualRewrite,
+    InsertBatchNorm,
+    InsertDropout,
+    InsertShortcuts,
+    InsertSpatialDropout,
     Rewrite,
     SmallKernels,
-    SpatialDropout,
 )
 from app.spec.rewrites import rewrite
 
 ALL: list[Rewrite] = [
-    BatchNorm(),
-    SpatialDropout(p=0.2),
-    Dropout(),
+    InsertBatchNorm(),
+    InsertSpatialDropout(p=0.2),
+    InsertDropout(),
     SmallKernels(),
     Deeper(times=2),
-    ResidualRewrite(),
+    InsertShortcuts(),
 ]
 HEAD: list[dict[str, Any]] = [{"type": "flatten"}, {"type": "linear", "out_features": 3}]
 
@@ -84,7 +84,7 @@ def test_rewrites_can_follow_one_another(topology: str) -> None:
 
 
 def test_batch_norm_stands_between_convolution_and_activation_and_takes_the_bias() -> None:
-    graph = rewrite(preset_graph("simple_cnn"), BatchNorm())
+    graph = rewrite(preset_graph("simple_cnn"), InsertBatchNorm())
     assert names(graph)[:4] == ["conv1", "conv1_bn", "relu1", "max_pool1"]
     assert inputs(graph, "relu1") == ("conv1_bn",)
     assert graph["conv1"].layer.bias is False  # type: ignore[attr-defined]
@@ -94,35 +94,35 @@ def test_batch_norm_stands_between_convolution_and_activation_and_takes_the_bias
 def test_batch_norm_leaves_normalised_convolutions_and_the_last_layer_alone() -> None:
     for name in ("deep_cnn", "resnet20", "vgg11", "audio_cnn", "video_cnn"):
         graph = preset_graph(name)
-        assert rewrite(graph, BatchNorm()) is graph
+        assert rewrite(graph, InsertBatchNorm()) is graph
     convolutional = graph_of(
         [conv(4), {"type": "relu"}, conv(3, 1), {"type": "global_avg_pool"}, {"type": "flatten"}], (1, 6, 6)
     )
-    after = rewrite(convolutional, BatchNorm())
+    after = rewrite(convolutional, InsertBatchNorm())
     assert [name for name in names(after) if name not in convolutional] == ["conv1_bn"]
 
 
 def test_batch_norm_is_read_by_all_that_read_the_convolution() -> None:
     layers = [conv(4, name="a"), {"type": "relu", "name": "b"}, {"type": "add", "inputs": ["a", "b"]}, *HEAD]
-    after = rewrite(graph_of(layers, (1, 4, 4)), BatchNorm())
+    after = rewrite(graph_of(layers, (1, 4, 4)), InsertBatchNorm())
     assert inputs(after, "b") == ("a_bn",)
     assert inputs(after, "add1") == ("a_bn", "b")
 
 
 def test_spatial_dropout_stands_behind_the_activation() -> None:
-    graph = rewrite(preset_graph("deep_cnn"), SpatialDropout(p=0.1))
+    graph = rewrite(preset_graph("deep_cnn"), InsertSpatialDropout(p=0.1))
     assert inputs(graph, "conv1_dropout") == ("relu1",)
     assert inputs(graph, "max_pool1") == ("conv1_dropout",)
     assert graph["conv1_dropout"].layer.p == 0.1  # type: ignore[attr-defined]
-    assert rewrite(graph, SpatialDropout(p=0.1)) is graph
+    assert rewrite(graph, InsertSpatialDropout(p=0.1)) is graph
 
 
 def test_dropout_stands_before_linear_layers_and_never_behind_the_last() -> None:
-    graph = rewrite(preset_graph("simple_cnn"), Dropout(p=0.3))
+    graph = rewrite(preset_graph("simple_cnn"), InsertDropout(p=0.3))
     assert inputs(graph, "linear1") == ("linear1_dropout",)
     assert inputs(graph, "linear2_dropout") == ("relu3",)
     assert graph.output == "linear2"
-    assert rewrite(graph, Dropout(p=0.3)) is graph
+    assert rewrite(graph, InsertDropout(p=0.3)) is graph
 
 
 def test_dropout_touches_only_the_linear_layers_own_input() -> None:
@@ -132,7 +132,7 @@ def test_dropout_touches_only_the_linear_layers_own_input() -> None:
         {"type": "linear", "out_features": 4, "name": "b", "inputs": ["flat"]},
         {"type": "add", "inputs": ["a", "b"], "name": "sum"},
     ]
-    after = rewrite(graph_of(layers, (1, 2, 2)), Dropout(layers=("a",)))
+    after = rewrite(graph_of(layers, (1, 2, 2)), InsertDropout(layers=("a",)))
     assert inputs(after, "a") == ("a_dropout",)
     assert inputs(after, "b") == ("flat",)
 
@@ -195,7 +195,7 @@ def test_residual_lays_shortcuts_with_and_without_projection() -> None:
         {"type": "relu"},
         *HEAD,
     ]
-    after = rewrite(graph_of(layers, (1, 8, 8)), ResidualRewrite())
+    after = rewrite(graph_of(layers, (1, 8, 8)), InsertShortcuts())
     assert inputs(after, "conv2_add") == ("conv2", "conv1_shortcut_bn")
     assert inputs(after, "relu2") == ("conv2_add",)
     assert inputs(after, "conv4_add") == ("conv4", "relu2")
@@ -204,28 +204,32 @@ def test_residual_lays_shortcuts_with_and_without_projection() -> None:
 
 def test_residual_takes_a_third_block_along_rather_than_leave_it_alone() -> None:
     layers = [conv(1), {"type": "relu"}] * 3 + HEAD
-    after = rewrite(graph_of(layers, (1, 8, 8)), ResidualRewrite())
+    after = rewrite(graph_of(layers, (1, 8, 8)), InsertShortcuts())
     assert [name for name in names(after) if "add" in name] == ["conv3_add"]
     assert inputs(after, "conv3_add") == ("conv3", "input")
 
 
 def test_residual_follows_strides_and_gives_up_where_sizes_do_not_follow() -> None:
     strided = [{**conv(4), "padding": 1, "stride": 2}, {"type": "relu"}, conv(4), {"type": "relu"}, *HEAD]
-    after = rewrite(graph_of(strided, (1, 9, 8)), ResidualRewrite())
+    after = rewrite(graph_of(strided, (1, 9, 8)), InsertShortcuts())
     assert after["conv1_shortcut"].shape == (4, 5, 4)
     unpadded = graph_of([{**conv(4), "padding": 0}, {"type": "relu"}, *HEAD], (1, 9, 8))
-    assert rewrite(unpadded, ResidualRewrite()) is unpadded
+    assert rewrite(unpadded, InsertShortcuts()) is unpadded
 
 
 def test_residual_leaves_branches_that_have_a_shortcut_alone() -> None:
     graph = preset_graph("resnet20")
-    after = rewrite(graph, ResidualRewrite())
+    after = rewrite(graph, InsertShortcuts())
     assert [name for name in names(after) if name not in graph] == ["conv1_shortcut", "conv1_shortcut_bn", "conv1_add"]
 
 
 def test_layers_narrow_a_rewrite() -> None:
     graph = preset_graph("simple_cnn")
-    for optimization in (BatchNorm(layers=("conv2",)), Deeper(layers=("conv2",)), ResidualRewrite(layers=("conv2",))):
+    for optimization in (
+        InsertBatchNorm(layers=("conv2",)),
+        Deeper(layers=("conv2",)),
+        InsertShortcuts(layers=("conv2",)),
+    ):
         added = [name for name in names(rewrite(graph, optimization)) if name not in graph]
         assert added
         assert all(name.startswith("conv2") for name in added)
@@ -234,14 +238,14 @@ def test_layers_narrow_a_rewrite() -> None:
 @pytest.mark.parametrize(
     ("optimization", "reason"),
     [
-        (BatchNorm(layers=("conv1", "conv9")), "is not the name of a layer"),
-        (BatchNorm(layers=("conv1", "linear1")), "not a convolution"),
-        (BatchNorm(layers=("conv1", "linear2")), "gives the logits"),
-        (Dropout(layers=("linear1", "conv1")), "not linear"),
+        (InsertBatchNorm(layers=("conv1", "conv9")), "is not the name of a layer"),
+        (InsertBatchNorm(layers=("conv1", "linear1")), "not a convolution"),
+        (InsertBatchNorm(layers=("conv1", "linear2")), "gives the logits"),
+        (InsertDropout(layers=("linear1", "conv1")), "not linear"),
         (SmallKernels(layers=("conv1", "conv2")), "no kernel of 4 or more"),
-        (SpatialDropout(layers=("conv1", "relu1")), "not a convolution"),
+        (InsertSpatialDropout(layers=("conv1", "relu1")), "not a convolution"),
         (Deeper(layers=("conv1", "linear2")), "not a convolution"),
-        (ResidualRewrite(layers=("conv1", "relu1")), "not a convolution"),
+        (InsertShortcuts(layers=("conv1", "relu1")), "not a convolution"),
     ],
 )
 def test_a_named_layer_that_cannot_be_meant_is_a_fault_with_the_reason(optimization: Rewrite, reason: str) -> None:
@@ -259,7 +263,7 @@ def test_a_named_layer_that_cannot_be_meant_is_a_fault_with_the_reason(optimizat
 
 def test_new_names_make_way_for_old_ones() -> None:
     layers = [conv(4, name="a"), {"type": "relu", "name": "a_bn"}, *HEAD]
-    after = rewrite(graph_of(layers, (1, 4, 4)), BatchNorm())
+    after = rewrite(graph_of(layers, (1, 4, 4)), InsertBatchNorm())
     assert names(after)[:3] == ["a", "a_bn2", "a_bn"]
 
 
@@ -279,5 +283,7 @@ def test_a_rewrite_beyond_the_limits_is_a_fault_of_the_rewrite() -> None:
 
 def test_of_many_unknown_layers_a_hundred_are_told() -> None:
     with pytest.raises(InvalidSpec) as caught:
-        rewrite(preset_graph("simple_cnn"), BatchNorm(layers=tuple(f"unknown{number}" for number in range(9_000))))
+        rewrite(
+            preset_graph("simple_cnn"), InsertBatchNorm(layers=tuple(f"unknown{number}" for number in range(9_000)))
+        )
     assert len(caught.value.faults) == 100
