@@ -218,7 +218,7 @@ def s3() -> Iterator[S3]:
         try:
             yield server
         finally:
-            server.stop()
+            server.kill()  # SIGTERM would wait 5 s for kept connections, and everything is in memory
 
 
 def free_port() -> int:
