@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
@@ -98,7 +99,8 @@ class DataFacts:
     def training_images(self, data: DataSpec) -> tuple[int, int]:
         """(training, validation) images after `limit` and `validation`; a stratified split may differ by a few."""
         images = self.train if data.limit is None else min(self.train, data.limit)
-        held_out = round(images * data.validation)
+        share = data.validation
+        held_out = max(1, math.floor(images * share + 0.5)) if share > 0 and images > 1 else 0
         return images - held_out, held_out
 
 
