@@ -202,9 +202,11 @@ def test_fewer_than_one_in_a_hundred_corrupt_pictures_are_listed_and_skipped(tmp
 
 
 def test_one_in_a_hundred_is_too_many_and_all_are_listed(tmp_path: Path) -> None:
-    members = {**class_folders(49), "cat/broken.png": b"", "dog/photo.tiff": b"II*\x00"}
-    refusal = refused(tmp_path, members)
-    assert "2 of 100 pictures cannot be used; fewer than 1% would be skipped" in refusal.problems[0].message
+    members = {**class_folders(49), "cat/extra.png": picture()}
+    (tmp_path / "one").mkdir()
+    refusal = refused(tmp_path / "one", {**members, "cat/broken.png": b""})
+    assert "1 of 100 pictures cannot be used; fewer than 1% would be skipped" in refusal.problems[0].message
+    refusal = refused(tmp_path, {**members, "cat/broken.png": b"", "dog/photo.tiff": b"II*\x00"})
     assert {problem.file for problem in refusal.problems[1:]} == {"cat/broken.png", "dog/photo.tiff"}
 
 
