@@ -30,10 +30,9 @@ def test_fp16_without_a_gpu_becomes_float32_with_a_note() -> None:
     assert not chosen().notes
 
 
-def test_flat_pictures_get_channels_last_and_others_only_when_asked() -> None:
-    assert [chosen(spatial_axes=axes).channels_last for axes in (1, 2, 3)] == [False, True, False]
+def test_images_with_two_or_three_spatial_axes_get_channels_last_unless_told_otherwise() -> None:
+    assert [chosen(spatial_axes=axes).channels_last for axes in (1, 2, 3)] == [False, True, True]
     assert not chosen(channels_last=False).channels_last
-    assert chosen(channels_last=True, spatial_axes=3).channels_last
 
 
 @pytest.mark.parametrize(
