@@ -21,7 +21,6 @@ from torch.nn import functional as F  # noqa: N812
 from worker.network import Network
 from worker.precision import Precision
 
-
 NO_LOSS = float(np.finfo(np.float64).max)  # stands for NaN and infinity, which JSON does not have
 
 

@@ -86,8 +86,7 @@ def _announcement(job: Job, stage: Stage) -> str:
     return f"pruning {job.prune_step(stage).structure}{of_rounds}"
 
 
-# --- stages
-# ------------------------------------------------------------------------------------------------------------------
+# --- stages ----------------------------------------------------------------------------------------------------------
 
 
 def _train(job: Job, stage: Stage) -> None:

@@ -202,7 +202,7 @@ class JobWatch:
         seconds, self._charged_at = now - self._charged_at, now
         self.reached.ledger.seconds += seconds
         for record in self.reached.ledger.steps[-1:]:
-            record.seconds += 0.0 if record.complete else seconds
+            record.seconds += seconds if record.after is None else 0.0
 
     def before_step(self, fit: Fit) -> None:
         """Obey a wish, or write a checkpoint if one is due."""

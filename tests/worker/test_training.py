@@ -19,7 +19,7 @@ from worker.evaluation import evaluate
 from worker.learning_rate import learning_rate
 from worker.losses import cross_entropy
 from worker.network import Network, build_network
-from worker.precision import choose_precision
+from worker.precision import Precision, choose_precision
 from worker.pruning.masks import Masks, weight_masks
 from worker.training import EpochResult, Fit, NonFiniteLoss, Recipe, Window
 
@@ -374,6 +374,26 @@ def test_bf16_is_computed_in_bf16_and_kept_in_float32() -> None:
     fit.run(Watching())
     assert set(seen) == {torch.bfloat16}
     assert {tensor.dtype for tensor in snapshot(fit.network).values()} == {torch.float32}
+
+
+def test_fp16_scales_the_loss_and_ends_near_float32_also_after_a_resume() -> None:
+    settings = training(epochs=1, gradient_clipping=1.0)
+    half = Precision(torch.device("cpu"), torch.float16, channels_last=True)
+
+    def make(precision: Precision = half) -> Fit:
+        network = build_network(small_cnn(), seed=0)
+        precision.place(network)
+        return Fit(network, BlobBatches(), recipe(settings), precision)
+
+    whole, exact = make(), make(Precision(torch.device("cpu"), None, channels_last=True))
+    for fit in (whole, exact):
+        fit.run(Watching())
+    assert whole.state()["scaler"]["scale"] >= 1024
+    assert whole.optimizer.steps == exact.optimizer.steps == 6
+    for name, tensor in snapshot(whole.network).items():
+        torch.testing.assert_close(tensor, snapshot(exact.network)[name], rtol=0.05, atol=0.01)
+    again = resumed(make, 4)
+    assert equal(snapshot(whole.network), snapshot(again.network))
 
 
 def test_clipping_bounds_the_gradient() -> None:
