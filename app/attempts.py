@@ -379,7 +379,7 @@ def back_off_s(crashes: int) -> float:
 def _loss(reason: dict[str, Any] | None, crashes: int, delay_s: float) -> NewEvent:
     if reason is None:
         return NewEvent(
-            "worker.lost", "info", "the worker was stopped; the job goes on from its checkpoint", {"crashes": crashes}
+            "job.released", "info", "the worker was stopped; the job goes on from its checkpoint", {"crashes": crashes}
         )
     data = {**reason, "crashes": crashes, "retry_in_s": round(delay_s, 1)}
     return NewEvent("worker.lost", "warn", _how(reason), data)

@@ -16,31 +16,71 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="ESPALIER_", frozen=True, extra="ignore")
 
-    home: Path = Field(default=Path("~/.espalier"), description="Folder of all embedded state: database, objects, cache, scratch.")
-    host: str = Field(default="127.0.0.1", description="Address the API listens on. Anything but loopback needs api_key.")
+    home: Path = Field(
+        default=Path("~/.espalier"), description="Folder of all embedded state: database, objects, cache, scratch."
+    )
+    host: str = Field(
+        default="127.0.0.1", description="Address the API listens on. Anything but loopback needs api_key."
+    )
     port: int = Field(default=8000, ge=0, le=65535, description="Port the API listens on; 0 takes a free one.")
-    api_key: SecretStr | None = Field(default=None, description="Bearer key that every /v1 request must carry; none: loopback only.")
-    database_url: str | None = Field(default=None, description="SQLAlchemy URL; default: SQLite at <home>/espalier.sqlite.")
-    storage_url: str | None = Field(default=None, description="Object store URL (file:, s3:, gs:, az:); default: <home>/objects.")
-    broker_url: str | None = Field(default=None, description="Redis URL of the Celery broker; none: workers poll the database.")
-    data_path: Path | None = Field(default=None, description="Folder with the original files of built-in data sets, for machines without a network.")
+    api_key: SecretStr | None = Field(
+        default=None, description="Bearer key that every /v1 request must carry; none: loopback only."
+    )
+    database_url: str | None = Field(
+        default=None, description="SQLAlchemy URL; default: SQLite at <home>/espalier.sqlite."
+    )
+    storage_url: str | None = Field(
+        default=None, description="Object store URL (file:, s3:, gs:, az:); default: <home>/objects."
+    )
+    broker_url: str | None = Field(
+        default=None, description="Redis URL of the Celery broker; none: workers poll the database."
+    )
+    data_path: Path | None = Field(
+        default=None,
+        description="Folder with the original files of built-in data sets, for machines without a network.",
+    )
     data_offline: bool = Field(default=False, description="Never download a built-in data set: local sources only.")
     slots: int = Field(default=1, ge=1, le=64, description="Jobs that one worker runs side by side: one per GPU.")
-    threads: int | None = Field(default=None, ge=1, le=1024, description="torch's threads in each trainer; default: cores / workers.")
+    threads: int | None = Field(
+        default=None, ge=1, le=1024, description="torch's threads in each trainer; default: cores / workers."
+    )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:<n>.")
-    poll_s: float = Field(default=1.0, gt=0, le=60, description="Seconds between two looks of an idle worker at the queue: bounds the cost of a lost ring.")
-    lease_s: float = Field(default=60, gt=0, description="Seconds a worker owns a job without renewing: a dead worker's job runs again after it.")
-    renew_s: float = Field(default=10, gt=0, description="Seconds between two renewals of the lease: a sixth of it, so that three may fail.")
-    self_fence_s: float = Field(default=40, gt=0, description="Seconds after the last good renewal at which a worker kills its own trainer: well inside the lease.")
+    poll_s: float = Field(
+        default=1.0,
+        gt=0,
+        le=60,
+        description="Seconds between two looks of an idle worker at the queue: bounds the cost of a lost ring.",
+    )
+    lease_s: float = Field(
+        default=60,
+        gt=0,
+        description="Seconds a worker owns a job without renewing: a dead worker's job runs again after it.",
+    )
+    renew_s: float = Field(
+        default=10,
+        gt=0,
+        description="Seconds between two renewals of the lease: a sixth of it, so that three may fail.",
+    )
+    self_fence_s: float = Field(
+        default=40,
+        gt=0,
+        description="Seconds after the last good renewal at which a worker kills its own trainer: well inside the lease.",
+    )
     sweep_s: float = Field(default=10, gt=0, description="Seconds between two sweeps of recovery.")
     checkpoint_s: float = Field(default=60, gt=0, description="Seconds between two checkpoints inside a long epoch.")
-    silence_s: float = Field(default=300, gt=0, description="Seconds without a line after which a training process counts as hung.")
+    silence_s: float = Field(
+        default=300, gt=0, description="Seconds without a line after which a training process counts as hung."
+    )
     job_time_limit_s: float = Field(default=7 * 86400, gt=0, description="Seconds one attempt of a job may run.")
     max_spec_bytes: int = Field(default=MIB, gt=0, description="Largest job description.")
     max_upload_bytes: int = Field(default=2048 * MIB, gt=0, description="Largest upload of a data set.")
-    max_unpacked_bytes: int = Field(default=20480 * MIB, gt=0, description="Largest sum of the members of an uploaded archive.")
+    max_unpacked_bytes: int = Field(
+        default=20480 * MIB, gt=0, description="Largest sum of the members of an uploaded archive."
+    )
     max_params: int = Field(default=500_000_000, gt=0, description="Largest network: ONNX files end at 2 GiB.")
-    max_training_bytes: int = Field(default=64 * 1024 * MIB, gt=0, description="Largest estimate of a training's memory.")
+    max_training_bytes: int = Field(
+        default=64 * 1024 * MIB, gt=0, description="Largest estimate of a training's memory."
+    )
     max_epochs: int = Field(default=10_000, gt=0, description="Most epochs in one training.")
 
     @property

@@ -23,10 +23,24 @@ from app.lifeline import parent_environment
 
 # What a trainer may see of this process's environment: no credentials, no URLs.
 ALLOWED = frozenset(
-    """
-    CUDA_VISIBLE_DEVICES ESPALIER_DEVICE ESPALIER_FAILPOINT ESPALIER_THREADS HOME LANG
-    LC_ALL LD_LIBRARY_PATH MKL_NUM_THREADS OMP_NUM_THREADS PATH PYTHONPATH PYTHONWARNINGS TMPDIR TZ VIRTUAL_ENV
-    """.split()
+    {
+        "CUDA_VISIBLE_DEVICES",
+        "ESPALIER_DEVICE",
+        "ESPALIER_FAILPOINT",
+        "ESPALIER_THREADS",
+        "HOME",
+        "LANG",
+        "LC_ALL",
+        "LD_LIBRARY_PATH",
+        "MKL_NUM_THREADS",
+        "OMP_NUM_THREADS",
+        "PATH",
+        "PYTHONPATH",
+        "PYTHONWARNINGS",
+        "TMPDIR",
+        "TZ",
+        "VIRTUAL_ENV",
+    }
 )
 SPARE_DELAY_S = 3.0  # importing torch takes two seconds of one core: not while the new job takes its first steps
 
