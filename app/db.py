@@ -17,7 +17,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psycopg.errors
 import sqlalchemy.exc
 from sqlalchemy import ColumnElement, Connection, Engine, create_engine, event, func, literal, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
@@ -53,6 +52,7 @@ SQLITE_PRAGMAS = (
 )
 NETWORK_FILESYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "ceph", "glusterfs", "lustre", "fuse.sshfs", "afs"}
 COMMIT_LOOKUPS_AFTER_S = (0.0, 0.2, 1.0, 3.0, 5.0)
+DISK_FULL = "53100"  # SQLSTATE disk_full
 UPGRADE_LOCK = 0x65_73_70_61  # "espa": one upgrade at a time
 
 
@@ -271,7 +271,7 @@ def _translated() -> Iterator[None]:
 
 
 def _is_disk_full(error: BaseException | None) -> bool:
-    return isinstance(error, psycopg.errors.DiskFull) or getattr(error, "sqlite_errorname", None) == "SQLITE_FULL"
+    return getattr(error, "sqlstate", None) == DISK_FULL or getattr(error, "sqlite_errorname", None) == "SQLITE_FULL"
 
 
 def _is_our_mistake(error: BaseException | None) -> bool:

@@ -6,9 +6,10 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 
+import structlog
 from fastapi import Depends, FastAPI
 
 from app.api import (
@@ -28,10 +29,13 @@ from app.api import (
 from app.api.backends import Backends, Watch
 from app.api.edges import LOOPBACK, Edge
 from app.db import Database
-from app.errors import StartupError
+from app.errors import StartupError, Unavailable
 from app.queue import open_bell
+from app.recovery import Sweeper
 from app.settings import Settings
 from app.storage import Storage
+
+log = structlog.get_logger()
 
 CHECKS = 2  # uploads that are checked side by side
 
@@ -87,11 +91,23 @@ def create_app(settings: Settings) -> FastAPI:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     given: Backends = app.state.backends
-    keeper = asyncio.create_task(datasets.keep_checking(given))
+    keepers = [asyncio.create_task(datasets.keep_checking(given)), asyncio.create_task(_keep_sweeping(given))]
     yield
     given.stopping.set()
     given.leaving.set()
-    await keeper
+    await asyncio.gather(*keepers)
     given.checks.shutdown(wait=True, cancel_futures=True)
     given.bell.close()
     given.db.close()
+
+
+async def _keep_sweeping(given: Backends) -> None:
+    """Sweep as workers do: what a user deletes is gone also where no worker is alive."""
+    sweeper = Sweeper(given.db, given.storage, given.bell, given.settings)
+    while not given.stopping.is_set():
+        try:
+            await asyncio.to_thread(sweeper.sweep)
+        except Unavailable as error:
+            log.warning("sweep failed", reason=str(error))
+        with suppress(TimeoutError):
+            await asyncio.wait_for(given.stopping.wait(), given.settings.sweep_s)

@@ -12,13 +12,14 @@ import queue
 import socket
 import threading
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
-from celery import Celery
-from kombu.exceptions import KombuError
 
 from app.settings import Settings
+
+if TYPE_CHECKING:
+    from celery import Celery
 
 log = structlog.get_logger()
 
@@ -123,6 +124,8 @@ class CeleryBell:
             self._thread.join(timeout=2.0)
 
     def _publish(self) -> None:
+        from kombu.exceptions import KombuError
+
         app = celery_app(self._broker_url, worker=False)
         away = False
         while (job_id := self._rings.get()) is not None and not self._closed.is_set():
@@ -146,6 +149,8 @@ def open_bell(settings: Settings) -> Doorbell:
 
 def celery_app(broker_url: str, *, worker: bool) -> Celery:
     """A Celery application with the settings that were measured, for sending or for a worker."""
+    from celery import Celery  # 12 MiB that the embedded service does without
+
     app = Celery("espalier", broker=broker_url, set_as_current=False)
     app.conf.update(celery_options(worker=worker))
     return app

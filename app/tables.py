@@ -341,7 +341,9 @@ class DatasetRow(Row):
     notes: Mapped[list[Any]] = mapped_column(Document)
     size_bytes: Mapped[int]
     sha256: Mapped[str | None] = mapped_column(String(64))
-    packed_id: Mapped[str | None] = mapped_column(String(64))  # the data set that packed it: the same file is stored once
+    packed_id: Mapped[str | None] = mapped_column(
+        String(64)
+    )  # the data set that packed it: the same file is stored once
     created_at: Mapped[datetime]
     deleted_at: Mapped[datetime | None]
 

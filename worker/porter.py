@@ -21,7 +21,7 @@ from app.db import Database
 from app.errors import Unavailable
 from app.failpoints import failpoint
 from app.storage import ObjectNotFound, Storage
-from worker.checkpoint import CheckpointRefused, check_checkpoint, file_digest
+from worker.checkpoint import CheckpointRefused, check_checkpoint, file_digest, spec_digest
 
 T = TypeVar("T")
 RETRY_FOR_S = 600.0
@@ -81,7 +81,7 @@ class Porter:
                 problems.append(f"the checkpoint of step {saved.step} is missing from the store")
                 continue
             try:
-                check_checkpoint(tensors, state)
+                check_checkpoint(tensors, state, spec_sha256=spec_digest(self._claim.spec))
             except CheckpointRefused as refused:
                 problems.append(f"the checkpoint of step {saved.step} cannot be used: {refused.message}")
                 continue

@@ -239,9 +239,7 @@ def test_a_stopped_job_delivers_the_best_it_has_reached(service: Service, tmp_pa
 
 
 def test_a_paused_job_waits_and_goes_on_from_its_checkpoint(service: Service) -> None:
-    spec = long_job()
-    spec["training"]["epochs"] = 12
-    job_id = service.submit(spec)
+    job_id = service.submit(long_job())
     service.wait(job_id, training)
     service.act(job_id, "pause")
     paused = service.wait(job_id, lambda job: job["state"] == "paused", 30)
@@ -249,6 +247,7 @@ def test_a_paused_job_waits_and_goes_on_from_its_checkpoint(service: Service) ->
     service.act(job_id, "resume")
     resumed = service.wait(job_id, lambda job: job["state"] == "running" and training(job), 30)
     assert resumed["progress"]["epoch"] >= reached
+    service.act(job_id, "stop")
     service.finish(job_id)
     assert "job.resumed_from_checkpoint" in [event["type"] for event in service.events(job_id)]
 

@@ -1,4 +1,4 @@
-"""Every test here starts whole services: one process runs them all, so that two never compete for the cores."""
+"""Tests that start whole services run in one process, so that two never compete for the cores."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ import pytest
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "tests/faults" in str(item.path):
+        if item.path.parent.name in {"e2e", "faults"}:
             item.add_marker(pytest.mark.xdist_group("services"))
