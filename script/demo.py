@@ -167,7 +167,7 @@ def main() -> None:
     finally:
         service.stop()
     report = json.loads((folder / "report.json").read_text())
-    packed = home / "cache" / "datasets" / "fashion-mnist"
+    packed = home / "cache" / "builtin" / "fashion-mnist"
     check = subprocess.run(
         [
             sys.executable,

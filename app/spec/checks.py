@@ -191,13 +191,8 @@ def memory_faults(spec: JobSpec, memory: Memory, most_bytes: int) -> Iterator[Fa
 
 def warnings(spec: JobSpec, facts: DataFacts, graph: Graph) -> Iterator[Fault]:
     """What is allowed but probably not meant."""
-    images, held_out = facts.training_images(spec.data)
     if spec.data.limit is not None and spec.data.limit > facts.train:
         yield Fault("/data/limit", f"is more than the {facts.train} training images there are: all are used")
-    if spec.data.validation > 0 and held_out == 0:
-        yield Fault(
-            "/data/validation", f"holds out none of {images} images: no choices are made, the last weights are taken"
-        )
     if len(graph.input_shape) == 2 and "horizontal_flip" in spec.training.augmentation:
         yield Fault("/training/augmentation", "horizontal_flip lets 1-D examples run backwards")
     regularizations = [(i, step) for i, step in enumerate(spec.optimizations) if isinstance(step, Regularization)]

@@ -168,6 +168,7 @@ def test_workers_are_listed_with_what_they_run(api):
 
 def test_metrics_count_jobs_by_state_and_requests_by_route(api):
     job_id = api.delivered()
+    api.client.get(f"/v1/jobs/{job_id}")
     api.client.get(f"/v1/jobs/{job_id}/artifacts/{next(iter(FILES))}")
     text = api.client.get("/metrics").text
     assert 'espalier_jobs{state="succeeded"}' in text

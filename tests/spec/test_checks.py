@@ -40,7 +40,7 @@ def prune(**fields: Any) -> dict[str, Any]:
         (GREY, training(batch_size=54_001), "/training/batch_size", 54_000, 54_001),
         (GREY, {"data": {"dataset": "x", "limit": 100}}, "/training/batch_size", 90, 128),
         (GREY, {"data": {"dataset": "x", "limit": 9}, **training(batch_size=2)}, "/data/limit", 10, 9),
-        (replace(GREY, train=1), {"data": {"dataset": "x", "validation": 0.9}}, "/data/validation", 0, 0.9),
+        (replace(GREY, train=2), {"data": {"dataset": "x", "validation": 0.9}}, "/data/validation", 0, 0.9),
         (replace(GREY, classes=1), {}, "/data/dataset", 2, 1),
         (replace(GREY, test=0), {}, "/data/dataset", 1, 0),
         (GREY, {"data": ALL_TRAINED, **training(early_stopping={})}, "/training/early_stopping", 1, 0),
@@ -147,7 +147,6 @@ def warned(facts: DataFacts = GREY, **parts: Any) -> list[tuple[str, str]]:
 
 WARNED: list[tuple[dict[str, Any], str, str]] = [
     ({"data": {"dataset": "x", "limit": 70_000}}, "/data/limit", "all are used"),
-    ({"data": {"dataset": "x", "limit": 200, "validation": 0.001}}, "/data/validation", "holds out none"),
     ({"optimizations": [{"type": "regularization", "l1": 1e-3}]}, "/optimizations/0/l1", "more than the cross-entropy"),
     ({"optimizations": [{"type": "regularization", "l2": 1e-4}]}, "/optimizations/0/l2", "a weight decay of 0.0007"),
     ({"optimizations": [{"type": "regularization", "weight_decay": 1e-3}]}, "/optimizations/0/weight_decay", "0.0015"),
