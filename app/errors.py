@@ -215,7 +215,7 @@ class InvalidSpec(RequestError):
     title = "Invalid job"
 
     def __init__(self, faults: Sequence[Fault], message: str | None = None) -> None:
-        super().__init__(message or "; ".join(f"{f.pointer}: {f.message}" for f in faults[:3]), faults)
+        super().__init__(message or "; ".join(f"{f.pointer or 'the job'}: {f.message}" for f in faults[:3]), faults)
 
 
 class InvalidParameter(RequestError):

@@ -24,6 +24,7 @@ from app.artifacts import list_checkpoints
 from app.attempts import workers_alive
 from app.db import Database
 from app.errors import (
+    Fault,
     IdempotencyMismatch,
     IllegalTransition,
     InvalidCursor,
@@ -284,7 +285,8 @@ def _matching(tenant: str, state: str | None, label: tuple[str, str] | None) -> 
     elif state in STATES:
         conditions.append(Job.state == state)
     elif state is not None:
-        raise InvalidParameter(f"state: one of {', '.join((*STATES, 'cancelling'))}")
+        message = f"must be one of: {', '.join((*STATES, 'cancelling'))}"
+        raise InvalidParameter(f"state {message}", [Fault("/query/state", message)])
     if label is not None:
         key, value = label
         conditions.append(

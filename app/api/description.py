@@ -65,6 +65,8 @@ def describe(app: FastAPI) -> dict[str, Any]:
 
 def _codes() -> Iterator[reference.ErrorCode]:
     for kind in _tree(errors.EspalierError):
+        if kind is errors.RequestError:
+            continue  # never raised itself; its code is that of Internal
         if issubclass(kind, errors.RequestError):
             yield reference.ErrorCode(kind.code, kind.status, _sentence(kind), None)
         elif issubclass(kind, errors.JobError):

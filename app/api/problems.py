@@ -137,7 +137,8 @@ def _invalid(exc: RequestValidationError) -> RequestError:
         kinds.add(place)
         context = problem.get("ctx", {})
         limit = next((context[key] for key in ("ge", "le", "gt", "lt", "pattern", "expected") if key in context), None)
-        faults.append(Fault("/".join(["", str(place), *map(str, names)]), problem["msg"], limit=_json(limit)))
+        message = problem["msg"].removeprefix("Value error, ")
+        faults.append(Fault("/".join(["", str(place), *map(str, names)]), message, limit=_json(limit)))
     if "path" in kinds:
         return NotFound()
     kind = InvalidHeader if kinds == {"header"} else InvalidParameter

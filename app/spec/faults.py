@@ -127,7 +127,7 @@ def _locate(entry: Any, document: object) -> _Located:
     elif kind == "fault":
         if context["field"]:
             path = (*path, *(int(part) if part.isdigit() else part for part in context["field"].split("/")))
-        value = echo(context["value"])
+        value = echo(entry["input"] if context["field"] is None and context["value"] is None else context["value"])
     elif kind in ("too_long", "too_short"):
         sent = _at(document, path)
         value = len(sent) if isinstance(sent, dict | list) else None
@@ -145,6 +145,8 @@ def _locate(entry: Any, document: object) -> _Located:
 def _message(kind: str, context: dict[str, Any], fallback: str) -> str:
     if kind == "fault":
         return str(context["text"])
+    if kind == "too_short" and context["min_length"] > 1:
+        return f"must have at least {context['min_length']} entries"
     if kind == "value_error":
         return fallback.removeprefix("Value error, ")
     named = {name: _spoken(name, value) for name, value in context.items()}

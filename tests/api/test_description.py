@@ -141,6 +141,7 @@ def test_every_error_code_has_its_place_in_the_docs(api):
         pending += kind.__subclasses__()
         if issubclass(kind, errors.RequestError | errors.JobError):
             assert f'id="{kind.code}"' in html, kind
+    assert 'id="internal"><code>internal</code></td><td>500<' in html
 
 
 def test_the_docs_list_every_route_of_the_description(api, openapi):

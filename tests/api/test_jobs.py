@@ -349,3 +349,9 @@ def test_two_idempotency_keys_are_400(api):
 def test_faults_name_every_mistake_at_once(api):
     problem = api.client.post("/v1/jobs", json={"spec_version": 1, "nme": "x"}).json()
     assert set(error_pointers(problem)) == {"/nme", "/data", "/model"}
+
+
+def test_an_unknown_state_is_pointed_at(api):
+    problem = api.client.get("/v1/jobs?state=done").json()
+    assert error_pointers(problem) == ["/query/state"]
+    assert "queued, running" in problem["errors"][0]["message"]

@@ -387,3 +387,21 @@ def test_a_job_is_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
         spec.name = "other"
     assert isinstance(spec, JobSpec)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"spec_version": 2}, ("/spec_version", 1, 2)),
+        ({"model": {"preset": "resnet1000"}}, ("/model/preset", None, "resnet1000")),
+        ({"model": {"preset": "simple_cnn", "input_shape": [3]}}, ("/model/input_shape", 2, 1)),
+    ],
+)
+def test_a_fault_names_the_value_that_was_sent(changes: dict[str, Any], expected: tuple[Any, ...]) -> None:
+    document = {"spec_version": 1, "data": {"synthetic": {}}, "model": {"preset": "simple_cnn"}}
+    with pytest.raises(InvalidSpec) as caught:
+        parse_job(document | changes)
+    (fault,) = caught.value.faults
+    assert (fault.pointer, fault.limit, fault.value) == expected
+    if fault.limit == 2:
+        assert fault.message == "must have at least 2 entries"
