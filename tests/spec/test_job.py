@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from support.specs import document, job, refused
 
+from app.errors import InvalidSpec
+from app.errors import InvalidSpec
 from app.spec.faults import MOST_FAULTS
 from app.spec.job import EXPORTS, JobSpec, parse_job, retraining
 from app.spec.optimizations import Prune, Retrain
@@ -400,7 +402,7 @@ def test_a_job_is_immutable() -> None:
 def test_a_fault_names_the_value_that_was_sent(changes: dict[str, Any], expected: tuple[Any, ...]) -> None:
     document = {"spec_version": 1, "data": {"synthetic": {}}, "model": {"preset": "simple_cnn"}}
     with pytest.raises(InvalidSpec) as caught:
-        parse_job(document | changes)
+        parse_job(sent | changes)
     (fault,) = caught.value.faults
     assert (fault.pointer, fault.limit, fault.value) == expected
     if fault.limit == 2:
