@@ -10,7 +10,6 @@ import pytest
 from support.specs import document, job, refused
 
 from app.errors import InvalidSpec
-from app.errors import InvalidSpec
 from app.spec.faults import MOST_FAULTS
 from app.spec.job import EXPORTS, JobSpec, parse_job, retraining
 from app.spec.optimizations import Prune, Retrain
