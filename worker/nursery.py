@@ -19,7 +19,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from app.lifeline import parent_environment
+
+log = structlog.get_logger()
 
 # What a trainer may see of this process's environment: no credentials, no URLs.
 ALLOWED = frozenset(
@@ -93,13 +97,20 @@ class TrainerProcess:
                     pipe.close()
         return code
 
+    def discard(self) -> None:
+        """End a trainer that no job has, and remove its log."""
+        self.end()
+        self.log.unlink(missing_ok=True)
+
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for text in self.process.stdout:
-            if not text.endswith("\n"):
-                break  # cut in half by the trainer's death
-            self.lines.put(json.loads(text))
-        self.lines.put(None)
+        try:
+            for text in self.process.stdout:
+                if not text.endswith("\n"):
+                    break  # cut in half by the trainer's death
+                self.lines.put(json.loads(text))
+        finally:
+            self.lines.put(None)  # also after a line that is no JSON: whoever listens must not wait for ever
 
 
 class Nursery:
@@ -131,9 +142,7 @@ class Nursery:
             try:
                 wanted = self._waiting.get(timeout=SPARE_DELAY_S if self._started else 0)
             except queue.Empty:
-                self._warm = [spare for spare in self._warm if spare.alive or spare.end() is None]
-                while len(self._warm) < self._spares:
-                    self._warm.append(self._start())
+                self._keep_warm()
                 continue
             if wanted is None:
                 break
@@ -142,14 +151,28 @@ class Nursery:
             except OSError as error:
                 wanted.set_exception(error)
         for spare in self._warm:
-            spare.end()
+            spare.discard()
+
+    def _keep_warm(self) -> None:
+        """Have as many spares as wanted; where none can be started, the next turn tries again.
+
+        This thread must not end: the kernel would end every running trainer with it.
+        """
+        for dead in [spare for spare in self._warm if not spare.alive]:
+            self._warm.remove(dead)
+            dead.discard()
+        try:
+            while len(self._warm) < self._spares:
+                self._warm.append(self._start())
+        except OSError as error:
+            log.warning("no spare trainer could be started", reason=str(error))
 
     def _start(self) -> TrainerProcess:
         self._started += 1
         self._scratch.mkdir(parents=True, exist_ok=True)
-        log = self._scratch / f"trainer-{os.getpid()}-{self._started}.log"
+        words = self._scratch / f"trainer-{os.getpid()}-{self._started}.log"
         environment = {name: os.environ[name] for name in ALLOWED if name in os.environ}
-        with log.open("wb") as stderr:
+        with words.open("wb") as stderr:
             process = subprocess.Popen(
                 [sys.executable, "-m", "worker.trainer"],
                 stdin=subprocess.PIPE,
@@ -161,4 +184,4 @@ class Nursery:
                 cwd=self._scratch,
                 env={**environment, **self._environment, **parent_environment()},
             )
-        return TrainerProcess(process, log)
+        return TrainerProcess(process, words)

@@ -399,7 +399,7 @@ def test_a_job_is_immutable() -> None:
     ],
 )
 def test_a_fault_names_the_value_that_was_sent(changes: dict[str, Any], expected: tuple[Any, ...]) -> None:
-    document = {"spec_version": 1, "data": {"synthetic": {}}, "model": {"preset": "simple_cnn"}}
+    sent = {"spec_version": 1, "data": {"synthetic": {}}, "model": {"preset": "simple_cnn"}}
     with pytest.raises(InvalidSpec) as caught:
         parse_job(sent | changes)
     (fault,) = caught.value.faults
