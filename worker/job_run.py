@@ -7,11 +7,13 @@ attempt ends silently, because somebody else owns the job.
 
 from __future__ import annotations
 
+import errno
 import queue
 import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +24,7 @@ import structlog
 from app import attempts, datasets
 from app.attempts import Claim, NewArtifact, NewEvent
 from app.db import Database
-from app.errors import JobError, LostOwnership, TimeLimit, Unavailable
+from app.errors import DiskFull, JobError, LostOwnership, TimeLimit, Unavailable
 from app.failpoints import failpoint
 from app.settings import Settings
 from app.spec.job import parse_job
@@ -104,18 +106,39 @@ class JobRun:
         except LostOwnership as lost:
             self._log.warning("attempt lost", reason=str(lost))
         except JobError as error:
-            document = error.document()
-            self._flush()
-            self._insist(lambda: attempts.fail(self._db, self._claim, error=document))
-            self._log.warning("job failed", code=error.code)
+            self._fail(error)
         except Unavailable as error:
-            self._log.error("attempt given up", reason=str(error))  # the lease runs out, the job is queued again
+            self._log.error("attempt given back", reason=str(error))
+            with suppress(Unavailable, LostOwnership):  # then the lease runs out, and the job is queued again
+                attempts.release(self._db, self._claim)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                self._fail(DiskFull())
+            else:
+                self._stumble(error)
+        except Exception as error:
+            self._stumble(error)
         finally:
             if self._trainer is not None:
                 self._trainer.end()
                 self._trainer.log.unlink(missing_ok=True)
             self._porter.close()
             shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _fail(self, error: JobError) -> None:
+        """The job cannot go on, here or anywhere."""
+        self._log.warning("job failed", code=error.code)
+        document = error.document()
+        with suppress(LostOwnership):
+            self._flush()
+            self._insist(lambda: attempts.fail(self._db, self._claim, error=document))
+
+    def _stumble(self, error: Exception) -> None:
+        """A mistake of this worker: it counts as a crash, so that the job runs again, though not for ever."""
+        self._log.exception("attempt broke")
+        reason = {"message": f"the worker failed: {self._without_paths(str(error)) or type(error).__name__}"}
+        with suppress(LostOwnership):
+            self._insist(lambda: attempts.crash(self._db, self._claim, reason=reason))
 
     def _follow(self) -> dict[str, Any] | None:
         """Gather data and checkpoint, start the trainer, listen until its last line; None if it ended without one."""

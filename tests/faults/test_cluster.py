@@ -52,7 +52,9 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         api_home = tmp_path / "api"
         api = stack.enter_context(
             running(
-                "app.serve --port 0 --workers 0", {**environment, "ESPALIER_HOME": str(api_home)}, tmp_path / "api.log"
+                ["app.serve", "--port", "0", "--workers", "0"],
+                {**environment, "ESPALIER_HOME": str(api_home)},
+                tmp_path / "api.log",
             )
         )
         assert api.stdout is not None
@@ -62,7 +64,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         stack.enter_context(service.client)
         workers = {
             name: stack.enter_context(
-                running("worker", {**environment, "ESPALIER_HOME": str(tmp_path / name)}, tmp_path / f"{name}.log")
+                running(["worker"], {**environment, "ESPALIER_HOME": str(tmp_path / name)}, tmp_path / f"{name}.log")
             )
             for name in ("one", "two")
         }

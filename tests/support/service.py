@@ -104,34 +104,15 @@ def embedded_service(
 ) -> Iterator[Service]:
     """`python -m app.serve` on a free port, ended by SIGTERM; fails if anything of it stays behind."""
     home.mkdir(parents=True, exist_ok=True)
-    log = (home / "serve.log").open("a")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "app.serve", "--port", "0", "--home", str(home), "--workers", str(workers)],
-        stdout=subprocess.PIPE,
-        stderr=log,
-        text=True,
-        env={**os.environ, "ESPALIER_THREADS": "1", **(environment or {})},
-    )
-    try:
+    log = home / "serve.log"
+    command = ["app.serve", "--port", "0", "--home", str(home), "--workers", str(workers)]
+    with running(command, environment or {}, log) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
-        assert line.startswith("listening on "), f"it said {line!r}; {(home / 'serve.log').read_text()[-3000:]}"
+        assert line.startswith("listening on "), f"it said {line!r}; {log.read_text()[-3000:]}"
         service = Service(process, home, line.split()[-1])
         with service.client:
             yield service
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            raise
-        finally:
-            assert process.stdout is not None
-            process.stdout.close()
-            log.close()
 
 
 def synthetic_job(**changes: Any) -> dict[str, Any]:
@@ -165,11 +146,11 @@ def long_job(**changes: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def running(module: str, environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[str]]:
-    """`python -m <module>` with exactly what it needs from the environment, ended by SIGTERM."""
+def running(command: list[str], environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[str]]:
+    """`python -m <command>` with what it needs from the environment beside ours, ended by SIGTERM."""
     with log.open("a") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", *module.split()],
+            [sys.executable, "-m", *command],
             stdout=subprocess.PIPE,
             stderr=output,
             text=True,
