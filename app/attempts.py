@@ -292,15 +292,15 @@ def obey_pause(db: Database, claim: Claim) -> bool:
     return True
 
 
-def release(db: Database, claim: Claim) -> str:
-    """The state after the worker gave the job back (a deploy): no crash is counted, and what its user asked for is
-    done.
+def release(db: Database, claim: Claim, *, why: str = "the worker was stopped") -> str:
+    """The state after the worker gave the job back (a deploy, a store that is away): no crash is counted, and what its
+    user asked for is done.
 
     Raises LostOwnership.
     """
 
     def body(session: Session) -> Moved:
-        return _give_back(session, db, _fence(claim), None) or _lost()
+        return _give_back(session, db, _fence(claim), None, why=why) or _lost()
 
     return _surely(db, claim.job_id, claim.attempt, body).state
 
@@ -340,17 +340,23 @@ def abandon(db: Database, worker_id: str, reason: dict[str, Any] | None = None) 
 
 
 def _give_back(
-    session: Session, db: Database, fence: Sequence[ColumnElement[bool]], reason: dict[str, Any] | None
+    session: Session,
+    db: Database,
+    fence: Sequence[ColumnElement[bool]],
+    reason: dict[str, Any] | None,
+    *,
+    why: str = "",
 ) -> Moved | None:
     """A running job without its worker: where its user's wish, and the number of its crashes, send it.
 
-    None: not ours.
+    `reason` is that of a crash; without one it was released, and `why` says why. None: not ours.
     """
     job = session.execute(select(Job.id, Job.wish, Job.crashes).where(*fence).with_for_update()).one_or_none()
     if job is None:
         return None
     crashes = job.crashes + (reason is not None)
-    state = {"cancel": "cancelled", "pause": "paused"}.get(job.wish, "failed" if crashes >= MOST_CRASHES else "queued")
+    poisoned = reason is not None and crashes >= MOST_CRASHES  # crashes of a paused job count, but never end it
+    state = {"cancel": "cancelled", "pause": "paused"}.get(job.wish, "failed" if poisoned else "queued")
     delay_s = back_off_s(crashes) if reason is not None and state == "queued" else 0.0
     values = {**_no_owner(db, state), "crashes": crashes, "available_at": db.now(delay_s)}
     if state == "queued":
@@ -358,7 +364,7 @@ def _give_back(
         outbox.post(session, db, "ring", job.id, after_s=delay_s)
     if state in ("cancelled", "failed"):
         values["finished_at"] = db.now()
-    events = [_loss(reason, crashes, delay_s)]
+    events = [_loss(reason, why, crashes, delay_s)]
     if state == "failed":
         assert reason is not None, "only a crash poisons"
         values["error"] = Poisoned(f"{_how(reason)}, {MOST_CRASHES} times without progress").document()
@@ -376,11 +382,9 @@ def back_off_s(crashes: int) -> float:
     return float(min(300.0, 5.0 * 2 ** (crashes - 1)) * random.uniform(0.5, 1.5))
 
 
-def _loss(reason: dict[str, Any] | None, crashes: int, delay_s: float) -> NewEvent:
+def _loss(reason: dict[str, Any] | None, why: str, crashes: int, delay_s: float) -> NewEvent:
     if reason is None:
-        return NewEvent(
-            "job.released", "info", "the worker was stopped; the job goes on from its checkpoint", {"crashes": crashes}
-        )
+        return NewEvent("job.released", "info", f"{why}; the job goes on from its checkpoint", {"crashes": crashes})
     data = {**reason, "crashes": crashes, "retry_in_s": round(delay_s, 1)}
     return NewEvent("worker.lost", "warn", _how(reason), data)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from app import attempts
 from app.artifacts import artifact_key, checkpoint_key, latest_checkpoints, state_key
@@ -55,6 +55,21 @@ class Porter:
         """Run `work` in the porter's thread, after what waits already."""
         return self._pool.submit(work)
 
+    def keep_trying(self, work: Callable[[], T]) -> T:
+        """The result of `work`, called until the store or the database answers: the training must not end for them.
+
+        In the porter's thread. Raises Unavailable after ten minutes, or once the porter is closed.
+        """
+        started, delay_s = time.monotonic(), 0.5
+        while True:
+            try:
+                return work()
+            except Unavailable:
+                if self._closed.is_set() or time.monotonic() - started > RETRY_FOR_S:
+                    raise
+            self._closed.wait(delay_s * random.uniform(0.5, 1.5))
+            delay_s = min(30.0, delay_s * 2)
+
     def publish_checkpoint(self, files: CheckpointFiles) -> Future[None]:
         """Bytes into the store, then the row; a newer checkpoint takes the place of one that still waits."""
         with self._lock:
@@ -66,7 +81,7 @@ class Porter:
     def publish_artifact(self, name: str, path: Path) -> str:
         """The key under which the file now lies; called in the porter's thread."""
         key = artifact_key(self._claim.job_id, self._claim.attempt, name)
-        self._keep_trying(lambda: self._storage.put_file(key, path))
+        self.keep_trying(lambda: self._storage.put_file(key, path))
         return key
 
     def fetch_checkpoint(self, folder: Path) -> tuple[Path | None, list[str]]:
@@ -76,7 +91,7 @@ class Porter:
             tensors, state = folder / "checkpoint.safetensors", folder / "checkpoint.json"
             try:
                 for key, path in ((saved.key, tensors), (saved.state_key, state)):
-                    self._keep_trying(lambda key=key, path=path: self._storage.fetch(key, path))  # type: ignore[misc]
+                    self.keep_trying(lambda key=key, path=path: self._storage.fetch(key, path))  # type: ignore[misc]
             except ObjectNotFound:
                 problems.append(f"the checkpoint of step {saved.step} is missing from the store")
                 continue
@@ -98,11 +113,17 @@ class Porter:
             files, self._newest = self._newest, None
         if files is None:
             return  # an earlier turn took the newer one
+        try:
+            self._publish(files)
+        finally:
+            _remove(files)
+
+    def _publish(self, files: CheckpointFiles) -> None:
         key = checkpoint_key(self._claim.job_id, self._claim.attempt, files.step)
-        self._keep_trying(lambda: self._storage.put_file(key, files.tensors))
-        self._keep_trying(lambda: self._storage.put_file(state_key(key), files.state))
+        self.keep_trying(lambda: self._storage.put_file(key, files.tensors))
+        self.keep_trying(lambda: self._storage.put_file(state_key(key), files.state))
         failpoint("checkpoint_after_bytes")
-        self._keep_trying(
+        self.keep_trying(
             lambda: attempts.record_checkpoint(
                 self._db,
                 self._claim,
@@ -115,20 +136,6 @@ class Porter:
                 metrics=files.metrics,
             )
         )
-        _remove(files)
-
-    def _keep_trying(self, work: Callable[[], Any]) -> None:
-        """Call `work` until the store or the database answers: they come back, the training must not end for them."""
-        started, delay_s = time.monotonic(), 0.5
-        while True:
-            try:
-                work()
-                return
-            except Unavailable:
-                if self._closed.is_set() or time.monotonic() - started > RETRY_FOR_S:
-                    raise
-            self._closed.wait(delay_s * random.uniform(0.5, 1.5))
-            delay_s = min(30.0, delay_s * 2)
 
 
 def _remove(files: CheckpointFiles) -> None:

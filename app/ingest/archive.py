@@ -326,6 +326,11 @@ def open_archive(path: Path, limits: Limits, archive: str = "upload") -> Iterato
                 yield ZipArchive(file, limits, archive)
             elif magic.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")) or _is_tar_header(magic):
                 yield TarArchive(path, limits, archive)
+            elif magic.startswith(b"--") and b"Content-Disposition" in magic:
+                raise reject(
+                    archive,
+                    "is a multipart form: send the file itself as the body, with curl --data-binary @FILE",
+                )
             else:
                 raise reject(
                     archive,

@@ -92,7 +92,7 @@ def make_plan(spec: JobSpec, facts: DataFacts, *, limits: Limits | None = None) 
     Raises InvalidSpec with every mistake of meaning that could be found, at most 100.
     """
     bounds = _bounds(limits)
-    spec = completed(spec)
+    spec = _with_batch(completed(spec), facts)
     faults = [
         *checks.data_faults(spec, facts),
         *checks.training_faults(spec, bounds.epochs),
@@ -179,6 +179,14 @@ def _bounds(limits: Limits | None) -> JobLimits:
     if limits is None or isinstance(limits, JobLimits):
         return limits or JobLimits()
     return JobLimits(**vars(limits))
+
+
+def _with_batch(spec: JobSpec, facts: DataFacts) -> JobSpec:
+    """`spec` with the default batch no larger than the training part; a batch size that was stated stays and is checked."""
+    images, _ = facts.training_images(spec.data)
+    if "batch_size" in spec.training.model_fields_set or not 1 <= images < spec.training.batch_size:
+        return spec
+    return spec.model_copy(update={"training": spec.training.model_copy(update={"batch_size": images})})
 
 
 def _with_model(spec: JobSpec, facts: DataFacts) -> JobSpec:

@@ -38,7 +38,7 @@ def prune(**fields: Any) -> dict[str, Any]:
         (PICTURES, preset(input_shape=[2, 9, 9]), "/model/input_shape", None, [2, 9, 9]),
         (GREY, preset(classes=9), "/model/classes", 10, 9),
         (GREY, training(batch_size=54_001), "/training/batch_size", 54_000, 54_001),
-        (GREY, {"data": {"dataset": "x", "limit": 100}}, "/training/batch_size", 90, 128),
+        (GREY, {"data": {"dataset": "x", "limit": 100}, **training(batch_size=128)}, "/training/batch_size", 90, 128),
         (GREY, {"data": {"dataset": "x", "limit": 9}, **training(batch_size=2)}, "/data/limit", 10, 9),
         (replace(GREY, train=2), {"data": {"dataset": "x", "validation": 0.9}}, "/data/validation", 0, 0.9),
         (replace(GREY, classes=1), {}, "/data/dataset", 2, 1),

@@ -141,3 +141,10 @@ def test_ten_thousand_layers_are_planned_in_two_seconds() -> None:
     layers = [{"type": "relu"}] * 9_998 + [{"type": "flatten"}, {"type": "linear", "out_features": 10}]
     spec = job(model={"layers": layers})
     assert _milliseconds(lambda: plan_answer(make_plan(spec, GREY)), runs=2) < 2000
+
+
+def test_a_batch_size_that_nobody_stated_is_no_larger_than_the_training_part() -> None:
+    small = plan(data={"dataset": "x", "limit": 100})
+    assert small.spec.training.batch_size == 90
+    assert make_plan(parse_job(small.spec.document()), GREY).spec == small.spec
+    assert plan(data={"dataset": "x", "limit": 1000}).spec.training.batch_size == 128
