@@ -98,25 +98,32 @@ async def get_job(
     """The job. With `wait_s` the answer is held until it changes: from what If-None-Match names, else from now."""
     check_id("job", job_id)
     version, answer = await run_in_threadpool(_look, given, owner, job_id)
-    unchanged = if_none_match is None or matches(if_none_match, answer.headers["etag"])
-    if wait_s and unchanged and "retry-after" in answer.headers:
-        await _wait_for_change(request, given, owner, job_id, version, wait_s)
-        _, answer = await run_in_threadpool(_look, given, owner, job_id)
+    seen = answer.headers["etag"]
+    until = asyncio.get_running_loop().time() + (wait_s or 0)
+    if if_none_match is None or matches(if_none_match, seen):
+        # a new event alone is a new version of the row, and no change of the answer
+        while answer.headers["etag"] == seen and "retry-after" in answer.headers:
+            if not await _wait_for_change(request, given, owner, job_id, version, until):
+                break
+            version, answer = await run_in_threadpool(_look, given, owner, job_id)
     if matches(if_none_match, answer.headers["etag"]):
         return Response(status_code=304, headers={"ETag": answer.headers["etag"]})
     return answer
 
 
 async def _wait_for_change(
-    request: Request, given: Backends, owner: str, job_id: str, version: str, wait_s: float
-) -> None:
-    """Return when the job changes, the time is over, the server stops or the client is gone. Holds no session."""
-    until = asyncio.get_running_loop().time() + wait_s
+    request: Request, given: Backends, owner: str, job_id: str, version: str, until: float
+) -> bool:
+    """True when the job's row changed; False when the time is over, the server stops or the client is gone.
+
+    Holds no session.
+    """
     while (left := until - asyncio.get_running_loop().time()) > 0:
         if await pause(given.stopping, min(LOOK_S, left)) or await request.is_disconnected():
-            return
+            return False
         if await given.watch.version(owner, job_id) != version:
-            return
+            return True
+    return False
 
 
 @router.post("/{job_id}/cancel", status_code=202, summary="Discard the job", responses=answers.TOLD)

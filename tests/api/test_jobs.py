@@ -150,6 +150,22 @@ def test_a_held_get_gives_up_after_its_time(api):
     assert 1.1 < time.monotonic() - started < 4
 
 
+def test_a_held_get_does_not_end_with_an_event_that_changes_nothing_in_the_job(own):
+    job_id = own.submit()["id"]
+    claim = own.claim(job_id)
+    path = f"/v1/jobs/{job_id}"
+    etag = own.client.get(path).headers["etag"]
+    talk = threading.Timer(0.3, lambda: own.say(claim, ("warning", "nothing that the job shows")))
+    end = threading.Timer(2.3, lambda: own.client.post(f"{path}/pause"))
+    for timer in (talk, end):
+        timer.start()
+    answer = own.client.get(path, params={"wait_s": 20}, headers={"If-None-Match": etag})
+    for timer in (talk, end):
+        timer.join()
+    assert answer.status_code == 200
+    assert answer.headers["etag"] != etag
+
+
 def test_jobs_are_listed_newest_first_in_pages_bound_to_their_filters(own):
     ids = [own.submit(name=f"job {n}", labels={"parity": "even" if n % 2 == 0 else "odd"})["id"] for n in range(5)]
     first = own.client.get("/v1/jobs", params={"limit": 2}).json()
