@@ -53,7 +53,7 @@ def median_ms(work: Callable[[], Any], n: int) -> float:
 
 
 def first_step_s(client: httpx.Client) -> float:
-    """Seconds from POST to the event that says training has begun, with its first steps taken."""
+    """Seconds from POST to the event that the trainer writes right before its first training step."""
     started = time.time()
     job_id = client.post("/v1/jobs", json=SMALL).raise_for_status().json()["id"]
     while (job := client.get(f"/v1/jobs/{job_id}").json())["state"] not in {"succeeded", "failed"}:
