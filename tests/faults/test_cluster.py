@@ -71,14 +71,28 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         yield Cluster(service, workers, broker)
 
 
-def test_a_killed_workers_job_is_finished_by_the_other(cluster: Cluster) -> None:
+def trainers_of(worker: subprocess.Popen[str]) -> list[int]:
+    """The process ids of a worker's trainers, the warm spare included."""
+    return [
+        int(pid)
+        for task in Path(f"/proc/{worker.pid}/task").iterdir()
+        for pid in (task / "children").read_text().split()
+    ]
+
+
+@pytest.mark.parametrize("victim", ["worker", "trainer"])
+def test_a_killed_process_costs_an_attempt_and_not_the_job(cluster: Cluster, victim: str) -> None:
     service = cluster.service
     spec = synthetic_job()
     spec["data"] = {"synthetic": {"classes": 4, "train": 2048, "test": 128, "seed": 1}}
     spec["training"] = {**spec["training"], "epochs": 16}
     job_id = service.submit(spec)
     service.wait(job_id, lambda job: job["state"] == "running" and (job["progress"] or {}).get("epoch", 0) >= 3)
-    os.kill(cluster.owner(job_id).pid, signal.SIGKILL)
+    owner = cluster.owner(job_id)
+    victims = [owner.pid] if victim == "worker" else trainers_of(owner)
+    assert victims
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
     job = service.finish(job_id)
     assert job["attempt"] == 2
     types = [event["type"] for event in service.events(job_id)]
