@@ -492,10 +492,12 @@ def register_worker(db: Database, worker_id: str, host: str, pid: int, slots: in
         )
 
 
-def beat_worker(db: Database, worker_id: str, running: list[str]) -> None:
-    """The worker is still alive and runs these jobs."""
+def beat_worker(db: Database, worker_id: str, running: list[str]) -> bool:
+    """True: the worker is still alive and runs these jobs. False: it was forgotten, as after a day of silence."""
     with db.write() as session:
-        session.execute(update(Worker).where(Worker.id == worker_id).values(running=running, seen_at=db.now()))
+        values = {"running": running, "seen_at": db.now()}
+        row = session.execute(update(Worker).where(Worker.id == worker_id).values(**values).returning(Worker.id))
+        return row.first() is not None
 
 
 def forget_worker(db: Database, worker_id: str) -> None:

@@ -48,9 +48,10 @@ def serve(settings: Settings) -> None:
             poller.start()
             run_celery(supervisor, settings.broker_url, settings.slots)
     finally:
-        supervisor.close()
+        supervisor.stopping.set()
         if poller.is_alive():
-            poller.join()
+            poller.join()  # it starts the threads that close() joins
+        supervisor.close()
         db.close()
 
 

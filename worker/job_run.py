@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +23,8 @@ import structlog
 from app import attempts, datasets
 from app.attempts import Claim, NewArtifact, NewEvent
 from app.db import Database
-from app.errors import DiskFull, JobError, LostOwnership, TimeLimit, Unavailable
+from app.errors import DiskFull, JobError, LostOwnership, StorageFull, TimeLimit, Unavailable
+from app.events import LOG_CAP_BYTES
 from app.failpoints import failpoint
 from app.settings import Settings
 from app.spec.job import parse_job
@@ -35,10 +35,11 @@ from worker.porter import CheckpointFiles, Porter
 log = structlog.get_logger()
 T = TypeVar("T")
 
-PATIENCE_S = {"cancel": 10.0, "pause": 120.0, "stop": 600.0}  # from telling the trainer to killing it
+PATIENCE_S = {"cancel": 10.0, "pause": 120.0}  # from telling the trainer to killing it; who stops wants the result
 RELEASE_S = 20.0  # a deploy waits 30 s for the whole worker
 TICK_S = 0.1
 MOST_EVENTS = 10_000  # buffered while the database is away
+LOG_BYTES = 64 * 1024  # of the trainer's log in one renewal
 LAST_WORDS_BYTES = 4096
 LONG_BREATH = frozenset({"preparing", "measuring", "exporting"})  # phases in which no line comes for minutes
 FINAL_LINES = frozenset({"done", "paused", "cancelled", "failed"})
@@ -70,6 +71,7 @@ class JobRun:
         storage: Storage,
         settings: Settings,
         nursery: Nursery,
+        scratch: Path,
         worker_id: str,
         slot: int,
         stopping: Callable[[], bool],
@@ -83,8 +85,9 @@ class JobRun:
         self._slot = slot
         self._stopping = stopping
         self._porter = Porter(claim, db, storage)
-        self._scratch = settings.scratch / f"{claim.job_id}-{claim.attempt}"
+        self._scratch = scratch / f"{claim.job_id}-{claim.attempt}"
         self._trainer: TrainerProcess | None = None
+        self._trainer_ready = False
         self._buffer = Buffer()
         self._phase = "preparing"
         self._wish = claim.wish
@@ -100,54 +103,54 @@ class JobRun:
         """Run the attempt to its end, whatever the end is."""
         self._log.info("attempt started")
         try:
-            failpoint("claim_after")
-            self._scratch.mkdir(parents=True, exist_ok=True)
-            self._settle(self._follow())
+            try:
+                failpoint("claim_after")
+                self._scratch.mkdir(parents=True, exist_ok=True)
+                self._settle(self._follow())
+            except LostOwnership:
+                raise
+            except Exception as error:
+                self._give_up(error)
         except LostOwnership as lost:
             self._log.warning("attempt lost", reason=str(lost))
-        except JobError as error:
-            self._fail(error)
         except Unavailable as error:
-            self._log.error("attempt given back", reason=str(error))
-            with suppress(Unavailable, LostOwnership):  # then the lease runs out, and the job is queued again
-                attempts.release(self._db, self._claim)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                self._fail(DiskFull())
-            else:
-                self._stumble(error)
-        except Exception as error:
-            self._stumble(error)
+            self._log.error("attempt given up", reason=str(error))  # the lease runs out, the job is queued again
         finally:
             if self._trainer is not None:
-                self._trainer.end()
-                self._trainer.log.unlink(missing_ok=True)
+                self._trainer.discard()
             self._porter.close()
             shutil.rmtree(self._scratch, ignore_errors=True)
 
-    def _fail(self, error: JobError) -> None:
-        """The job cannot go on, here or anywhere."""
-        self._log.warning("job failed", code=error.code)
-        document = error.document()
-        with suppress(LostOwnership):
+    def _give_up(self, error: Exception) -> None:
+        """Write how the attempt ends that went wrong on this side of the pipe: failed, given back, or crashed."""
+        if self._trainer is not None:
+            self._trainer.end()
+        ending = _as_job_error(error)
+        if ending is not None:
+            document = ending.document()
             self._flush()
             self._insist(lambda: attempts.fail(self._db, self._claim, error=document))
-
-    def _stumble(self, error: Exception) -> None:
-        """A mistake of this worker: it counts as a crash, so that the job runs again, though not for ever."""
-        self._log.exception("attempt broke")
-        reason = {"message": f"the worker failed: {self._without_paths(str(error)) or type(error).__name__}"}
-        with suppress(LostOwnership):
+            self._log.warning("job failed", code=ending.code)
+        elif isinstance(error, Unavailable):
+            attempts.release(self._db, self._claim, why=error.message.removesuffix(": try again"))
+            self._log.error("job given back", reason=error.message)
+        else:  # a mistake of this worker: it counts as a crash, so that the job runs again, though not for ever
+            self._log.error("attempt broke", exc_info=error)
+            reason = {"message": f"the worker failed: {self._without_paths(str(error)) or type(error).__name__}"}
             self._insist(lambda: attempts.crash(self._db, self._claim, reason=reason))
 
     def _follow(self) -> dict[str, Any] | None:
         """Gather data and checkpoint, start the trainer, listen until its last line; None if it ended without one."""
-        data, resume = self._attend(self._porter.do(self._gather))
-        if self._wish == "cancel" or self._stopping():
-            return {"line": "cancelled" if self._wish == "cancel" else "paused"}
-        self._trainer = self._nursery.take()
+        gathering = self._porter.do(self._gather)
+        while not gathering.done() and self._leaving() is None:  # a download goes on alone, nobody waits for it
+            time.sleep(TICK_S / 4)
+            self._tick()
+        if self._leaving() is not None:
+            return {"line": self._leaving()}
+        data, resume = gathering.result()
+        trainer = self._trainer = self._nursery.take()
         self._heard = time.monotonic()
-        self._trainer.say(
+        trainer.say(
             run={
                 "job_id": self._claim.job_id,
                 "attempt": self._claim.attempt,
@@ -164,26 +167,37 @@ class JobRun:
         )
         while True:
             try:
-                line = self._trainer.next_line(TICK_S)
+                line = trainer.next_line(TICK_S)
             except queue.Empty:
                 line = {}
-            if line is None:
-                return None
-            if line.get("line") in FINAL_LINES:
+            if line is None or line.get("line") in FINAL_LINES:
                 return line
             self._take(line)
-            if not self._tick():
+            self._tick()
+            if not self._pass_on_wish(trainer):
+                trainer.end()
+                return {"line": self._leaving()}  # its last checkpoint has to do
+            if self._silent(trainer):
+                trainer.end()
                 return None
+
+    def _leaving(self) -> str | None:
+        """The last line of a trainer that leaves as it is told to now; None if nobody wants that."""
+        if self._wish == "cancel":
+            return "cancelled"
+        return "paused" if self._wish == "pause" or self._stopping() else None
 
     def _gather(self) -> tuple[Path, Path | None]:
         """The packed data set's folder and the folder of the checkpoint to resume from; in the porter's thread."""
         spec = parse_job(self._claim.spec)
-        data = datasets.materialize(
-            spec.data,
-            self._claim.spec["model"].get("input_shape"),
-            db=self._db,
-            storage=self._storage,
-            settings=self._settings,
+        data = self._porter.keep_trying(
+            lambda: datasets.materialize(
+                spec.data,
+                self._claim.spec["model"].get("input_shape"),
+                db=self._db,
+                storage=self._storage,
+                settings=self._settings,
+            )
         )
         folder = self._scratch / "resume"
         folder.mkdir(exist_ok=True)
@@ -196,7 +210,10 @@ class JobRun:
 
     def _take(self, line: dict[str, Any]) -> None:
         """Put one line of the trainer where it belongs."""
-        if not line or line["line"] == "ready":
+        if not line:
+            return
+        if line["line"] == "ready":
+            self._trainer_ready = True
             return
         assert (line["job"], line["attempt"]) == (self._claim.job_id, self._claim.attempt), "a line of another attempt"
         self._heard = time.monotonic()
@@ -216,8 +233,8 @@ class JobRun:
             )
             self._uploads.append(self._porter.publish_checkpoint(files))
 
-    def _tick(self) -> bool:
-        """Renew, pass wishes on, watch the clocks; False when the trainer had to be killed."""
+    def _tick(self) -> None:
+        """Renew the lease, watch the clocks, look at the checkpoints that were stored."""
         now = boot_time()
         since_s = now - self._renewed
         if since_s >= self._settings.renew_s or (since_s >= min(1.0, self._settings.renew_s) and self._buffer.filled):
@@ -228,29 +245,31 @@ class JobRun:
             raise TimeLimit(f"the attempt ran {self._settings.job_time_limit_s:.0f} s")
         for upload in [u for u in self._uploads if u.done()]:
             self._uploads.remove(upload)
-            upload.result()
-        return self._trainer is None or (self._pass_on_wish() and self._listen_for_life())
+            try:
+                upload.result()
+            except Unavailable as error:  # the training goes on: the store may be back for a later checkpoint
+                self._note("warning", f"a checkpoint could not be stored: {error.message}", level="warn")
 
-    def _pass_on_wish(self) -> bool:
-        assert self._trainer is not None
+    def _pass_on_wish(self, trainer: TrainerProcess) -> bool:
+        """Tell the trainer what is wished; False when it has not obeyed for too long."""
         wish = "pause" if self._stopping() and self._wish != "cancel" else self._wish
         if wish != self._told:
-            self._trainer.say(wish=wish)
+            trainer.say(wish=wish)
             self._told, self._told_at = wish, time.monotonic()
-        if wish is None:
+        if wish not in PATIENCE_S:
             return True
         patience_s = RELEASE_S if self._stopping() else PATIENCE_S[wish]
-        return time.monotonic() - self._told_at < patience_s or wish == "stop"
+        return time.monotonic() - self._told_at < patience_s
 
-    def _listen_for_life(self) -> bool:
-        assert self._trainer is not None
+    def _silent(self, trainer: TrainerProcess) -> bool:
+        """True if the trainer has said nothing for so long that it must hang; its log then has its stack."""
         silent_s = time.monotonic() - self._heard
         if silent_s < self._settings.silence_s * (3 if self._phase in LONG_BREATH else 1):
-            return True
+            return False
         self._log.error("trainer silent", seconds=round(silent_s))
-        self._trainer.show_stack()
+        trainer.show_stack()
         time.sleep(0.5)
-        return False
+        return True
 
     def _renew(self) -> None:
         """Renew the lease and write what is buffered; the database away is a reason to wait, not to end."""
@@ -260,10 +279,10 @@ class JobRun:
             self._log.warning("renewal failed", reason=str(error))
             time.sleep(0.5)
 
-    def _write_buffer(self) -> None:
+    def _write_buffer(self, log_bytes: int = LOG_BYTES) -> None:
         sent = boot_time()
         events, metrics, progress = list(self._buffer.events), list(self._buffer.metrics), self._buffer.progress
-        words, offset = self._new_log()
+        words, offset = self._new_log(log_bytes)
         wish = attempts.renew(
             self._db,
             self._claim,
@@ -287,23 +306,13 @@ class JobRun:
         """The result of `work`, with the lease renewed while it lasts."""
         while not work.done():
             time.sleep(TICK_S / 4)
-            self._tick_alone()
-        return work.result()
-
-    def _tick_alone(self) -> None:
-        """A tick that does not end a trainer: before it starts and after its last line."""
-        trainer, self._trainer = self._trainer, None
-        try:
             self._tick()
-        finally:
-            self._trainer = trainer
+        return work.result()
 
     def _settle(self, final: dict[str, Any] | None) -> None:
         """Write the attempt's end."""
         code = self._wait_for_exit() if self._trainer is not None else 0
-        for upload in list(self._uploads):
-            self._attend(upload)
-        self._uploads.clear()
+        self._await_uploads()
         self._flush()
         line = final["line"] if final is not None else None
         if final is not None and line == "done" and code == 0:
@@ -319,6 +328,16 @@ class JobRun:
             self._crash(code)
         self._log.info("attempt ended", line=line, exit_code=code)
 
+    def _await_uploads(self) -> None:
+        """Wait until the last checkpoint is stored; not for long where the end of the attempt is awaited."""
+        began = time.monotonic()
+        while self._uploads:
+            awaited = self._stopping() or self._wish == "cancel"
+            if awaited and time.monotonic() - began > RELEASE_S:
+                return
+            time.sleep(TICK_S / 4)
+            self._tick()
+
     def _rest(self) -> None:
         """After a checkpoint: paused if the user asked for it, else queued for whoever takes it."""
         if self._wish == "pause" and self._insist(lambda: attempts.obey_pause(self._db, self._claim)):
@@ -326,9 +345,13 @@ class JobRun:
         self._insist(lambda: attempts.release(self._db, self._claim))
 
     def _crash(self, code: int) -> None:
-        reason = {"exit_code": code, "last_words": self._last_words()}
+        words = self._last_words()
+        reason = {"exit_code": code, "last_words": words}
         if code < 0:
             reason["signal"] = -code
+        elif not self._trainer_ready:
+            why = words.rstrip().rpartition("\n")[2] or f"exit code {code}"
+            reason["message"] = f"a trainer cannot start on this worker ({why}): install the worker's extra there"
         self._insist(lambda: attempts.crash(self._db, self._claim, reason=reason))
 
     def _deliver(self, final: dict[str, Any]) -> None:
@@ -368,7 +391,7 @@ class JobRun:
         assert self._trainer is not None
         until = time.monotonic() + 10
         while self._trainer.alive and time.monotonic() < until:
-            self._tick_alone()
+            self._tick()
             time.sleep(TICK_S / 4)
         return self._trainer.end()
 
@@ -385,18 +408,18 @@ class JobRun:
 
     def _flush(self) -> None:
         """Write what is buffered, the end of the log included."""
-        self._insist(self._write_buffer)
+        self._insist(lambda: self._write_buffer(LOG_CAP_BYTES))
 
     def _note(self, type: str, message: str, *, level: str = "info") -> None:  # noqa: A002
         self._buffer.events.append(NewEvent(type, level, message, {}, datetime.now(UTC)))
 
-    def _new_log(self) -> tuple[str, int]:
+    def _new_log(self, most_bytes: int) -> tuple[str, int]:
         """What the trainer wrote to its log since the last renewal, and where that ends."""
         if self._trainer is None or not self._trainer.log.exists():
             return "", self._buffer.log_offset
         with self._trainer.log.open("rb") as file:
             file.seek(self._buffer.log_offset)
-            new = file.read(64 * 1024)
+            new = file.read(most_bytes)
         return self._without_paths(new.decode("utf-8", "replace")), self._buffer.log_offset + len(new)
 
     def _last_words(self) -> str:
@@ -413,6 +436,17 @@ class JobRun:
         ):
             text = text.replace(folder, name)
         return text.replace("\0", "")
+
+
+def _as_job_error(error: Exception) -> JobError | None:
+    """What ends the job for good: the error itself, or a full disk, which another attempt would find as full."""
+    if isinstance(error, JobError):
+        return error
+    if isinstance(error, StorageFull):
+        return DiskFull("no space is left in the object store or on the worker's disk")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull()
+    return None
 
 
 def boot_time() -> float:

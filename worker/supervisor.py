@@ -11,6 +11,7 @@ import platform
 import secrets
 import shutil
 import threading
+from pathlib import Path
 
 import structlog
 
@@ -24,6 +25,8 @@ from worker.job_run import JobRun
 from worker.nursery import Nursery
 
 log = structlog.get_logger()
+
+BEAT_S = 10.0  # a worker counts as dead after 30 s
 
 
 class Supervisor:
@@ -39,15 +42,14 @@ class Supervisor:
         self._running: dict[int, str] = {}
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
-        _clear_scratch(settings)
+        self._scratch = _own_scratch(settings.scratch)
         _take_over(db)
         threads = {"ESPALIER_THREADS": str(settings.threads)} if settings.threads else {}
-        self._nursery = Nursery(settings.scratch, spares=settings.slots, environment=threads)
-        attempts.register_worker(
-            db, self.id, host=platform.node(), pid=os.getpid(), slots=settings.slots, device=settings.device
-        )
+        self._nursery = Nursery(self._scratch, spares=settings.slots, environment=threads)
+        self._register()
         self._threads.append(threading.Thread(target=self._beat, name="beat"))
-        self._threads[0].start()
+        self._threads[0].start()  # apart from the sweeps: a store that is away holds them up for minutes
+        threading.Thread(target=self._sweep, name="sweep", daemon=True).start()
 
     def run_until_idle(self, hint: str | None = None) -> None:
         """Claim and run jobs in a free slot until none waits; return at once when no slot is free."""
@@ -67,6 +69,7 @@ class Supervisor:
                     storage=self._storage,
                     settings=self._settings,
                     nursery=self._nursery,
+                    scratch=self._scratch,
                     worker_id=self.id,
                     slot=slot,
                     stopping=self.stopping.is_set,
@@ -93,6 +96,7 @@ class Supervisor:
         for thread in self._threads:
             thread.join()
         self._nursery.close()
+        shutil.rmtree(self._scratch, ignore_errors=True)
         try:
             attempts.forget_worker(self._db, self.id)
         except Unavailable as error:
@@ -102,12 +106,30 @@ class Supervisor:
         with self._lock:
             return self._free.pop(0) if self._free else None
 
+    def _register(self) -> None:
+        attempts.register_worker(
+            self._db,
+            self.id,
+            host=platform.node(),
+            pid=os.getpid(),
+            slots=self._settings.slots,
+            device=self._settings.device,
+        )
+
     def _beat(self) -> None:
-        """Say that this worker is alive, and sweep; both idempotent, both may fail and come again."""
+        """Say again and again that this worker is alive."""
+        while not self.stopping.wait(min(BEAT_S, self._settings.sweep_s)):
+            try:
+                if not attempts.beat_worker(self._db, self.id, running=sorted(self._running.values())):
+                    self._register()  # this host was suspended for a day
+            except Unavailable as error:
+                log.warning("beat failed", reason=str(error))
+
+    def _sweep(self) -> None:
+        """Sweep again and again; a sweep may fail, or be cut off by the worker's end, and comes again."""
         sweeper = Sweeper(self._db, self._storage, None, self._settings)
         while not self.stopping.wait(self._settings.sweep_s):
             try:
-                attempts.beat_worker(self._db, self.id, running=sorted(self._running.values()))
                 sweeper.sweep()
             except Unavailable as error:
                 log.warning("sweep failed", reason=str(error))
@@ -116,26 +138,32 @@ class Supervisor:
 def _take_over(db: Database) -> None:
     """Give back at once what dead workers of this host held: their leases need not run out."""
     for worker in attempts.list_workers(db):
-        if worker.host == platform.node() and not _alive(worker.pid):
+        if worker.host == platform.node() and _ended(worker.pid):
             lost = attempts.abandon(db, worker.id)
             attempts.forget_worker(db, worker.id)
             log.info("took over from a dead worker", worker=worker.id, jobs=lost)
 
 
-def _clear_scratch(settings: Settings) -> None:
-    """Remove what attempts of dead workers of this host left; a running attempt's folder names a living worker."""
-    settings.scratch.mkdir(parents=True, exist_ok=True)
-    for leftover in settings.scratch.iterdir():
-        owner = leftover.name.split("-")[1] if leftover.name.startswith("trainer-") else None
-        if owner is not None and owner.isdigit() and not _alive(int(owner)):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+def _own_scratch(folder: Path) -> Path:
+    """This process's part of the scratch folder, empty; what dead workers of this host left there is removed."""
+    host = platform.node()
+    for part in folder.iterdir() if folder.exists() else ():
+        owner, _, pid = part.name.rpartition(".")
+        if owner == host and pid.isdecimal() and _ended(int(pid)):
+            shutil.rmtree(part, ignore_errors=True)
+    own = folder / f"{host}.{os.getpid()}"
+    own.mkdir(parents=True, exist_ok=True)
+    return own
 
 
-def _alive(pid: int) -> bool:
+def _ended(pid: int) -> bool:
+    """True if the worker that started earlier with this number is gone; a restarted container gives it to this one."""
+    if pid == os.getpid():
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        return False
-    except PermissionError:
         return True
-    return True
+    except PermissionError:
+        return False
+    return False

@@ -306,6 +306,26 @@ def test_a_released_job_runs_again_at_once_without_a_crash(db: Database) -> None
     assert jobs.get_job(db, TENANT, job_id).crashes == 0
 
 
+def test_a_release_never_poisons_a_job_that_crashed_while_it_was_told_to_pause(db: Database) -> None:
+    job_id = lives.submit(db).id
+    for _ in range(3):
+        claim = lives.claim(db, job_id)
+        jobs.pause_job(db, TENANT, job_id)
+        assert attempts.crash(db, claim, {"exit_code": 70}) == "paused"
+        jobs.resume_job(db, TENANT, job_id)
+    assert attempts.release(db, lives.claim(db, job_id), why="the store is away") == "queued"
+    last = jobs.list_events(db, TENANT, job_id)[-1]
+    assert last.message == "the store is away; the job goes on from its checkpoint"
+
+
+def test_a_worker_that_was_forgotten_learns_it_from_its_beat(db: Database) -> None:
+    attempts.register_worker(db, "w", host="h", pid=1, slots=1, device="cpu")
+    assert attempts.beat_worker(db, "w", ["job"])
+    assert [worker.running for worker in attempts.list_workers(db)] == [["job"]]
+    attempts.forget_worker(db, "w")
+    assert not attempts.beat_worker(db, "w", [])
+
+
 def test_a_stop_at_rest_reaches_the_next_worker(db: Database) -> None:
     job_id = lives.job_in(db, "paused with a checkpoint")
     jobs.stop_job(db, TENANT, job_id)
