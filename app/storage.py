@@ -188,7 +188,7 @@ class LocalStorage(Storage):
         with _filesystem():
             for path in self._files(prefix.rpartition("/")[0]):
                 key = path.relative_to(self._root).as_posix()
-                if key.startswith(prefix) and not path.name.startswith(TEMPORARY):
+                if key.startswith(prefix) and KEY.fullmatch(key):  # else half written, or a file that is not ours
                     try:
                         stat = path.stat()
                     except FileNotFoundError:

@@ -134,6 +134,18 @@ def test_a_symbolic_link_out_of_the_folder_is_not_followed(local_storage: Storag
     assert (outside / "secret").read_bytes() == b"secret"
 
 
+def test_files_that_are_no_objects_are_neither_listed_nor_deleted(local_storage: Storage, tmp_path: Path) -> None:
+    local_storage.put_bytes("jobs/a/1", b"x")
+    here = local_storage.local_path("jobs/a/1")
+    assert here is not None
+    foreign = [here.with_name(".DS_Store"), here.with_name("copy of 1")]
+    for path in foreign:
+        path.touch()
+    assert [stored.key for stored in local_storage.list("jobs/")] == ["jobs/a/1"]
+    assert local_storage.delete_prefix("jobs/a/") == 1
+    assert all(path.exists() for path in foreign)
+
+
 def test_a_local_object_has_a_path_and_a_remote_one_has_none(
     local_storage: Storage, s3_server: servers.S3, tmp_path: Path
 ) -> None:
