@@ -11,14 +11,15 @@ from app.settings import load_settings
 
 def main() -> int:
     """Upgrade to the newest revision; the exit code."""
-    database = Database(load_settings().database)
     try:
-        database.upgrade()
+        database = Database(load_settings().database)
+        try:
+            database.upgrade()
+        finally:
+            database.close()
     except StartupError as error:
         print(f"espalier migrate: {error.message}", file=sys.stderr)
         return 1
-    finally:
-        database.close()
     return 0
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from app.errors import StartupError
 
 MIB = 1 << 20
 
@@ -115,8 +117,17 @@ class Settings(BaseSettings):
 
 
 def load_settings(**overrides: object) -> Settings:
-    """The settings of this process: `overrides` over `ESPALIER_*` variables over defaults."""
-    return Settings(**overrides)  # type: ignore[arg-type]
+    """The settings of this process: `overrides` over `ESPALIER_*` variables over defaults.
+
+    Raises StartupError; it names the variable, not its value, which may be a secret.
+    """
+    try:
+        return Settings(**overrides)  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        name = str(first["loc"][0])
+        given = f"the given {name}" if name in overrides else f"ESPALIER_{name.upper()}"
+        raise StartupError(f"{given} is not what it may be: {first['msg'].lower()}") from error
 
 
 def trainer_threads(settings: Settings, workers: int = 1) -> int:
