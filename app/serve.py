@@ -75,7 +75,10 @@ class Workers:
             for place, process in enumerate(self._processes):
                 if process.poll() is not None:
                     log.warning("worker ended, starting it again", exit_code=process.returncode)
-                    self._processes[place] = self._start()
+                    try:
+                        self._processes[place] = self._start()
+                    except OSError as error:  # no memory, no process: the next second may have some
+                        log.error("worker cannot be started", reason=str(error))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -111,17 +114,18 @@ def _run(settings: Settings, workers: int) -> None:
         database.upgrade()
         database.close()
         server = ApiServer(create_app(settings), settings)
+
+        def outlive(_number: int, _frame: FrameType | None) -> None:
+            """uvicorn raises its signal again behind itself, where the workers still have to checkpoint."""
+            server.should_exit = True  # and one that comes before uvicorn listens for it is not lost
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _outlive)
+            signal.signal(number, outlive)
         staff = Workers(settings, workers)
         try:
             server.run(sockets=[listener])
         finally:
             staff.close()
-
-
-def _outlive(_number: int, _frame: FrameType | None) -> None:
-    """Do nothing: uvicorn ends at a signal and raises it again behind itself, where the workers still have to checkpoint."""
 
 
 @contextmanager
