@@ -32,7 +32,7 @@
     │       └── StorageFull             503 storage_full
     ├── JobError                        ends a job: `failed` with code, sentence, hint
     │   ├── BudgetMissed, DataInvalid, DataUnavailable, DiskFull, Diverged, LayerEmptied, OutOfMemory,
-    │   └── Poisoned, TimeLimit, VerificationFailed, WorkerBroken
+    │   └── Poisoned, TimeLimit, VerificationFailed
     ├── ObjectExists                    the object store has this key already
     ├── LostOwnership                   another worker owns the job now: stop, write nothing
     └── StartupError                    a process cannot start: one sentence that says what to do
@@ -391,13 +391,6 @@ class VerificationFailed(JobError):
 
     code = "verification_failed"
     hint = "retry the job; if it fails again, report it with the job's log"
-
-
-class WorkerBroken(JobError):
-    """The worker cannot train."""
-
-    code = "worker_broken"
-    hint = "install the worker's extra: pip install -c constraints.txt -e '.[worker]'"
 
 
 class ObjectExists(EspalierError):

@@ -205,8 +205,10 @@ def prepare(task: Task, journal: Journal) -> Job:
     if task.threads is not None:
         torch.set_num_threads(task.threads)
     message = "preparing: plan, data, network"
-    journal.event("phase.started", message, phase="preparing", epochs=0, steps=0, resumed=False)
-    journal.progress(Progress("preparing", 0, 0, 0, 0, 0.0))
+    resumed = task.resume is not None
+    journal.event("phase.started", message, phase="preparing", epochs=0, steps=0, resumed=resumed)
+    if not resumed:  # else what the last attempt said stays: a fraction never falls
+        journal.progress(Progress("preparing", 0, 0, 0, 0, 0.0))
     plan = _plan(task)
     training = plan.spec.training
     precision = choose_precision(training, task.device, spatial_axes=len(plan.baseline.input_shape) - 1)

@@ -167,7 +167,8 @@ class JobWatch:
             steps=self.course.part.steps,
             resumed=resumed,
         )
-        self.journal.progress(self.course.progress(0.0))
+        if not resumed:  # else the fraction would fall until its training says where it stands
+            self.journal.progress(self.course.progress(0.0))
 
     def look(self) -> None:
         """Obey a wish between two phases: everything reached is in the last checkpoint.

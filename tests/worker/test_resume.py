@@ -212,5 +212,6 @@ def test_a_job_goes_on_where_it_was_and_trains_no_step_twice(data: Path, tmp_pat
     task: Task = task_of(tiny_spec(), data, tmp_path, resume=resume_folder(saved, tmp_path / "resume"))
     train_alone(task, second)
     assert [event.data["epoch"] for event in second.of_type("epoch.finished")] == [2]
-    fractions = [progress.fraction for progress in second.progresses if progress.phase == "training"]
-    assert fractions[1] >= max(progress.fraction for progress in journal.progresses)
+    fractions = [progress.fraction for progress in second.progresses]
+    assert fractions == sorted(fractions)
+    assert fractions[0] >= max(progress.fraction for progress in journal.progresses)
