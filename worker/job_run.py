@@ -37,6 +37,7 @@ T = TypeVar("T")
 
 PATIENCE_S = {"cancel": 10.0, "pause": 120.0}  # from telling the trainer to killing it; who stops wants the result
 RELEASE_S = 20.0  # a deploy waits 30 s for the whole worker
+ORPHAN_S = 5.0  # a trainer ends itself so long after its supervisor should have ended it
 TICK_S = 0.1
 MOST_EVENTS = 10_000  # buffered while the database is away
 LOG_BYTES = 64 * 1024  # of the trainer's log in one renewal
@@ -163,6 +164,7 @@ class JobRun:
                 "slot": self._slot,
                 "checkpoint_interval_s": self._settings.checkpoint_s,
                 "wish": self._wish,
+                "silence_s": self._settings.self_fence_s + ORPHAN_S,
             }
         )
         while True:

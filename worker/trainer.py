@@ -28,7 +28,6 @@ from app.lifeline import end_with_parent
 from app.settings import load_settings
 from worker.journal import Progress, SavedCheckpoint, Wish
 
-SILENCE_S = 45.0  # without a line from the supervisor; it renews every 10 s
 EXIT_BUG, EXIT_TOLD = 70, 75
 EXIT_CODES: tuple[tuple[type[JobError], int], ...] = ((DataInvalid, 64), (Diverged, 65), (OutOfMemory, 66))
 
@@ -86,6 +85,7 @@ class Wishes:
         self.runs: queue.Queue[dict[str, Any]] = queue.Queue()
         self._lines = lines
         self._heard = time.monotonic()
+        self._silence_s = 0.0  # without a line from the supervisor: comes with the job
         self._running = threading.Event()
 
     def listen(self) -> None:
@@ -99,6 +99,7 @@ class Wishes:
             said = json.loads(text)
             if "run" in said:
                 self.current = said["run"].pop("wish", None)
+                self._silence_s = said["run"].pop("silence_s")
                 self._running.set()
                 self.runs.put(said["run"])
             elif "wish" in said:
@@ -107,7 +108,7 @@ class Wishes:
 
     def _watch(self) -> None:
         self._running.wait()
-        while time.monotonic() - self._heard < SILENCE_S:
+        while time.monotonic() - self._heard < self._silence_s:
             time.sleep(0.5)
         os._exit(EXIT_TOLD)
 
