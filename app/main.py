@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 
-import structlog
 from fastapi import Depends, FastAPI
 
 from app.api import (
@@ -29,13 +28,11 @@ from app.api import (
 from app.api.backends import Backends, Watch
 from app.api.edges import LOOPBACK, Edge
 from app.db import Database
-from app.errors import StartupError, Unavailable
+from app.errors import StartupError
 from app.queue import open_bell
 from app.recovery import Sweeper
 from app.settings import Settings
 from app.storage import Storage
-
-log = structlog.get_logger()
 
 CHECKS = 2  # uploads that are checked side by side
 
@@ -105,9 +102,6 @@ async def _keep_sweeping(given: Backends) -> None:
     """Sweep as workers do: what a user deletes is gone also where no worker is alive."""
     sweeper = Sweeper(given.db, given.storage, given.bell, given.settings)
     while not given.stopping.is_set():
-        try:
-            await asyncio.to_thread(sweeper.sweep)
-        except Unavailable as error:
-            log.warning("sweep failed", reason=str(error))
+        await asyncio.to_thread(sweeper.try_sweep)
         with suppress(TimeoutError):
             await asyncio.wait_for(given.stopping.wait(), given.settings.sweep_s)

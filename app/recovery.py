@@ -73,6 +73,15 @@ class Sweeper:
             self.expire()
             self.collect_garbage()
 
+    def try_sweep(self) -> None:
+        """Sweep once for a process that sweeps again and again: what goes wrong is logged, and the next one comes."""
+        try:
+            self.sweep()
+        except Unavailable as error:
+            log.warning("sweep failed", reason=str(error))
+        except Exception:  # one odd row or object must not end recovery for all the others
+            log.exception("sweep broke")
+
     def reap(self) -> list[str]:
         """The ids of the jobs taken from workers that are silent."""
         with self._db.read() as session:

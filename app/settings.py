@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from app.errors import StartupError
@@ -85,6 +86,15 @@ class Settings(BaseSettings):
     )
     max_epochs: int = Field(default=10_000, gt=0, description="Most epochs in one training.")
 
+    @model_validator(mode="after")
+    def _lease_in_order(self) -> Self:
+        if not self.renew_s < self.self_fence_s < self.lease_s:
+            raise ValueError(
+                "ESPALIER_RENEW_S < ESPALIER_SELF_FENCE_S < ESPALIER_LEASE_S must hold "
+                f"(they are {self.renew_s:g}, {self.self_fence_s:g}, {self.lease_s:g}): a worker ends its own trainer before its lease is over"
+            )
+        return self
+
     @property
     def home_folder(self) -> Path:
         """`home` as an absolute path."""
@@ -125,6 +135,8 @@ def load_settings(**overrides: object) -> Settings:
         return Settings(**overrides)  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
+        if not first["loc"]:
+            raise StartupError(first["msg"].removeprefix("Value error, ")) from error
         name = str(first["loc"][0])
         given = f"the given {name}" if name in overrides else f"ESPALIER_{name.upper()}"
         raise StartupError(f"{given} is not what it may be: {first['msg'].lower()}") from error

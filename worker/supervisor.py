@@ -129,10 +129,7 @@ class Supervisor:
         """Sweep again and again; a sweep may fail, or be cut off by the worker's end, and comes again."""
         sweeper = Sweeper(self._db, self._storage, None, self._settings)
         while not self.stopping.wait(self._settings.sweep_s):
-            try:
-                sweeper.sweep()
-            except Unavailable as error:
-                log.warning("sweep failed", reason=str(error))
+            sweeper.try_sweep()
 
 
 def _take_over(db: Database) -> None:

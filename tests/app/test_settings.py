@@ -26,3 +26,12 @@ def test_the_migration_says_so_too(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setenv("ESPALIER_PORT", "http")
     assert migrate.main() == 1
     assert capsys.readouterr().err.startswith("espalier migrate: ESPALIER_PORT is not what it may be: ")
+
+
+def test_a_lease_that_a_worker_could_outlive_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESPALIER_LEASE_S", "30")
+    with pytest.raises(
+        StartupError, match=r"^ESPALIER_RENEW_S < ESPALIER_SELF_FENCE_S < ESPALIER_LEASE_S .*10, 40, 30"
+    ):
+        load_settings()
+    assert load_settings(self_fence_s=20).lease_s == 30

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from sqlalchemy import func, select, update
@@ -266,3 +267,21 @@ def counts(db: Database) -> tuple[int, ...]:
     with db.read() as session:
         tables = (IdempotencyKey, Worker, Outbox)
         return tuple(session.scalar(select(func.count()).select_from(table)) or 0 for table in tables)
+
+
+def test_a_sweep_that_breaks_is_followed_by_the_next(db: Database, tmp_path: Path) -> None:
+    class Odd(LocalStorage):
+        def delete_prefix(self, prefix: str) -> int:
+            raise RuntimeError("nobody thought of this")
+
+    bell = CountingBell()
+    sweeper = Sweeper(db, Odd(tmp_path), bell, Settings())
+    with db.write() as session:
+        outbox.post(session, db, "delete_prefix", "jobs/x/")
+    sweeper.try_sweep()
+    sweeper = Sweeper(db, LocalStorage(tmp_path), bell, Settings())
+    with db.write() as session:
+        session.execute(update(Outbox).values(due_at=db.now(-1)))
+    sweeper.try_sweep()
+    with db.read() as session:
+        assert session.scalar(select(func.count()).select_from(Outbox).where(Outbox.done_at.is_(None))) == 0
