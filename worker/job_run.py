@@ -128,9 +128,8 @@ class JobRun:
             self._trainer.end()
         ending = _as_job_error(error)
         if ending is not None:
-            document = ending.document()
             self._flush()
-            self._insist(lambda: attempts.fail(self._db, self._claim, error=document))
+            self._fail(ending.document())
             self._log.warning("job failed", code=ending.code)
         elif isinstance(error, Unavailable):
             attempts.release(self._db, self._claim, why=error.message.removesuffix(": try again"))
@@ -320,8 +319,7 @@ class JobRun:
         if final is not None and line == "done" and code == 0:
             self._deliver(final)
         elif final is not None and line == "failed":
-            error = final["error"]
-            self._insist(lambda: attempts.fail(self._db, self._claim, error=error))
+            self._fail(final["error"])
         elif self._wish == "cancel":
             self._insist(lambda: attempts.obey_cancel(self._db, self._claim))
         elif line == "paused" or self._stopping():
@@ -345,6 +343,10 @@ class JobRun:
         if self._wish == "pause" and self._insist(lambda: attempts.obey_pause(self._db, self._claim)):
             return
         self._insist(lambda: attempts.release(self._db, self._claim))
+
+    def _fail(self, error: dict[str, Any]) -> None:
+        shown = {**error, "message": self._without_paths(error["message"])}
+        self._insist(lambda: attempts.fail(self._db, self._claim, error=shown))
 
     def _crash(self, code: int) -> None:
         words = self._last_words()

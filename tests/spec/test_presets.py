@@ -80,7 +80,8 @@ def test_every_preset_takes_every_shape_from_its_smallest_on(data: st.DataObject
 def test_every_preset_takes_its_smallest_input() -> None:
     for name, preset in PRESETS.items():
         for axes in preset.axes:
-            preset_graph(name, (1, *(preset.smallest,) * axes), width=0.1)
+            graph = preset_graph(name, (1, *(preset.smallest,) * axes), width=0.1)
+            assert len(graph[graph.output].shape) == 1, f"{name} gives no class scores"
 
 
 @pytest.mark.parametrize(

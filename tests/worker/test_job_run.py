@@ -14,7 +14,7 @@ from support import lives
 
 from app import attempts, jobs
 from app.db import Database
-from app.errors import StorageFull, Unavailable
+from app.errors import DataInvalid, StorageFull, Unavailable
 from app.jobs import JobView
 from app.settings import Settings
 from app.storage import LocalStorage
@@ -122,6 +122,15 @@ def test_a_store_that_stays_full_fails_the_job(
     assert job.state == "failed"
     assert job.error is not None
     assert job.error["code"] == "disk_full"
+
+
+def test_a_failed_job_does_not_tell_where_this_host_keeps_its_files(
+    db: Database, nursery: Nursery, tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "objects", refuse(DataInvalid(f"{tmp_path}/cache/x holds no packed data set")))
+    job = run_one(db, nursery, tmp_path, store=store)
+    assert job.error is not None
+    assert job.error["message"] == "<home>/cache/x holds no packed data set"
 
 
 def test_a_deleted_data_set_fails_the_job(db: Database, nursery: Nursery, tmp_path: Path) -> None:
