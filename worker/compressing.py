@@ -12,9 +12,11 @@ from torch import Tensor
 from app.errors import BudgetMissed
 from app.spec.budget import BudgetUnreachable, choose_removals
 from app.spec.channels import channel_classes
+from app.spec.compressions import Separable
 from app.spec.cost import Cost, cost
 from app.spec.graph import Graph, Node
-from app.spec.optimizations import Prune
+from app.spec.optimizations import Compression
+from app.spec.pruning import Prune
 from worker.averaging import put
 from worker.losses import cross_entropy
 from worker.network import Network
@@ -112,13 +114,13 @@ def recalibrate(network: Network, materials: Materials) -> bool:
     return recalibrate_batch_norm(network, images()) > 0
 
 
-def check_budget(network: Network, step: Prune, baseline: Cost) -> None:
+def check_budget(network: Network, step: Compression, baseline: Cost) -> None:
     """Nothing, if the network is within the step's budget.
 
     Raises:
         BudgetMissed: it is not; the message has both numbers.
     """
-    if step.budget is None:
+    if isinstance(step, Separable) or step.budget is None:
         return
     measure = step.budget.measure
     reached, allowed = getattr(cost(network.graph), measure), step.budget.allowed(getattr(baseline, measure))
@@ -127,9 +129,10 @@ def check_budget(network: Network, step: Prune, baseline: Cost) -> None:
 
 
 @torch.no_grad()
-def layer_rows(network: Network, before: Graph, step: Prune) -> list[dict[str, Any]]:
+def layer_rows(network: Network, before: Graph, step: Compression) -> list[dict[str, Any]]:
     """The report's `layers` of a step: each convolution and linear layer before and after, or why it was left alone."""
-    classes = channel_classes(before) if step.structure == "channels" else None
+    narrowed = isinstance(step, Prune) and not step.zeros
+    classes = channel_classes(before) if narrowed else None
     parameters = dict(network.named_parameters())
     rows = []
     for node in network.graph.nodes:
@@ -148,7 +151,7 @@ def layer_rows(network: Network, before: Graph, step: Prune) -> list[dict[str, A
             "sparsity": 1 - nonzero / count,
         }
         pins = None if classes is None else [classes.pins.get(int(s)) for s in classes.slots[node.name].ids]
-        reason = _why_untouched(was, node, nonzero, step, pins)
+        reason = _why_untouched(was, node, nonzero, step, pins) if isinstance(step, Prune) else None
         rows.append(row if reason is None else row | {"reason": reason})
     return rows
 

@@ -16,7 +16,7 @@ from app.errors import DataInvalid, InvalidSpec
 from app.ingest.packed import read_manifest
 from app.spec.architecture import Preprocessing
 from app.spec.job import Training, parse_job
-from app.spec.optimizations import Prune, Regularization
+from app.spec.optimizations import Compression, Regularization
 from app.spec.plan import Plan, make_plan
 from worker.averaging import put
 from worker.checkpoint import CheckpointRefused, read_checkpoint, spec_digest
@@ -99,11 +99,11 @@ class Job:
         """All terms against overfitting: they hold in every training of the job."""
         return tuple(part for part in self.plan.spec.optimizations if isinstance(part, Regularization))
 
-    def prune_step(self, stage: Stage) -> Prune:
-        """The pruning step that a stage belongs to."""
+    def compression(self, stage: Stage) -> Compression:
+        """The compression that a stage belongs to."""
         assert stage.position is not None
         step = self.plan.spec.optimizations[stage.position]
-        assert isinstance(step, Prune)
+        assert isinstance(step, Compression)
         return step
 
     def training_batches(self, stage: int) -> Batches:
@@ -241,7 +241,7 @@ def prepare(task: Task, journal: Journal) -> Job:
     watch.keep_epochs = frozenset(
         epoch
         for step in plan.spec.optimizations
-        if isinstance(step, Prune) and (epoch := schedules.rewind_epoch(step, training)) is not None
+        if isinstance(step, Compression) and (epoch := schedules.rewind_epoch(step, training)) is not None
     )
     return job
 
@@ -250,7 +250,7 @@ def lay_out(plan: Plan) -> tuple[Stage, ...]:
     """The stages of a job in order: train, evaluate, and for each pruning step its removals with their retraining."""
     stages = [Stage("training"), Stage("evaluating")]
     for position, step in enumerate(plan.spec.optimizations):
-        if not isinstance(step, Prune):
+        if not isinstance(step, Compression):
             continue
         for removal in schedules.prune_stages(step, plan.spec.training):
             stages.append(Stage("pruning", position, removal))

@@ -12,7 +12,8 @@ from app.errors import Diverged, OutOfMemory
 from app.spec.graph import Graph, build_graph
 from app.spec.job import retraining
 from app.spec.layers import read_layers
-from app.spec.optimizations import Prune
+from app.spec.optimizations import Compression
+from app.spec.pruning import Prune
 from worker.averaging import snapshot
 from worker.compressing import check_budget, cut_channels, cut_weights, joined_masks, layer_rows, recalibrate
 from worker.data import derive_seed
@@ -21,6 +22,7 @@ from worker.ledger import StepRecord
 from worker.network import Network
 from worker.preparation import Job, Stage
 from worker.pruning.masks import Masks
+from worker.pruning.schedules import Stage as Removal
 from worker.pruning.schedules import retrain_schedule, rewind_epoch
 from worker.report import measures
 from worker.state import NO_LIMITS
@@ -83,7 +85,8 @@ def _announcement(job: Job, stage: Stage) -> str:
     of_rounds = f", round {stage.removal.number} of {stage.removal.count}" if stage.removal.count > 1 else ""
     if stage.phase == "retraining":
         return f"retraining for {stage.removal.epochs} epochs{of_rounds}"
-    return f"pruning {job.prune_step(stage).structure}{of_rounds}"
+    step = job.compression(stage)
+    return f"pruning {step.structure}{of_rounds}" if isinstance(step, Prune) else f"applying {step.type}"
 
 
 # --- stages ----------------------------------------------------------------------------------------------------------
@@ -114,14 +117,15 @@ def _evaluate(job: Job, stage: Stage) -> None:
     if stage.position is None:
         reached.ledger.baseline = reached.ledger.latest
         return
-    check_budget(reached.network, job.prune_step(stage), job.plan.baseline_cost)
-    _close_record(job, job.prune_step(stage), complete=True)
+    step = job.compression(stage)
+    check_budget(reached.network, step, job.plan.baseline_cost)
+    _close_record(job, step, complete=True)
 
 
-def _prune(job: Job, stage: Stage) -> None:
+def _compress(job: Job, stage: Stage) -> None:
     assert stage.position is not None
     assert stage.removal is not None
-    reached, step = job.reached, job.prune_step(stage)
+    reached, step = job.reached, job.compression(stage)
     assert reached.ledger.latest is not None
     if stage.removal.number == 1:
         reached.ledger.steps.append(
@@ -133,21 +137,8 @@ def _prune(job: Job, stage: Stage) -> None:
             )
         )
     record = reached.ledger.steps[-1]
-    target = "threshold" if step.threshold is not None else "budget" if step.budget is not None else "sparsity"
-    job.journal.event(
-        "prune.planned",
-        f"{step.structure} by {step.criterion}, scope {step.scope}, to the {target} asked for",
-        structure=step.structure,
-        criterion=step.criterion,
-        scope=step.scope,
-        round=stage.removal.number,
-        rounds=stage.removal.count,
-    )
-    if step.structure == "weights":
-        rewind = _rewind_weights(job, step)
-        reached.masks = cut_weights(reached.network, step, stage.removal, reached.masks, job.materials, rewind)
-    else:
-        reached.network = cut_channels(reached.network, step, stage.removal, job.materials, start=_start(job, record))
+    _announce_removal(job, step, stage.removal)
+    _remove(job, step, stage.removal, record)
     after_cut = job.score(reached.network)
     recalibrated = recalibrate(reached.network, job.materials)
     reached.ledger.latest = job.score(reached.network) if recalibrated else after_cut
@@ -165,11 +156,36 @@ def _prune(job: Job, stage: Stage) -> None:
     _tell_removal(job, record, step)
 
 
-def _tell_removal(job: Job, record: StepRecord, step: Prune) -> None:
+def _announce_removal(job: Job, step: Compression, removal: Removal) -> None:
+    if isinstance(step, Prune):
+        data: dict[str, str] = {"structure": step.structure, "criterion": step.criterion, "scope": step.scope}
+        message = f"{step.structure} by {step.criterion}, scope {step.scope}, to the {_target(step)} asked for"
+    else:
+        data, message = {"structure": step.type}, f"{step.type}: layers are replaced by products of smaller ones"
+    job.journal.event("prune.planned", message, **data, round=removal.number, rounds=removal.count)
+
+
+def _target(step: Prune) -> str:
+    named = [name for name in ("threshold", "budget", "sparsity") if getattr(step, name) is not None]
+    return named[0] if named else "pattern"
+
+
+def _remove(job: Job, step: Compression, removal: Removal, record: StepRecord) -> None:
+    """Take away what this removal takes: masks, channels, or ranks."""
+    reached = job.reached
+    if isinstance(step, Prune) and step.zeros:
+        rewind = _rewind_weights(job, step)
+        reached.masks = cut_weights(reached.network, step, removal, reached.masks, job.materials, rewind)
+    elif isinstance(step, Prune):
+        reached.network = cut_channels(reached.network, step, removal, job.materials, start=_start(job, record))
+
+
+def _tell_removal(job: Job, record: StepRecord, step: Compression) -> None:
     latest, before = record.rounds[-1], record.before
+    what = f"{step.structure} pruned" if isinstance(step, Prune) else f"{step.type} applied"
     job.journal.event(
         "prune.applied",
-        f"{step.structure} pruned: {latest['nonzero_params']} of {before['params']} parameters and {latest['macs']} of "
+        f"{what}: {latest['nonzero_params']} of {before['params']} parameters and {latest['macs']} of "
         f"{before['macs']} MACs are left; accuracy {latest['after_cut']:.4f} after the cut, "
         f"{latest['after_recalibration']:.4f} recalibrated",
         **latest,
@@ -186,7 +202,7 @@ def _tell_removal(job: Job, record: StepRecord, step: Prune) -> None:
 ACTIONS: dict[str, Callable[[Job, Stage], None]] = {
     "training": _train,
     "evaluating": _evaluate,
-    "pruning": _prune,
+    "pruning": _compress,
     "retraining": _retrain,
 }
 
@@ -229,10 +245,11 @@ def _recipe(job: Job, stage: Stage, steps_per_epoch: int) -> Recipe:
             seed=seed,
             regularizations=job.regularizations,
         )
-    step = job.prune_step(stage)
+    step = job.compression(stage)
     record = job.reached.ledger.steps[-1]
 
     def regrow(network: Network, sparsity: float, previous: Masks | None) -> Masks:
+        assert isinstance(step, Prune), "only masks grow during a retraining"
         return joined_masks(network, step, sparsity, previous, seed=job.training.seed)
 
     return Recipe(
@@ -244,13 +261,15 @@ def _recipe(job: Job, stage: Stage, steps_per_epoch: int) -> Recipe:
         regularizations=job.regularizations,
         distillation=retraining(step, job.training).distillation,
         mask_updates=stage.removal.mask_updates(
-            step.sparsity, stage.removal.epochs * steps_per_epoch, initial=record.sparsity_before
+            step.sparsity if isinstance(step, Prune) else None,
+            stage.removal.epochs * steps_per_epoch,
+            initial=record.sparsity_before,
         ),
         regrow=regrow,
     )
 
 
-def _rewind_weights(job: Job, step: Prune) -> dict[str, Tensor] | None:
+def _rewind_weights(job: Job, step: Compression) -> dict[str, Tensor] | None:
     """The weights that `weight_rewind` goes back to; None for other policies.
 
     Where the training was stopped before that epoch, the trained weights stay, and a note says so.
@@ -272,7 +291,7 @@ def _sparsity(masks: Masks | None) -> float:
     return 0.0 if masks is None else masks.zeros() / max(1, masks.sizes())
 
 
-def _close_record(job: Job, step: Prune, *, complete: bool) -> None:
+def _close_record(job: Job, step: Compression, *, complete: bool) -> None:
     reached = job.reached
     record = reached.ledger.steps[-1]
     job.watch.charge()
@@ -300,7 +319,7 @@ def _stop(job: Job) -> None:
         reached.ledger.baseline = reached.ledger.latest
     if reached.ledger.steps and reached.ledger.steps[-1].after is None:
         step = job.plan.spec.optimizations[reached.ledger.steps[-1].position]
-        assert isinstance(step, Prune)
+        assert isinstance(step, Compression)
         _close_record(job, step, complete=False)
     reached.ledger.note(f"stopped early, while {stage.phase}: the best weights so far are the result")
     job.journal.event("job.stopping", f"stopped while {stage.phase}: the best so far is kept", phase=stage.phase)

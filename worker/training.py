@@ -24,7 +24,8 @@ from torch import Tensor
 from app.errors import EspalierError
 from app.failpoints import failpoint
 from app.spec.job import Training
-from app.spec.optimizations import Distillation, Regularization
+from app.spec.optimizations import Regularization
+from app.spec.pruning import Distillation
 from worker.averaging import Average, put, snapshot
 from worker.evaluation import evaluate
 from worker.journal import Phase

@@ -30,7 +30,7 @@ from app.spec.channel_rules import FloatArray, IntArray
 from app.spec.channels import Classes, Group, channel_classes, shrink_graph
 from app.spec.cost import Cost, cost
 from app.spec.graph import Graph
-from app.spec.optimizations import Prune, PruneOverride
+from app.spec.pruning import Prune, PruneOverride
 from app.spec.tally import Measure, Quantum, Tally
 
 
@@ -122,6 +122,7 @@ def choose_removals(
         tally.give_back(quantum)
 
     if step.budget is not None:
+        assert step.budget.measure != "latency_ms", "a latency is measured, not counted"
         measure, allowed = step.budget.measure, _allowed(step, dense, fraction)
         least = int(getattr(floor, measure))
         if least > allowed:

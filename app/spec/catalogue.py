@@ -21,8 +21,16 @@ _TITLES = {
     "residual": "Residual connections",
     "regularization": "Regularization",
     "prune": "Prune weights or channels",
+    "distill": "Learn from another network",
+    "low_rank": "Low-rank layers",
+    "separable": "Separable convolutions",
+    "quantize": "8-bit integers",
 }
 _EXAMPLES: dict[str, dict[str, Any]] = {
+    "distill": {"type": "distill", "teacher": "job_01JABCDEFGHJKMNPQRSTVWXYZ0", "alpha": 0.7, "temperature": 4.0},
+    "low_rank": {"type": "low_rank", "budget": {"macs": 0.5}},
+    "separable": {"type": "separable"},
+    "quantize": {"type": "quantize", "scheme": "int8_static", "max_accuracy_drop": 0.01},
     "batch_norm": {"type": "batch_norm"},
     "dropout": {"type": "dropout", "p": 0.3},
     "spatial_dropout": {"type": "spatial_dropout", "p": 0.1},

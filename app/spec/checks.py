@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from app.errors import Fault, InvalidSpec, JsonValue
+from app.spec.compressions import Quantize
 from app.spec.cost import Memory
 from app.spec.data import DataFacts
 from app.spec.draft import WEIGHTED
@@ -13,10 +14,12 @@ from app.spec.graph import Graph
 from app.spec.job import JobSpec, LayersModel, retraining
 from app.spec.optimizations import (
     COMPRESSIONS,
+    LESSONS,
     REWRITES,
-    Prune,
+    Compression,
     Regularization,
 )
+from app.spec.pruning import Prune
 
 MOST_SYNTHETIC_BYTES = 8 << 30
 MOST_PRUNES = 8  # each is forecast in full, for networks of any size
@@ -104,21 +107,21 @@ def training_faults(spec: JobSpec, most_epochs: int) -> Iterator[Fault]:
             at = f"/training/schedule/milestones/{position}"
             yield Fault(at, message, limit=training.epochs - 1, value=milestone)
     for position, step in enumerate(spec.optimizations):
-        if isinstance(step, Prune):
+        if isinstance(step, Compression):
             yield from _retraining_faults(spec, step, f"/optimizations/{position}", most_epochs)
 
 
-def _retraining_faults(spec: JobSpec, step: Prune, pointer: str, most_epochs: int) -> Iterator[Fault]:
+def _retraining_faults(spec: JobSpec, step: Compression, pointer: str, most_epochs: int) -> Iterator[Fault]:
     retrain = retraining(step, spec.training)
     epochs = retrain.epochs or 0
-    rounds = step.schedule.steps or 1
+    rounds = step.rounds
     if epochs * rounds > most_epochs:
         message = f"retraining takes {epochs} epochs in each of {rounds} rounds; a job may train {most_epochs} here"
         yield Fault(f"{pointer}/retrain/epochs", message, limit=most_epochs // rounds, value=epochs)
     if retrain.policy == "weight_rewind" and epochs > spec.training.epochs:
         message = f"weight_rewind goes back {epochs} epochs, but the training has only {spec.training.epochs}"
         yield Fault(f"{pointer}/retrain/epochs", message, limit=spec.training.epochs, value=epochs)
-    if step.schedule.name == "cubic":
+    if isinstance(step, Prune) and step.schedule.name == "cubic":
         if epochs == 0:
             yield Fault(
                 f"{pointer}/schedule/name",
@@ -131,35 +134,42 @@ def _retraining_faults(spec: JobSpec, step: Prune, pointer: str, most_epochs: in
 
 def order_faults(spec: JobSpec) -> Iterator[Fault]:
     """What is wrong with the order of the optimizations, with the reason."""
-    first_prune: int | None = None
+    first: int | None = None
     masked: int | None = None
-    prunes = 0
+    quantized: int | None = None
+    compressions = 0
     for position, step in enumerate(spec.optimizations):
         pointer = f"/optimizations/{position}"
-        if isinstance(step, (*REWRITES, Regularization)) and first_prune is not None:
+        if isinstance(step, (*REWRITES, *LESSONS)) and first is not None:
             reason = (
-                "changes the network, and the weights that pruning ranks are those of the changed network"
+                "changes the network, and the weights that a compression ranks are those of the changed network"
                 if isinstance(step, REWRITES)
-                else "acts on the training, which comes before pruning"
+                else "acts on the training, which comes before compressions"
             )
-            yield Fault(pointer, f"{step.type} {reason}: put it before the prune at /optimizations/{first_prune}")
+            name = spec.optimizations[first].type
+            yield Fault(pointer, f"{step.type} {reason}: put it before the {name} at /optimizations/{first}")
+        if quantized is not None and not isinstance(step, Quantize):
+            yield Fault(pointer, f"{step.type} changes weights that quantize has rounded: put quantize last")
         for earlier in range(position):
             if _repeats(spec.optimizations[earlier], step):
                 message = f"{step.type} stands at /optimizations/{earlier} too: say it once, or give each other layers"
                 yield Fault(pointer, message)
                 break
         if isinstance(step, COMPRESSIONS):
-            first_prune = position if first_prune is None else first_prune
-            prunes += 1
-            if prunes == MOST_PRUNES + 1:
-                yield Fault(pointer, f"a job prunes at most {MOST_PRUNES} times", limit=MOST_PRUNES, value=prunes)
-            if masked is not None and step.structure == "channels":
-                message = (
-                    f"channels go before weights: the zeros of /optimizations/{masked} belong to the wider network"
-                )
+            first = position if first is None else first
+            compressions += 1
+            if compressions == MOST_PRUNES + 1:
+                message = f"a job compresses at most {MOST_PRUNES} times"
+                yield Fault(pointer, message, limit=MOST_PRUNES, value=compressions)
+            zeros = isinstance(step, Prune) and step.zeros
+            if masked is not None and not zeros:
+                what = "channels go" if isinstance(step, Prune) else f"{step.type} goes"
+                message = f"{what} before weights: the zeros of /optimizations/{masked} belong to the network before it"
                 yield Fault(pointer, message)
-            if step.structure == "weights":
+            if zeros:
                 masked = position if masked is None else masked
+        elif isinstance(step, Quantize):
+            quantized = position
 
 
 def _repeats(earlier: object, step: object) -> bool:

@@ -11,12 +11,14 @@ from typing import Literal
 from app.errors import Fault, InvalidSpec, JsonValue
 from app.spec.budget import BudgetUnreachable, Removals, choose_removals, why_kept
 from app.spec.channels import Classes, TooManyChannels, channel_classes, shrink_graph
+from app.spec.compressions import LowRank, Quantize, Separable
 from app.spec.cost import Cost, cost
 from app.spec.draft import WEIGHTED, last_layers
 from app.spec.faults import MOST_FAULTS
 from app.spec.faults import pointer as pointer_to
 from app.spec.graph import Graph, Node
-from app.spec.optimizations import Prune, PruneOverride
+from app.spec.optimizations import Distill, Optimization
+from app.spec.pruning import Prune, PruneOverride
 
 Action = Literal["narrow", "follow", "keep", "mask", "insert", "replace"]
 
@@ -76,15 +78,29 @@ class Forecast:
         whole = cost(self.graph)
         return Cost(whole.params, whole.params - sum(self.zeros.values()), whole.macs, whole.bytes)
 
+    def follow(self, step: Optimization, pointer: str) -> None:
+        """Goes through one optimization, which stands at `pointer`; those before the first compression change nothing.
+
+        Raises InvalidSpec as `prune` does.
+        """
+        if isinstance(step, Prune):
+            if step.structure in ("n:m", "blocks") or step.criterion in ("lamp", "erk", "activation"):
+                raise InvalidSpec([Fault(pointer, "n:m, blocks, lamp, erk and activation are not offered yet")])
+            if step.budget is not None and step.budget.latency_ms is not None:
+                raise InvalidSpec([Fault(f"{pointer}/budget/latency_ms", "is not offered by this release")])
+            self.prune(step, pointer)
+        elif isinstance(step, LowRank | Separable | Quantize | Distill):
+            raise InvalidSpec([Fault(pointer, f"{step.type} is not offered by this release")])
+
     def prune(self, step: Prune, pointer: str) -> None:
-        """Goes through one step, which stands at `pointer`.
+        """Goes through one step of pruning, which stands at `pointer`.
 
         Raises InvalidSpec if a named layer is unknown or unfit, nothing may be removed, or the budget is out of reach.
         """
         faults = [*_named_faults(self.graph, step, pointer)]
         if faults:
             raise InvalidSpec(faults)
-        if step.structure == "weights":
+        if step.zeros:
             self._mask(step, pointer)
         else:
             self._narrow(step, pointer)

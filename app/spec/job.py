@@ -20,8 +20,9 @@ from app.errors import Fault, InvalidSpec
 from app.spec.data import DataSpec
 from app.spec.faults import bulk_fault, faults_of
 from app.spec.layers import AnyLayer
-from app.spec.optimizations import Epochs, LearningRate, Optimization, Prune, Retrain
+from app.spec.optimizations import COMPRESSIONS, Compression, Optimization
 from app.spec.presets import PRESETS
+from app.spec.pruning import Epochs, LearningRate, Prune, Retrain
 from app.spec.strict import LABELS, LARGEST_INT, LabelKey, LabelValue, Shape, Strict, Text, fault
 
 SPEC_VERSIONS = (1,)
@@ -239,7 +240,7 @@ class JobSpec(Strict):
         return self.model_dump(mode="json")
 
 
-def retraining(step: Prune, training: Training) -> Retrain:
+def retraining(step: Compression, training: Training) -> Retrain:
     """How `step` is retrained, epochs filled in: a third of the training's, at least 1; none with policy none."""
     retrain = step.retrain or Retrain()
     if retrain.epochs is not None:
@@ -254,18 +255,27 @@ def completed(spec: JobSpec) -> JobSpec:
     if training.schedule.name == "step":
         update["milestones"] = training.milestones
     schedule = training.schedule.model_copy(update=update)
-    steps = tuple(_completed_prune(step, training) if isinstance(step, Prune) else step for step in spec.optimizations)
+    steps = tuple(
+        _completed_step(step, training) if isinstance(step, COMPRESSIONS) else step for step in spec.optimizations
+    )
     return spec.model_copy(
         update={"training": training.model_copy(update={"schedule": schedule}), "optimizations": steps}
     )
 
 
-def _completed_prune(step: Prune, training: Training) -> Prune:
+def _completed_step(step: Compression, training: Training) -> Compression:
     retrain = retraining(step, training)
+    if not isinstance(step, Prune):
+        return step.model_copy(update={"retrain": retrain})
+    own: dict[str, Any] = {}
+    if step.structure == "n:m":
+        own["pattern"] = ":".join(map(str, step.kept_of))
+    elif step.structure == "blocks":
+        own["block"] = step.block_shape
     schedule = step.schedule
     if schedule.name == "cubic" and schedule.epochs is None and retrain.epochs:
         schedule = schedule.model_copy(update={"epochs": max(1, round(0.7 * retrain.epochs))})
-    return step.model_copy(update={"retrain": retrain, "schedule": schedule})
+    return step.model_copy(update={"retrain": retrain, "schedule": schedule, **own})
 
 
 def parse_job(document: object) -> JobSpec:

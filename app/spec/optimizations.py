@@ -6,249 +6,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, model_validator
 
-from app.spec.strict import Count, Strict, Text, fault
-
-Structure = Literal["weights", "channels"]
-Criterion = Literal["l1", "l2", "taylor", "bn_scale", "fpgm", "random"]
-Scope = Literal["global", "layer"]
-Policy = Literal["lr_rewind", "fine_tune", "weight_rewind", "none"]
-Names = Annotated[tuple[Text, ...], Field(min_length=1, max_length=10_000)]
-Epochs = Annotated[int, Field(ge=1, le=1_000_000)]
-Open01 = Annotated[float, Field(gt=0, lt=1)]
-Amount = Annotated[int, Field(gt=0, le=2**53)] | Annotated[float, Field(gt=0, le=2**53)]
-LearningRate = Annotated[float, Field(ge=1e-9, le=100)]
-
-WEIGHT_CRITERIA: tuple[Criterion, ...] = ("l1", "l2", "random")
-
-
-class Distillation(Strict):
-    """The job's dense network teaches: (1 - alpha) * CE + alpha * T^2 * KL (Hinton et al., arXiv 1503.02531)."""
-
-    alpha: Annotated[float, Field(gt=0, le=1, description="Weight of the teacher's term.")] = 0.7
-    temperature: Annotated[float, Field(ge=1, le=100, description="Temperature T of both softmaxes.")] = 4.0
-
-
-class Retrain(Strict):
-    """Training after the removal; `lr_rewind` runs the last epochs of the schedule again (Renda, arXiv 2003.02389)."""
-
-    policy: Annotated[
-        Policy,
-        Field(
-            description="lr_rewind, fine_tune, weight_rewind (masks only), or none: batch norm is recalibrated only."
-        ),
-    ] = "lr_rewind"
-    epochs: Annotated[
-        int | None,
-        Field(
-            ge=0,
-            le=1_000_000,
-            description="Epochs; default: a third of the training epochs, at least 1; 0 with policy none.",
-        ),
-    ] = None
-    lr: Annotated[
-        LearningRate | None, Field(description="Highest rate of retraining; default: what the policy says.")
-    ] = None
-    distillation: Distillation | None = None
-
-    @model_validator(mode="after")
-    def _epochs_fit_policy(self) -> Self:
-        if self.policy == "none":
-            if self.epochs:
-                raise fault(
-                    "policy none does not retrain: leave epochs out, or choose lr_rewind",
-                    field="epochs",
-                    limit=0,
-                    value=self.epochs,
-                )
-            if self.distillation is not None:
-                raise fault("policy none does not retrain, so there is nothing to distil", field="distillation")
-        elif self.epochs == 0:
-            raise fault(
-                f"policy {self.policy} needs at least one epoch; recalibration only is policy none",
-                field="epochs",
-                limit=1,
-                value=0,
-            )
-        return self
-
-
-class PruneSchedule(Strict):
-    """When how much goes: at once, in rounds with retraining, or along a cubic (Zhu & Gupta, arXiv 1710.01878)."""
-
-    name: Literal["one_shot", "iterative", "cubic"] = "one_shot"
-    steps: int | None = Field(
-        ge=1,
-        le=1000,
-        description="iterative: number of rounds; default 3.",
-        default_factory=lambda data: 3 if data.get("name") == "iterative" else None,
-    )
-    epochs: Annotated[
-        Epochs | None,
-        Field(description="cubic: retraining epochs over which the sparsity rises; default: 70 % of them."),
-    ] = None
-
-    @model_validator(mode="after")
-    def _fields_fit_name(self) -> Self:
-        if self.name != "iterative" and self.steps is not None:
-            raise fault(f"a {self.name} schedule has no steps: they belong to iterative", field="steps")
-        if self.name == "iterative" and self.steps is None:
-            raise fault("an iterative schedule needs its number of steps", field="steps")
-        if self.name != "cubic" and self.epochs is not None:
-            raise fault(f"a {self.name} schedule has no epochs: they belong to cubic", field="epochs")
-        return self
-
-
-class Budget(Strict):
-    """How much of one cost may be left: a fraction kept (0 < f <= 1, of the baseline) or an integer above 1."""
-
-    macs: Annotated[Amount | None, Field(description="Multiply-accumulates of one input.")] = None
-    params: Annotated[Amount | None, Field(description="Trainable elements.")] = None
-    bytes: Annotated[Amount | None, Field(description="Size of pruned.safetensors.")] = None
-
-    @model_validator(mode="after")
-    def _one_bound(self) -> Self:
-        given = [(name, value) for name, value in self if value is not None]
-        if len(given) != 1:
-            raise fault("state exactly one of: macs, params, bytes")
-        name, value = given[0]
-        if value > 1 and not isinstance(value, int):
-            raise fault(
-                "a budget is a fraction kept (0 < f <= 1) or an integer above 1", field=name, limit=1, value=value
-            )
-        return self
-
-    @property
-    def measure(self) -> Literal["macs", "params", "bytes"]:
-        """Which cost is bounded."""
-        return "macs" if self.macs is not None else "params" if self.params is not None else "bytes"
-
-    def allowed(self, dense: int) -> int:
-        """The largest cost allowed, where the baseline's is `dense`: a fraction is rounded down."""
-        value = getattr(self, self.measure)
-        return int(value * dense) if value <= 1 else int(value)
-
-
-class PruneOverride(Strict):
-    """What is different for one layer."""
-
-    sparsity: Annotated[float | None, Field(ge=0, lt=1, description="Part of this layer that goes.")] = None
-    threshold: Annotated[
-        float | None, Field(ge=0, le=1e6, description="Weights of this layer whose absolute value is below this go.")
-    ] = None
-    max_sparsity: Annotated[
-        float | None, Field(ge=0, lt=1, description="Largest part of this layer's group that may go.")
-    ] = None
-    min_channels: Annotated[Count | None, Field(description="Fewest channels this layer keeps.")] = None
-    round_to: Annotated[
-        int | None, Field(ge=1, le=1024, description="Widths of this layer's group are multiples of this.")
-    ] = None
-
-    @model_validator(mode="after")
-    def _says_something(self) -> Self:
-        if all(value is None for _, value in self):
-            raise fault("an override states at least one of: " + ", ".join(type(self).model_fields))
-        if self.sparsity is not None and self.threshold is not None:
-            raise fault("state sparsity or threshold, not both", field="threshold")
-        return self
-
-
-class Prune(Strict):
-    """Remove weights (set to zero, and kept there) or whole channels (the network gets smaller), then train again.
-
-    `sparsity` is the part that goes, a budget the part that is kept. `l1`, `l2`: Li et al., arXiv 1608.08710; `fpgm`:
-    He et al., arXiv 1811.00250; `bn_scale`: Liu et al., arXiv 1708.06519; `taylor`: Molchanov et al., arXiv
-    1906.10771.
-    """
-
-    type: Literal["prune"] = "prune"
-    sparsity: Annotated[
-        Open01 | None, Field(description="Part that goes: of the weights, or of each group's channels.")
-    ] = None
-    threshold: Annotated[
-        float | None, Field(gt=0, le=1e6, description="Weights whose absolute value is below this go.")
-    ] = None
-    budget: Budget | None = None
-    structure: Structure = Field(
-        description="weights: zeros, same shape; channels: a smaller network, the default with a budget.",
-        default_factory=lambda data: "weights" if data.get("budget") is None else "channels",
-    )
-    criterion: Annotated[Criterion, Field(description="How the worth of a weight or channel is measured.")] = "l2"
-    scope: Scope = Field(
-        description="Rank over all layers (default for weights), or the same part of each (default for channels).",
-        default_factory=lambda data: "global" if data.get("structure") == "weights" else "layer",
-    )
-    schedule: PruneSchedule = PruneSchedule()
-    retrain: Annotated[Retrain | None, Field(description="Default: a third of the training epochs, lr_rewind.")] = None
-    exclude: Annotated[tuple[Text, ...], Field(max_length=10_000, description="Layers that are left alone.")] = ()
-    overrides: dict[Text, PruneOverride] = Field(
-        default_factory=dict, max_length=10_000, description="Layer name -> what is different for it."
-    )
-    round_to: Annotated[
-        int, Field(ge=1, le=1024, description="channels: widths become multiples of this, which fast kernels need.")
-    ] = 8
-    min_channels: Annotated[Count, Field(description="channels: fewest channels a group keeps.")] = 1
-    max_sparsity: Annotated[float, Field(gt=0, lt=1, description="channels: largest part of a group that may go.")] = (
-        0.9
-    )
-
-    @model_validator(mode="after")
-    def _one_amount(self) -> Self:
-        given = [name for name in ("sparsity", "threshold", "budget") if getattr(self, name) is not None]
-        if len(given) != 1:
-            problem = "has none of them" if not given else "has " + " and ".join(given)
-            raise fault(
-                f"state exactly one of: sparsity, threshold, budget; this {problem}", field=given[1] if given else None
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _fields_fit_structure(self) -> Self:
-        if self.structure == "weights":
-            self._check_weights()
-        else:
-            self._check_channels()
-        return self
-
-    def _check_weights(self) -> None:
-        if self.budget is not None:
-            raise fault(
-                "a budget needs structure channels: zeros change neither MACs nor parameters nor bytes; state sparsity",
-                field="budget",
-            )
-        if self.criterion not in WEIGHT_CRITERIA:
-            raise fault(
-                f"structure weights has the criteria {', '.join(WEIGHT_CRITERIA)}",
-                field="criterion",
-                value=self.criterion,
-            )
-        if self.threshold is not None and self.schedule.name != "one_shot":
-            raise fault(
-                "a threshold is applied at once: state sparsity for a schedule",
-                field="schedule/name",
-                value=self.schedule.name,
-            )
-        if self.threshold is not None and self.criterion == "random":
-            raise fault("a threshold needs a criterion that measures size: l1 or l2", field="criterion", value="random")
-
-    def _check_channels(self) -> None:
-        if self.threshold is not None:
-            raise fault(
-                "a threshold is for structure weights; for channels state a budget or sparsity",
-                field="threshold",
-                value=self.threshold,
-            )
-        if self.schedule.name == "cubic":
-            raise fault(
-                "cubic is for structure weights; channels go one_shot or iterative",
-                field="schedule/name",
-                value="cubic",
-            )
-        if self.retrain is not None and self.retrain.policy == "weight_rewind":
-            raise fault(
-                "weight_rewind needs weights that keep their shape: structure weights",
-                field="retrain/policy",
-                value="weight_rewind",
-            )
+from app.spec.compressions import LowRank, Quantize, Separable
+from app.spec.pruning import Artifact, Distillation, Prune
+from app.spec.strict import JobId, Names, Strict, fault
 
 
 class Regularization(Strict):
@@ -270,12 +30,18 @@ class Regularization(Strict):
     bn_l1: Annotated[float, Field(ge=0, le=1, description="Coefficient of the sum of absolute batch-norm scales.")] = (
         0.0
     )
+    group_lasso: Annotated[
+        float,
+        Field(
+            ge=0, le=1, description="Coefficient of the norms of channel groups: sum of sqrt(size) * |w of a class|_2."
+        ),
+    ] = 0.0
     all: Annotated[bool, Field(description="l1 and l2 also over biases and normalisation parameters.")] = False
 
     @model_validator(mode="after")
     def _does_something(self) -> Self:
-        if not (self.l1 or self.l2 or self.weight_decay or self.bn_l1):
-            raise fault("state at least one of: l1, l2, weight_decay, bn_l1, above 0")
+        if not (self.l1 or self.l2 or self.weight_decay or self.bn_l1 or self.group_lasso):
+            raise fault("state at least one of: l1, l2, weight_decay, bn_l1, group_lasso, above 0")
         return self
 
 
@@ -342,8 +108,28 @@ class InsertShortcuts(Strict):
     layers: Annotated[Names | None, Field(description="Only around these convolutions.")] = None
 
 
+class Distill(Strict):
+    """Train with a teacher, the network of a finished job: (1 - alpha) * CE + alpha * T^2 * KL (arXiv 1503.02531).
+
+    It holds for the training before the first compression; retraining has a distillation of its own.
+    """
+
+    type: Literal["distill"] = "distill"
+    teacher: Annotated[JobId, Field(description="A finished job with the same classes.")]
+    artifact: Annotated[Artifact, Field(description="Which network of that job.")] = "baseline"
+    alpha: Annotated[float, Field(gt=0, le=1, description="Weight of the teacher's term.")] = 0.7
+    temperature: Annotated[float, Field(ge=1, le=100, description="Temperature T of both softmaxes.")] = 4.0
+
+    def distillation(self) -> Distillation:
+        """The same, as retraining has it."""
+        return Distillation(
+            alpha=self.alpha, temperature=self.temperature, teacher=self.teacher, artifact=self.artifact
+        )
+
+
 Rewrite = InsertBatchNorm | InsertDropout | InsertSpatialDropout | SmallKernels | Deeper | InsertShortcuts
-Compression = Prune
+Compression = Prune | LowRank | Separable
+"""What removes something from the trained network, and trains it again."""
 Optimization = Annotated[
     InsertBatchNorm
     | InsertDropout
@@ -352,7 +138,11 @@ Optimization = Annotated[
     | Deeper
     | InsertShortcuts
     | Regularization
-    | Prune,
+    | Distill
+    | Prune
+    | LowRank
+    | Separable
+    | Quantize,
     Discriminator("type"),
 ]
 REWRITES: tuple[type[Any], ...] = (
@@ -363,5 +153,7 @@ REWRITES: tuple[type[Any], ...] = (
     Deeper,
     InsertShortcuts,
 )
-COMPRESSIONS: tuple[type[Any], ...] = (Prune,)
-OPTIMIZATIONS: tuple[type[Any], ...] = (*REWRITES, Regularization, *COMPRESSIONS)
+LESSONS: tuple[type[Any], ...] = (Regularization, Distill)
+"""What acts on the training."""
+COMPRESSIONS: tuple[type[Any], ...] = (Prune, LowRank, Separable)
+OPTIMIZATIONS: tuple[type[Any], ...] = (*REWRITES, *LESSONS, *COMPRESSIONS, Quantize)

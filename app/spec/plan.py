@@ -17,7 +17,7 @@ from app.spec.forecast import Forecast, LayerPlan
 from app.spec.graph import Graph, Limits, build_graph
 from app.spec.job import JobSpec, PresetModel, completed, retraining
 from app.spec.layers import read_layers
-from app.spec.optimizations import Optimization, Prune, Regularization, SmallKernels
+from app.spec.optimizations import Compression, Optimization, Rewrite, SmallKernels
 from app.spec.presets import preset_layers
 from app.spec.rewrites import rewrite
 
@@ -114,11 +114,10 @@ def make_plan(spec: JobSpec, facts: DataFacts, *, limits: Limits | None = None) 
     ]
     forecast = Forecast(baseline, cost(baseline))
     for position, step in enumerate(spec.optimizations):
-        if isinstance(step, Prune):
-            try:
-                forecast.prune(step, f"/optimizations/{position}")
-            except InvalidSpec as exc:
-                faults += exc.faults
+        try:
+            forecast.follow(step, f"/optimizations/{position}")
+        except InvalidSpec as exc:
+            faults += exc.faults
     if faults:
         raise InvalidSpec(faults[:MOST_FAULTS])
     return Plan(
@@ -205,7 +204,7 @@ def _rewritten(
     warnings: list[Fault] = []
     for position, step in enumerate(optimizations):
         before, pointer = graphs[-1], f"/optimizations/{position}"
-        if isinstance(step, Prune | Regularization):
+        if not isinstance(step, Rewrite):
             graphs.append(before)
             continue
         after = rewrite(before, step, pointer=pointer, limits=limits)
@@ -261,11 +260,11 @@ def _untouched(baseline: Graph, rows: Sequence[LayerPlan]) -> list[LayerPlan]:
 def _phases(spec: JobSpec) -> tuple[Phase, ...]:
     phases = [Phase("preparing"), Phase("training", spec.training.epochs), Phase("evaluating")]
     for position, step in enumerate(spec.optimizations):
-        if not isinstance(step, Prune):
+        if not isinstance(step, Compression):
             continue
         pointer = f"/optimizations/{position}"
         epochs = retraining(step, spec.training).epochs or 0
-        for _ in range(step.schedule.steps or 1):
+        for _ in range(step.rounds):
             phases.append(Phase("pruning", optimization=pointer))
             if epochs:
                 phases.append(Phase("retraining", epochs, pointer))

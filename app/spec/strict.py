@@ -50,5 +50,7 @@ def _label_key(text: str) -> str:
 Text = Annotated[str, Field(min_length=1, max_length=TEXT_LENGTH), AfterValidator(_visible)]
 LabelKey = Annotated[Text, AfterValidator(_label_key)]
 LabelValue = Annotated[str, Field(max_length=TEXT_LENGTH), AfterValidator(_visible)]
+Names = Annotated[tuple[Text, ...], Field(min_length=1, max_length=10_000)]
+JobId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Count = Annotated[int, Field(ge=1, le=LARGEST_INT)]
 Shape = Annotated[tuple[Count, ...], Field(min_length=2, max_length=4)]

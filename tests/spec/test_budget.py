@@ -17,8 +17,8 @@ from app.spec.channels import Classes, channel_classes, shrink_graph
 from app.spec.cost import Cost, cost
 from app.spec.graph import Graph, build_graph
 from app.spec.layers import read_layers
-from app.spec.optimizations import Prune, PruneOverride
 from app.spec.presets import preset_layers
+from app.spec.pruning import Prune, PruneOverride
 from app.spec.tally import Tally
 
 MEASURES = ("macs", "params", "bytes")

@@ -11,8 +11,8 @@ from support.specs import COLOUR, GREY, misplanned, plan, preset_graph
 from app.spec.budget import choose_removals
 from app.spec.channels import channel_classes, shrink_graph
 from app.spec.cost import cost
-from app.spec.optimizations import Prune
 from app.spec.plan import Plan
+from app.spec.pruning import Prune
 
 
 def pruned(preset: str = "simple_cnn", **fields: Any) -> Plan:

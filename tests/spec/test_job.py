@@ -12,7 +12,7 @@ from support.specs import document, job, refused
 from app.errors import InvalidSpec
 from app.spec.faults import MOST_FAULTS
 from app.spec.job import EXPORTS, JobSpec, parse_job, retraining
-from app.spec.optimizations import Prune, Retrain
+from app.spec.pruning import Prune, Retrain
 
 FULL: dict[str, Any] = {
     "spec_version": 1,
@@ -266,14 +266,14 @@ def test_label_keys_have_no_colon_and_are_not_empty() -> None:
         ({"model": {"layers": [{"type": "os.system"}]}}, "/model/layers/0/type", "conv_transpose"),
         ({"training": {"optimizer": {"name": "torch.optim.SGD"}}}, "/training/optimizer/name", "adamw"),
         ({"training": {"schedule": {"name": "x.y"}}}, "/training/schedule/name", "one_cycle"),
-        ({"optimizations": [{"type": "quantize"}]}, "/optimizations/0/type", "small_kernels"),
+        ({"optimizations": [{"type": "sparsify"}]}, "/optimizations/0/type", "small_kernels"),
         (
             {"optimizations": [{"type": "prune", "sparsity": 0.5, "criterion": "a.b"}]},
             "/optimizations/0/criterion",
             "fpgm",
         ),
         (
-            {"optimizations": [{"type": "prune", "sparsity": 0.5, "structure": "n:m"}]},
+            {"optimizations": [{"type": "prune", "sparsity": 0.5, "structure": "rows"}]},
             "/optimizations/0/structure",
             "channels",
         ),

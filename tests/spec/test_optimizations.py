@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from support.specs import document, job, refused
 
-from app.spec.optimizations import COMPRESSIONS, OPTIMIZATIONS, REWRITES, Budget, Prune
+from app.spec.optimizations import COMPRESSIONS, LESSONS, OPTIMIZATIONS, REWRITES
+from app.spec.pruning import Budget, Prune
 
 
 def prune(**fields: Any) -> Prune:
@@ -61,7 +62,8 @@ def test_a_budget_is_a_fraction_or_a_count() -> None:
         ({"budget": {"macs": 1.5}}, "/budget/macs"),
         ({"budget": {"macs": 1.0000001}}, "/budget/macs"),
         ({"budget": {"macs": 2**60}}, "/budget/macs"),
-        ({"budget": {"latency_ms": 3}}, "/budget/latency_ms"),
+        ({"budget": {"latency_ms": -3}}, "/budget/latency_ms"),
+        ({"budget": {"macs": 0.5, "latency_ms": 3}}, "/budget"),
         ({"budget": {"macs": 0.5}, "structure": "weights"}, "/budget"),
         ({"threshold": 0.1, "structure": "channels"}, "/threshold"),
         ({"sparsity": 0.5, "criterion": "taylor"}, "/criterion"),
@@ -81,7 +83,21 @@ def test_a_budget_is_a_fraction_or_a_count() -> None:
         ({"sparsity": 0.5, "max_sparsity": 1}, "/max_sparsity"),
         ({"sparsity": 0.5, "min_channels": 0}, "/min_channels"),
         ({"sparsity": 0.5, "round_to": 0}, "/round_to"),
-        ({"sparsity": 0.5, "block": [4, 4]}, "/block"),
+        ({"sparsity": 0.5, "structure": "weights", "block": [4, 4]}, "/block"),
+        ({"sparsity": 0.5, "block": [4, 0]}, "/block/1"),
+        ({"threshold": 0.5, "structure": "blocks"}, "/threshold"),
+        ({"budget": {"macs": 0.5}, "block": [4, 4]}, "/budget"),
+        ({"sparsity": 0.5, "pattern": "2:4"}, "/sparsity"),
+        ({"pattern": "4:4"}, "/pattern"),
+        ({"pattern": "0:4"}, "/pattern"),
+        ({"pattern": "2/4"}, "/pattern"),
+        ({"pattern": "1:65"}, "/pattern"),
+        ({"pattern": "2:4", "structure": "channels", "budget": {"macs": 0.5}}, "/pattern"),
+        ({"pattern": "2:4", "criterion": "lamp"}, "/criterion"),
+        ({"pattern": "2:4", "schedule": {"name": "iterative"}}, "/schedule/name"),
+        ({"sparsity": 0.5, "criterion": "erk", "scope": "global"}, "/scope"),
+        ({"sparsity": 0.5, "criterion": "lamp", "scope": "layer"}, "/scope"),
+        ({"budget": {"macs": 0.5}, "criterion": "erk"}, "/criterion"),
     ],
 )
 def test_prune_steps_that_mean_nothing_are_refused_where_they_are_wrong(fields: dict[str, Any], pointer: str) -> None:
@@ -123,5 +139,5 @@ def test_other_optimizations_outside_their_intervals_are_refused(fields: dict[st
 
 def test_every_optimization_is_a_rewrite_a_compression_or_a_regularization() -> None:
     kinds = [part.model_fields["type"].default for part in OPTIMIZATIONS]
-    assert len(set(kinds)) == len(kinds) == len(REWRITES) + len(COMPRESSIONS) + 1
+    assert len(set(kinds)) == len(kinds) == len(REWRITES) + len(LESSONS) + len(COMPRESSIONS) + 1
     assert all(part.__doc__ for part in OPTIMIZATIONS)

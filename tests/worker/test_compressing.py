@@ -13,7 +13,7 @@ from torch import Tensor
 from app.errors import BudgetMissed
 from app.spec.cost import cost
 from app.spec.job import Training
-from app.spec.optimizations import Prune
+from app.spec.pruning import Prune
 from worker.averaging import snapshot
 from worker.compressing import (
     Materials,

@@ -15,7 +15,7 @@ from app.errors import Diverged
 from app.spec.channels import Classes, channel_classes
 from app.spec.graph import build_graph
 from app.spec.layers import read_layers
-from app.spec.optimizations import Criterion
+from app.spec.pruning import Criterion
 from worker.network import Network
 from worker.pruning.importance import class_scores, weight_scores, without_scales
 

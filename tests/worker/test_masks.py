@@ -13,7 +13,7 @@ from torch import Tensor
 from app.errors import Diverged, LayerEmptied
 from app.spec.graph import build_graph
 from app.spec.layers import read_layers
-from app.spec.optimizations import Prune, PruneOverride
+from app.spec.pruning import Prune, PruneOverride
 from worker.network import Network
 from worker.pruning.importance import prunable_weights
 from worker.pruning.masks import Masks, weight_masks

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from app.spec.job import Training
-from app.spec.optimizations import Prune
+from app.spec.pruning import Prune
 from worker.learning_rate import learning_rate
 from worker.pruning.schedules import (
     MOST_MASK_UPDATES,

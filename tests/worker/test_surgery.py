@@ -21,8 +21,8 @@ from app.spec.channels import Classes, channel_classes
 from app.spec.cost import cost
 from app.spec.graph import Graph, build_graph
 from app.spec.layers import read_layers
-from app.spec.optimizations import Prune
 from app.spec.presets import PRESETS, preset_layers
+from app.spec.pruning import Prune
 from worker.network import Network
 from worker.pruning.importance import class_scores
 from worker.pruning.surgery import masked_reference, shrink, shrink_tensors

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from app.spec.graph import Graph
 from app.spec.job import Training
-from app.spec.optimizations import Distillation, Prune, Regularization
+from app.spec.optimizations import Regularization
+from app.spec.pruning import Distillation, Prune
 from worker.averaging import snapshot
 from worker.evaluation import evaluate
 from worker.learning_rate import learning_rate

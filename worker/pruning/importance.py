@@ -32,7 +32,7 @@ from torch import Tensor
 from app.errors import Diverged
 from app.spec.channel_rules import FloatArray, IntArray, OwnedAxis, Role
 from app.spec.channels import Classes, Group
-from app.spec.optimizations import Criterion
+from app.spec.pruning import Criterion
 from worker.network import Network
 
 DISTANCE_ROWS = 512  # of fpgm's distance matrix at a time

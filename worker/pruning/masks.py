@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from app.errors import LayerEmptied
-from app.spec.optimizations import Prune, PruneOverride
+from app.spec.pruning import Prune, PruneOverride
 from worker.network import Network
 from worker.pruning.importance import check_finite, prunable_weights, weight_scores
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from app.spec.job import Training, retraining
-from app.spec.optimizations import Prune
+from app.spec.optimizations import Compression
+from app.spec.pruning import Prune
 from worker.learning_rate import LearningRate, learning_rate
 
 FINE_TUNE_SHARE = 0.01  # of the highest rate of training: where the original schedules end
@@ -64,9 +65,11 @@ class Stage:
         return {moment: cubic_sparsity(moment, start=0, end=last, initial=initial, final=target) for moment in moments}
 
 
-def prune_stages(step: Prune, training: Training) -> tuple[Stage, ...]:
+def prune_stages(step: Compression, training: Training) -> tuple[Stage, ...]:
     """The removals of `step` in order. The last one reaches the target; a cubic without retraining removes at once."""
     epochs = retraining(step, training).epochs or 0
+    if not isinstance(step, Prune):
+        return (Stage(1, 1, 1.0, epochs),)
     schedule = step.schedule
     if schedule.name == "iterative":
         count = schedule.steps or 1
@@ -88,7 +91,7 @@ def cubic_sparsity(moment: float, *, start: float, end: float, initial: float, f
     return final + (initial - final) * left**3
 
 
-def retrain_schedule(step: Prune, training: Training) -> LearningRate:
+def retrain_schedule(step: Compression, training: Training) -> LearningRate:
     """The learning rate over the retraining after one removal: progress in [0, 1] -> rate.
 
     `lr_rewind` and `weight_rewind` run the last epochs of the original schedule again (Renda et al., arXiv
@@ -116,7 +119,7 @@ def retrain_schedule(step: Prune, training: Training) -> LearningRate:
     return lambda progress: scale * original(start + share * progress)
 
 
-def rewind_epoch(step: Prune, training: Training) -> int | None:
+def rewind_epoch(step: Compression, training: Training) -> int | None:
     """The epoch of the training whose weights `weight_rewind` goes back to (0: the initial ones); None for others."""
     retrain = retraining(step, training)
     if retrain.policy != "weight_rewind":
