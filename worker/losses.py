@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from app.spec.optimizations import Regularization
 from worker.network import Network
+from worker.pruning.group_lasso import GroupLasso
 
 _WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 
@@ -39,7 +40,7 @@ def distillation(student_NK: Tensor, teacher_NK: Tensor, *, temperature: float) 
 
 
 class Penalty:
-    """`l1 * sum |w| + l2 * sum w^2 + bn_l1 * sum |gamma|` over a network, for all regularizations of a job.
+    """`l1 * sum |w| + l2 * sum w^2 + bn_l1 * sum |gamma|` and group lasso, for all regularizations of a job.
 
     `l1` and `l2` are over the weights of convolutions and linear layers, with `all` over every parameter. The square
     is not the norm: `l2` in the loss equals SGD's `weight_decay = 2 * l2`.
@@ -56,15 +57,18 @@ class Penalty:
             self._l1 += [(part.l1, among)] if part.l1 else []
             self._l2 += [(part.l2, among)] if part.l2 else []
             self._l1 += [(part.bn_l1, [*scales])] if part.bn_l1 and scales else []
+        self._group_factor = sum(part.group_lasso for part in regularizations)
+        self._groups = GroupLasso(network) if self._group_factor else None
 
     def __bool__(self) -> bool:
-        return bool(self._l1 or self._l2)
+        return bool(self._l1 or self._l2 or self._groups)
 
     def terms(self) -> dict[str, Tensor]:
-        """The terms that the job has, "l1" and "l2": scalars in the graph of the parameters."""
+        """The terms that the job has, "l1", "l2" and "group_lasso": scalars in the graph of the parameters."""
         absolute = [factor * _norms(tensors, 1).sum() for factor, tensors in self._l1]
         squared = [factor * (_norms(tensors, 2) ** 2).sum() for factor, tensors in self._l2]
-        return {name: torch.stack(found).sum() for name, found in (("l1", absolute), ("l2", squared)) if found}
+        terms = {name: torch.stack(found).sum() for name, found in (("l1", absolute), ("l2", squared)) if found}
+        return terms | ({"group_lasso": self._group_factor * self._groups.value()} if self._groups else {})
 
 
 def decoupled_decay(network: Network, regularizations: Sequence[Regularization]) -> list[tuple[float, list[Tensor]]]:

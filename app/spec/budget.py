@@ -10,7 +10,7 @@ scores are. What is left is one order of quanta:
 
 - scope `layer`: by the part of its group that is gone with it, so that all groups keep the same fraction;
 - scope `global`: by score, each divided by the mean of its group, because raw sums grow with fan-in and with the number
-  of tied layers (`taylor` is in units of the loss already and ranks raw).
+  of tied layers (`taylor` is in units of the loss and `lamp` relative to its group already: they rank raw).
 
 A budget takes quanta from this order until the exact cost is within it, and then gives back, strongest first, each
 whose return the budget allows: the result is met from below, and no quantum of it can be given back. A `sparsity`
@@ -32,6 +32,9 @@ from app.spec.cost import Cost, cost
 from app.spec.graph import Graph
 from app.spec.pruning import Prune, PruneOverride
 from app.spec.tally import Measure, Quantum, Tally
+
+
+COMPARABLE = ("taylor", "lamp")  # criteria whose scores can be compared between groups as they are
 
 
 @dataclass(frozen=True)
@@ -280,7 +283,7 @@ def _order(
             gone = np.cumsum([len(part) for part in parts]) + room.width_at_start - len(group.classes)
             ranks = (gone / room.width_at_start).tolist()
         else:
-            ranks = _scores_of(parts, group, values, normalised=step.criterion != "taylor")
+            ranks = _scores_of(parts, group, values, normalised=step.criterion not in COMPARABLE)
         ranked += [(rank, group.index, place, q) for place, (rank, q) in enumerate(zip(ranks, quanta, strict=True))]
     ranked.sort(key=lambda entry: entry[:3])
     return forced, [quantum for *_, quantum in ranked]

@@ -84,8 +84,8 @@ class Forecast:
         Raises InvalidSpec as `prune` does.
         """
         if isinstance(step, Prune):
-            if step.structure in ("n:m", "blocks") or step.criterion in ("lamp", "erk", "activation"):
-                raise InvalidSpec([Fault(pointer, "n:m, blocks, lamp, erk and activation are not offered yet")])
+            if step.structure in ("n:m", "blocks") or (step.zeros and step.criterion in ("lamp", "erk")):
+                raise InvalidSpec([Fault(pointer, "n:m, blocks, lamp and erk of weights are not offered yet")])
             if step.budget is not None and step.budget.latency_ms is not None:
                 raise InvalidSpec([Fault(f"{pointer}/budget/latency_ms", "is not offered by this release")])
             self.prune(step, pointer)

@@ -19,7 +19,7 @@ from app.spec.pruning import Criterion
 from worker.network import Network
 from worker.pruning.importance import class_scores, weight_scores, without_scales
 
-CRITERIA: tuple[Criterion, ...] = ("l1", "l2", "bn_scale", "fpgm", "taylor", "random")
+CRITERIA: tuple[Criterion, ...] = ("l1", "l2", "bn_scale", "fpgm", "taylor", "lamp", "activation", "random")
 CHAIN: Layers = [conv(6, name="a"), layer("batch_norm", name="n"), layer("relu"), conv(4, name="b"), *HEAD]
 
 
@@ -210,3 +210,34 @@ def test_groups_of_one_stage_are_ranked_by_their_own_members() -> None:
         consumers = (state["g.weight"][:, position] ** 2).sum()
         c = int(classes.slots["a"].ids[position])
         assert found[c] == pytest.approx((producers + consumers) / 2, rel=1e-12)
+
+
+def test_lamp_divides_by_what_is_not_weaker_so_the_strongest_of_every_group_has_one() -> None:
+    network = network_of(CHAIN)
+    strength, found = scores(network, "l2"), scores(network, "lamp")
+    for group in channel_classes(network.graph).groups:
+        members = group.classes.tolist()
+        for c in members:
+            rest = sum(strength[other] for other in members if strength[other] >= strength[c])
+            assert found[c] == pytest.approx(strength[c] / rest, rel=1e-12)
+        assert max(found[c] for c in members) == pytest.approx(1.0, rel=1e-12)
+
+
+def test_activation_is_the_mean_absolute_output_behind_norm_and_activation() -> None:
+    network = network_of(CHAIN)
+    data = batches(network)
+    answers: list[Tensor] = []
+    relu = network.graph.nodes[2].name
+    network.get_submodule(relu).register_forward_hook(lambda module, inputs, output: answers.append(output.detach()))
+    network.eval()
+    with torch.no_grad():
+        for images, _ in data:
+            network(images)
+    wanted = torch.cat(answers).abs().mean(dim=(0, 2, 3)).tolist()
+    assert of_node(network, scores(network, "activation", batches=data), "a") == pytest.approx(wanted, rel=1e-12)
+
+
+def test_activation_leaves_hooks_and_mode_as_they_were() -> None:
+    network = network_of(CHAIN).train()
+    scores(network, "activation")
+    assert all(module.training and not module._forward_hooks for module in network.modules())

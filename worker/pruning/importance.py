@@ -13,7 +13,11 @@ Q, the consumers (input side), and B, the batch norms between them; n is the num
 | `bn_scale` | (1/n) sum over B of the absolute scale; `l2` without any | Liu et al., arXiv 1708.06519 |
 | `fpgm` | sum of the distances of its P slices to those of every class of its group | He et al., arXiv 1811.00250 |
 | `taylor` | mean over batches of (sum over P of output * gradient)^2 | Molchanov et al., arXiv 1906.10771 |
+| `lamp` | its `l2` score / the sum of those of its group that are not weaker | after Lee et al., arXiv 2010.07611 |
+| `activation` | (1/n) sum over P of the mean absolute output | Molchanov et al., arXiv 1611.06440 |
 | `random` | uniform, from the seed and the group | the baseline |
+
+An output is taken behind the normalisation and the activation that alone read it.
 
 Sums are taken in float64 by one thread, so that neither the number of threads nor the machine decides a near-tie.
 """
@@ -34,6 +38,7 @@ from app.spec.channel_rules import FloatArray, IntArray, OwnedAxis, Role
 from app.spec.channels import Classes, Group
 from app.spec.pruning import Criterion
 from worker.network import Network
+from worker.pruning.activations import mean_activations
 
 DISTANCE_ROWS = 512  # of fpgm's distance matrix at a time
 PRUNABLE = frozenset({"conv", "conv_transpose", "linear"})
@@ -87,7 +92,7 @@ def class_scores(
         classes: Of `network.graph`.
         criterion: See the table above.
         seed: For `random`.
-        batches: For `taylor`: (images, labels) on the network's device.
+        batches: For `taylor` and `activation`: (images, labels) on the network's device.
         loss: For `taylor`: (logits, labels) -> scalar.
 
     Raises:
@@ -107,8 +112,13 @@ def class_scores(
         scores[without] = _mean_over_tensors(network, classes, ("out", "in"), np.square)[0][without]
     elif criterion == "l1":
         scores, _ = _mean_over_tensors(network, classes, ("out", "in"), np.abs)
+    elif criterion == "activation":
+        assert batches is not None, "activation needs batches"
+        scores = mean_activations(network, classes, batches)
     else:
         scores, _ = _mean_over_tensors(network, classes, ("out", "in", "norm"), np.square)
+        if criterion == "lamp":
+            scores = _lamp(scores, classes)
     return {c: float(scores[c]) for c in classes.all().tolist()}
 
 
@@ -192,6 +202,17 @@ def _slices(rows: FloatArray, axis: OwnedAxis, group: Group) -> FloatArray:
     table = np.zeros((len(group.classes), int(rank.max()) + 1, rows.shape[1]))
     table[place, rank] = rows[order]
     return table.reshape(len(group.classes), -1)
+
+
+def _lamp(scores: FloatArray, classes: Classes) -> FloatArray:
+    """Each score divided by the sum of those in its group that are not weaker: the strongest of a group has 1."""
+    relative = np.zeros_like(scores)
+    for group in classes.groups:
+        values = scores[group.classes]
+        order = np.argsort(values, kind="stable")
+        rest = np.cumsum(values[order][::-1])[::-1]  # summed from the strong end: total - prefix would cancel
+        relative[group.classes[order]] = np.divide(values[order], rest, out=np.zeros_like(rest), where=rest > 0)
+    return relative
 
 
 def _taylor(network: Network, classes: Classes, batches: Batches, loss: Loss) -> FloatArray:

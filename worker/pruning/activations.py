@@ -1,0 +1,68 @@
+"""How strongly channels answer to images: the mean absolute output of each, float64 on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from app.errors import Diverged
+from app.spec.channel_rules import FloatArray
+from app.spec.channels import Classes
+from app.spec.draft import block_of
+from worker.network import Network
+
+
+def mean_activations(network: Network, classes: Classes, batches: Iterable[tuple[Tensor, Tensor]]) -> FloatArray:
+    """By class number: the mean over producers, images and positions of the absolute output, in eval mode.
+
+    The output of a producer (a convolution or linear layer) is taken behind the normalisation and the activation that
+    alone read it (`block_of`): what the layers behind it see. Molchanov et al., arXiv 1611.06440.
+
+    Raises:
+        Diverged: An output is not finite.
+    """
+    producers = list(dict.fromkeys(axis.layer for axis in classes.axes if axis.role == "out"))
+    totals: dict[str, Tensor] = {}
+    images = 0
+    hooks = [_watch(network, name, totals) for name in producers]
+    training = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        with torch.no_grad():
+            for images_NCx, _ in batches:
+                network(images_NCx)
+                images += len(images_NCx)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in training.items():
+            module.training = mode
+    sums, contributions = np.zeros(classes.slot_count), np.zeros(classes.slot_count, dtype=np.int64)
+    for name in producers:
+        slots = classes.slots[name]
+        means = totals[name].cpu().numpy() / max(1, images)
+        if not np.isfinite(means).all():
+            raise Diverged(f"an output of {name} is not finite, so activation cannot rank the channels")
+        np.add.at(sums, slots.ids, means.reshape(-1, slots.repeat).mean(axis=1))
+        np.add.at(contributions, slots.ids, 1)
+    return sums / np.maximum(contributions, 1)
+
+
+def _watch(network: Network, name: str, totals: dict[str, Tensor]) -> Any:
+    """Add up, per channel, the sum over images of the mean over positions."""
+    block = block_of(network.graph, network.graph[name])
+    last = block.norm or block.conv
+    # applied here: the network may pool before it activates
+    apply = None if block.activation is None else network.get_submodule(block.activation.name)
+
+    def hook(module: nn.Module, inputs: Any, output_NCx: Tensor) -> None:
+        answer_NCx = output_NCx if apply is None else apply.forward(output_NCx)
+        found_C = answer_NCx.double().abs().flatten(2).mean(2) if answer_NCx.dim() > 2 else answer_NCx.double().abs()
+        total_C = found_C.sum(0)
+        totals[name] = totals[name] + total_C if name in totals else total_C
+
+    return network.get_submodule(last.name).register_forward_hook(hook)
