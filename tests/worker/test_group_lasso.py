@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -63,4 +64,4 @@ def test_descent_on_the_term_alone_brings_whole_channels_down_together() -> None
         term.backward()
         optimizer.step()
     assert terms[-1] < 0.9 * terms[0]
-    assert all(later < earlier for earlier, later in zip(terms, terms[1:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(terms))
