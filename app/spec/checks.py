@@ -11,7 +11,7 @@ from app.spec.cost import Memory
 from app.spec.data import DataFacts
 from app.spec.draft import WEIGHTED
 from app.spec.graph import Graph
-from app.spec.job import JobSpec, LayersModel, retraining
+from app.spec.job import JobSpec, PresetModel, retraining
 from app.spec.optimizations import (
     COMPRESSIONS,
     LESSONS,
@@ -20,17 +20,21 @@ from app.spec.optimizations import (
     Regularization,
 )
 from app.spec.pruning import Prune
+from app.spec.sources import Source
 
 MOST_SYNTHETIC_BYTES = 8 << 30
 MOST_PRUNES = 8  # each is forecast in full, for networks of any size
 
 
-def input_shape(spec: JobSpec, facts: DataFacts) -> tuple[int, ...]:
-    """The `(C, *spatial)` of the job's network: the model's, else the data's.
+def input_shape(spec: JobSpec, facts: DataFacts, source: Source | None = None) -> tuple[int, ...]:
+    """The `(C, *spatial)` of the job's network: the model's, else its source's where the data fit it, else the data's.
 
-    Raises InvalidSpec at `/model/input_shape` if neither says it or if the data does not fit it.
+    Raises InvalidSpec at `/model/input_shape` if nothing says it or if the data does not fit it.
     """
     shape = spec.model.input_shape
+    if shape is None and source is not None and source.input_shape is not None:
+        fits = spec.data.synthetic is not None or facts.layout(source.input_shape) is not None
+        shape = source.input_shape if fits else None
     if spec.data.synthetic is not None:
         if shape is None:
             raise InvalidSpec([Fault("/model/input_shape", "is required with synthetic data, which takes its shape")])
@@ -87,7 +91,7 @@ def data_faults(spec: JobSpec, facts: DataFacts) -> Iterator[Fault]:
         yield Fault("/training/batch_size", message, limit=images, value=spec.training.batch_size)
     if spec.training.early_stopping is not None and held_out == 0:
         yield Fault("/training/early_stopping", "needs validation images: raise data.validation", limit=1, value=0)
-    if not isinstance(spec.model, LayersModel) and spec.model.classes not in (None, facts.classes):
+    if isinstance(spec.model, PresetModel) and spec.model.classes not in (None, facts.classes):
         message = f"differs from the classes of the data: {facts.classes}"
         yield Fault("/model/classes", message, limit=facts.classes, value=spec.model.classes)
 
@@ -98,7 +102,7 @@ def training_faults(spec: JobSpec, most_epochs: int) -> Iterator[Fault]:
     if training.epochs > most_epochs:
         message = f"is more than the {most_epochs} epochs that a job may train here"
         yield Fault("/training/epochs", message, limit=most_epochs, value=training.epochs)
-    if training.warmup_epochs > training.epochs:
+    if training.warmup_epochs > training.epochs > 0:
         message = f"the warm-up is longer than the training of {training.epochs} epochs"
         yield Fault("/training/schedule/warmup", message, limit=training.epochs, value=training.warmup_epochs)
     for position, milestone in enumerate(training.milestones):

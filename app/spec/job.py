@@ -6,10 +6,8 @@ import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    Discriminator,
     Field,
     SerializerFunctionWrapHandler,
-    Tag,
     ValidationError,
     model_serializer,
     model_validator,
@@ -19,15 +17,17 @@ from pydantic.functional_validators import AfterValidator, BeforeValidator
 from app.errors import Fault, InvalidSpec
 from app.spec.data import DataSpec
 from app.spec.faults import bulk_fault, faults_of
-from app.spec.layers import AnyLayer
-from app.spec.optimizations import COMPRESSIONS, Compression, Optimization
-from app.spec.presets import PRESETS
+from app.spec.models import JobModel, LayersModel, ModelSpec, PresetModel
+from app.spec.optimizations import COMPRESSIONS, Compression, Distill, Optimization
 from app.spec.pruning import Epochs, LearningRate, Prune, Retrain
-from app.spec.strict import LABELS, LARGEST_INT, LabelKey, LabelValue, Shape, Strict, Text, fault
+from app.spec.strict import LABELS, LARGEST_INT, LabelKey, LabelValue, Strict, Text, fault
+
+__all__ = ["JobModel", "JobSpec", "LayersModel", "PresetModel", "completed", "parse_job", "retraining"]
 
 SPEC_VERSIONS = (1,)
-MOST_LAYERS = 10_000
 MOST_OPTIMIZATIONS = 24
+MOST_PATTERNS = 256
+USUAL_RETRAINING = 3  # epochs, where there is no training whose length could tell
 
 Augmentation = Literal["random_crop", "horizontal_flip", "cutout"]
 Export = Literal["safetensors", "onnx", "pytorch"]
@@ -41,10 +41,7 @@ def _known_version(version: object) -> object:
     return version
 
 
-def _known_preset(name: str) -> str:
-    if name not in PRESETS:
-        raise fault(f"is not a preset; presets are: {', '.join(PRESETS)}")
-    return name
+Pattern = Annotated[Text, Field(description="A layer's name, or a glob of names: *, ?, [...].")]
 
 
 def _without_repetition(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -52,36 +49,6 @@ def _without_repetition(values: tuple[Any, ...]) -> tuple[Any, ...]:
         if value in values[:position]:
             raise fault(f"lists {value} twice", field=str(position), value=value)
     return values
-
-
-class PresetModel(Strict):
-    """A network by name, for any input shape and class count."""
-
-    preset: Annotated[
-        Text,
-        AfterValidator(_known_preset),
-        Field(description="One of GET /v1/presets.", json_schema_extra={"enum": list(PRESETS)}),
-    ]
-    input_shape: Annotated[Shape | None, Field(description="(channels, *spatial); default: the data's.")] = None
-    classes: Annotated[int | None, Field(ge=2, le=65_536, description="Default: the data's.")] = None
-    width: Annotated[float, Field(ge=0.01, le=16, description="Factor on every number of channels.")] = 1.0
-
-
-class LayersModel(Strict):
-    """A network as a list of layers, each fed by the one before unless it names its inputs."""
-
-    input_shape: Annotated[Shape | None, Field(description="(channels, *spatial); default: the data's.")] = None
-    layers: Annotated[tuple[AnyLayer, ...], Field(min_length=1, max_length=MOST_LAYERS)]
-
-
-def _model_kind(model: object) -> str:
-    is_preset = isinstance(model, PresetModel) or (isinstance(model, dict) and "preset" in model)
-    return "<preset>" if is_preset else "<layers>"
-
-
-ModelSpec = Annotated[
-    Annotated[PresetModel, Tag("<preset>")] | Annotated[LayersModel, Tag("<layers>")], Discriminator(_model_kind)
-]
 
 
 class Optimizer(Strict):
@@ -184,7 +151,14 @@ class EarlyStopping(Strict):
 class Training(Strict):
     """How the network is trained; retraining after pruning uses the same settings with its own schedule."""
 
-    epochs: Epochs = 10
+    epochs: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=1_000_000,
+            description="0: none, for a network that comes trained, from a job or with weights, head included.",
+        ),
+    ] = 10
     batch_size: Annotated[int, Field(ge=1, le=65_536)] = 128
     optimizer: Optimizer = Field(default_factory=Optimizer)
     schedule: Schedule = Field(default_factory=Schedule)
@@ -203,6 +177,19 @@ class Training(Strict):
     channels_last: Annotated[
         bool | None, Field(description="Memory layout of 2-D and 3-D images; null: what is faster on the device.")
     ] = None
+    frozen: Annotated[
+        tuple[Pattern, ...],
+        Field(
+            max_length=MOST_PATTERNS,
+            description="Names or globs of layers that no training of the job changes; batch norm keeps its statistics.",
+        ),
+        AfterValidator(_without_repetition),
+    ] = ()
+    lr_factors: dict[Pattern, Annotated[float, Field(ge=0, le=100)]] = Field(
+        default_factory=dict,
+        max_length=MOST_PATTERNS,
+        description="Layer name or glob -> factor on the learning rate, in every training; the first match wins.",
+    )
 
     @property
     def warmup_epochs(self) -> float:
@@ -235,24 +222,43 @@ class JobSpec(Strict):
         EXPORTS
     )
 
+    @model_validator(mode="after")
+    def _trains_or_is_trained(self) -> Self:
+        if self.training.epochs > 0:
+            return self
+        if not isinstance(self.model, JobModel) and self.model.weights is None:
+            message = "0 is for a network that comes trained: from a job (model.job) or with weights (model.weights)"
+            raise fault(message, field="training/epochs", limit=1, value=0)
+        if self.model.head == "new":
+            raise fault("0 leaves the new head untrained: train it", field="training/epochs", limit=1, value=0)
+        for position, step in enumerate(self.optimizations):
+            if isinstance(step, Distill):
+                message = "teaches the training, but training.epochs is 0: use retrain.distillation"
+                raise fault(message, field=f"optimizations/{position}")
+        return self
+
     def document(self) -> dict[str, Any]:
         """The job as JSON values, every default filled in; `parse_job` reads it back to an equal job."""
         return self.model_dump(mode="json")
 
 
 def retraining(step: Compression, training: Training) -> Retrain:
-    """How `step` is retrained, epochs filled in: a third of the training's, at least 1; none with policy none."""
+    """How `step` is retrained, epochs filled in: a third of the training's, at least 1; none with policy none.
+
+    Of a training of 0 epochs: 3.
+    """
     retrain = step.retrain or Retrain()
     if retrain.epochs is not None:
         return retrain
-    return retrain.model_copy(update={"epochs": 0 if retrain.policy == "none" else max(1, training.epochs // 3)})
+    usual = max(1, training.epochs // 3) if training.epochs else USUAL_RETRAINING
+    return retrain.model_copy(update={"epochs": 0 if retrain.policy == "none" else usual})
 
 
 def completed(spec: JobSpec) -> JobSpec:
     """`spec` with the defaults filled in that depend on another part: warm-up, milestones, retraining. Idempotent."""
     training = spec.training
-    update: dict[str, Any] = {"warmup": training.warmup_epochs}
-    if training.schedule.name == "step":
+    update: dict[str, Any] = {"warmup": training.warmup_epochs} if training.epochs else {}
+    if training.schedule.name == "step" and training.epochs:
         update["milestones"] = training.milestones
     schedule = training.schedule.model_copy(update=update)
     steps = tuple(
@@ -272,6 +278,8 @@ def _completed_step(step: Compression, training: Training) -> Compression:
         own["pattern"] = ":".join(map(str, step.kept_of))
     elif step.structure == "blocks":
         own["block"] = step.block_shape
+    elif step.budget is None or step.budget.latency_ms is None:  # else the worker's processor decides
+        own["round_to"] = step.alignment
     schedule = step.schedule
     if schedule.name == "cubic" and schedule.epochs is None and retrain.epochs:
         schedule = schedule.model_copy(update={"epochs": max(1, round(0.7 * retrain.epochs))})

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from app.errors import Fault, InvalidSpec, JsonValue
 from app.settings import Settings
-from app.spec import checks
+from app.spec import checks, starting
 from app.spec.cost import Cost, Memory, cost, layer_rows, training_memory
 from app.spec.data import DataFacts
 from app.spec.draft import WEIGHTED
 from app.spec.faults import MOST_FAULTS
+from app.spec.fine_tuning import fine_tuning_faults, fine_tuning_warnings, frozen_layers, rate_factors
 from app.spec.forecast import Forecast, LayerPlan
 from app.spec.graph import Graph, Limits, build_graph
-from app.spec.job import JobSpec, PresetModel, completed, retraining
+from app.spec.job import JobModel, JobSpec, PresetModel, completed, retraining
 from app.spec.layers import read_layers
 from app.spec.optimizations import Compression, Optimization, Rewrite, SmallKernels
 from app.spec.presets import preset_layers
 from app.spec.rewrites import rewrite
+from app.spec.sources import Source
+from app.spec.starting import Start
 
 PLAN_VERSION = 1
 
@@ -60,6 +63,8 @@ class Plan:
     `spec` has every default filled in, `input_shape` and `classes` too. `graphs` are the network as given and after
     each optimization (after those that do not rewrite it: the same again), one more than there are optimizations.
     `floor` is the cost with every channel group at its smallest, of the last step that removes channels, else None.
+    `start` says which trained weights it begins with; `frozen` are the layers that no training changes, `rate_factors`
+    those with a learning rate of their own.
     """
 
     spec: JobSpec
@@ -74,6 +79,9 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     phases: tuple[Phase, ...]
     warnings: tuple[Fault, ...]
+    start: Start | None = None
+    frozen: frozenset[str] = frozenset()
+    rate_factors: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def given(self) -> Graph:
@@ -86,11 +94,14 @@ class Plan:
         return self.graphs[-1]
 
 
-def make_plan(spec: JobSpec, facts: DataFacts, *, limits: Limits | None = None) -> Plan:
-    """The plan of `spec` on data with these facts.
+def make_plan(
+    spec: JobSpec, facts: DataFacts, *, limits: Limits | None = None, sources: Mapping[str, Source] | None = None
+) -> Plan:
+    """The plan of `spec` on data with these facts; `sources` has every network that `spec` refers to, by its key.
 
     Raises InvalidSpec with every mistake of meaning that could be found, at most 100.
     """
+    known = sources or {}
     bounds = _bounds(limits)
     spec = _with_batch(completed(spec), facts)
     faults = [
@@ -98,18 +109,29 @@ def make_plan(spec: JobSpec, facts: DataFacts, *, limits: Limits | None = None) 
         *checks.training_faults(spec, bounds.epochs),
         *checks.order_faults(spec),
     ]
+    if missing := list(starting.unknown_sources(spec, known)):
+        raise InvalidSpec([*missing, *faults][:MOST_FAULTS])
+    reference = starting.start_reference(spec)
+    source = None if reference is None else known[reference.key]
     try:
-        spec = _with_model(spec, facts)
-        given = given_graph(spec, facts.classes, limits=bounds)
+        spec = _with_model(spec, facts, source)
+        given = given_graph(spec, facts.classes, limits=bounds, source=source)
     except InvalidSpec as exc:
         raise InvalidSpec([*exc.faults, *faults][:MOST_FAULTS]) from exc
+    faults += starting.teacher_faults(spec, given.input_shape, facts.classes, known, bounds)
+    if reference is not None and source is not None:
+        head = starting.new_head(spec, given, source, facts.classes)
+        faults += starting.weights_faults(given, source, head, reference.pointer)
     if faults:
         raise InvalidSpec(faults[:MOST_FAULTS])
     graphs, rows, warnings = _rewritten(given, spec.optimizations, bounds)
     baseline = graphs[-1]
+    start = None if source is None else starting.start_of(spec, given, baseline, source, facts.classes)
     memory = training_memory(baseline, batch_size=spec.training.batch_size, optimizer=spec.training.optimizer.name)
     faults = [
         *checks.graph_faults(spec, baseline),
+        *fine_tuning_faults(spec.training, baseline),
+        *(() if start is None else starting.start_faults(spec, start, given.input_shape)),
         *checks.memory_faults(spec, memory, bounds.training_bytes),
     ]
     forecast = Forecast(baseline, cost(baseline))
@@ -132,17 +154,31 @@ def make_plan(spec: JobSpec, facts: DataFacts, *, limits: Limits | None = None) 
         memory=memory,
         layers=(*rows, *forecast.rows, *_untouched(baseline, forecast.rows)),
         phases=_phases(spec),
-        warnings=(*checks.warnings(spec, facts, baseline), *warnings, *forecast.warnings),
+        warnings=(
+            *checks.warnings(spec, facts, baseline),
+            *starting.warnings(spec, facts, given, start, known),
+            *fine_tuning_warnings(spec.training, baseline, start),
+            *warnings,
+            *forecast.warnings,
+        ),
+        start=start,
+        frozen=frozen_layers(spec.training, baseline),
+        rate_factors=rate_factors(spec.training, baseline),
     )
 
 
-def given_graph(spec: JobSpec, classes: int, *, limits: Limits | None = None) -> Graph:
+def given_graph(spec: JobSpec, classes: int, *, limits: Limits | None = None, source: Source | None = None) -> Graph:
     """The network as `spec` gives it, for K = `classes`; its `input_shape` must be stated.
+
+    `source` is the finished job's network where the model is one.
 
     Raises InvalidSpec with pointers into the spec if it is not a network.
     """
     model, bounds = spec.model, limits or JobLimits()
     assert model.input_shape is not None, "make_plan fills it in"
+    if isinstance(model, JobModel):
+        assert source is not None, "the network of a job needs its source"
+        return starting.job_graph(model, source, classes, bounds)
     if not isinstance(model, PresetModel):
         return build_graph(model.layers, model.input_shape, classes=classes, limits=bounds)
     layers = read_layers(preset_layers(model.preset, model.input_shape, classes, model.width))
@@ -188,8 +224,8 @@ def _with_batch(spec: JobSpec, facts: DataFacts) -> JobSpec:
     return spec.model_copy(update={"training": spec.training.model_copy(update={"batch_size": images})})
 
 
-def _with_model(spec: JobSpec, facts: DataFacts) -> JobSpec:
-    update: dict[str, Any] = {"input_shape": checks.input_shape(spec, facts)}
+def _with_model(spec: JobSpec, facts: DataFacts, source: Source | None) -> JobSpec:
+    update: dict[str, Any] = {"input_shape": checks.input_shape(spec, facts, source)}
     if isinstance(spec.model, PresetModel):
         update["classes"] = facts.classes
     return spec.model_copy(update={"model": spec.model.model_copy(update=update)})

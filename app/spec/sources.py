@@ -16,10 +16,12 @@ from typing import Any, Literal, NamedTuple, Self
 
 from app.spec.architecture import Preprocessing
 from app.spec.job import JobSpec
+from app.spec.models import JobModel
+from app.spec.optimizations import COMPRESSIONS, Distill
+from app.spec.pruning import Artifact
 from app.spec.shapes import Shape
 
 Kind = Literal["job", "weights"]
-Delivered = Literal["pruned", "baseline"]
 
 
 class Reference(NamedTuple):
@@ -27,7 +29,7 @@ class Reference(NamedTuple):
 
     kind: Kind
     id: str
-    artifact: Delivered | None
+    artifact: Artifact | None
     pointer: str
     """Where the description names it first, e.g. `/model/job`."""
 
@@ -85,25 +87,23 @@ class Source:
 def references(spec: JobSpec) -> tuple[Reference, ...]:
     """Every network that `spec` names, in the order of the description; one that is named twice comes once."""
     found: dict[str, Reference] = {}
-    for reference in _named(spec):
+    for reference in every_reference(spec):
         found.setdefault(reference.key, reference)
     return tuple(found.values())
 
 
-def _named(spec: JobSpec) -> Iterator[Reference]:
-    job = getattr(spec.model, "job", None)
-    if job is not None:
-        yield Reference("job", job, getattr(spec.model, "artifact", "pruned"), "/model/job")
-    weights = getattr(spec.model, "weights", None)
-    if weights is not None:
-        yield Reference("weights", weights, None, "/model/weights")
+def every_reference(spec: JobSpec) -> Iterator[Reference]:
+    """As `references`, at each place where a network is named."""
+    if isinstance(spec.model, JobModel):
+        yield Reference("job", spec.model.job, spec.model.artifact, "/model/job")
+    elif spec.model.weights is not None:
+        yield Reference("weights", spec.model.weights, None, "/model/weights")
     for position, step in enumerate(spec.optimizations):
         pointer = f"/optimizations/{position}"
-        retrain = getattr(step, "retrain", None)
-        for part, place in (
-            (step, pointer),
-            (getattr(retrain, "distillation", None), f"{pointer}/retrain/distillation"),
-        ):
-            teacher = getattr(part, "teacher", None)
-            if teacher is not None:
-                yield Reference("job", teacher, getattr(part, "artifact", "pruned"), f"{place}/teacher")
+        if isinstance(step, Distill):
+            yield Reference("job", step.teacher, step.artifact, f"{pointer}/teacher")
+        elif isinstance(step, COMPRESSIONS) and step.retrain is not None and step.retrain.distillation is not None:
+            distillation = step.retrain.distillation
+            if distillation.teacher is not None:
+                at = f"{pointer}/retrain/distillation/teacher"
+                yield Reference("job", distillation.teacher, distillation.artifact, at)

@@ -354,7 +354,9 @@ def test_a_model_is_a_preset_or_layers_and_data_one_source() -> None:
     assert refused(document(model={}))[0].pointer == "/model/layers"
     both = {"preset": "simple_cnn", "layers": [{"type": "flatten"}]}
     assert refused(document(model=both))[0].pointer == "/model/layers"
-    assert refused(document(model={"job": "j1", "artifact": "pruned"}))
+    assert refused(document(model={"job": "j1", "layers": [{"type": "flatten"}]}))[0].pointer == "/model/layers"
+    assert refused(document(model={"job": "j 1"}))[0].pointer == "/model/job"
+    assert not refused(document(model={"job": "j1", "artifact": "pruned"}))
     assert [fault.pointer for fault in refused(document(data={}))] == ["/data"]
     assert refused(document(data={"dataset": "mnist", "synthetic": {}}))
 

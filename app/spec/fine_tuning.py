@@ -1,0 +1,83 @@
+"""Which layers of a network do not train, and which train at a rate of their own.
+
+A pattern is a layer's name, or a glob of names (`*`, `?`, `[...]`). Patterns are matched once, against the network that
+the job trains: after the rewrites, before the first compression. A layer that a compression brings has another name, so
+it trains, at the rate of all.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from fnmatch import translate
+
+from app.errors import Fault
+from app.spec.faults import pointer
+from app.spec.graph import Graph
+from app.spec.job import Training
+from app.spec.starting import Start, listed
+
+FROZEN = "/training/frozen"
+RATES = "/training/lr_factors"
+MOST_NAMED = 3
+MOST_ADVICE = 20  # looking for similar names takes longer than everything else
+FEW_NAMES = 200
+
+
+def frozen_layers(training: Training, graph: Graph) -> frozenset[str]:
+    """Names of the layers of `graph` with parameters that `training` freezes."""
+    return frozenset(_first_matches(training.frozen, _trained(graph)))
+
+
+def rate_factors(training: Training, graph: Graph) -> dict[str, float]:
+    """Layer -> factor on the learning rate, for layers of `graph` with another factor than 1; the first match wins."""
+    found = _first_matches(tuple(training.lr_factors), _trained(graph))
+    factors = {name: training.lr_factors[pattern] for name, pattern in found.items()}
+    return {name: factor for name, factor in factors.items() if factor != 1}
+
+
+def fine_tuning_faults(training: Training, graph: Graph) -> Iterator[Fault]:
+    """Patterns that match nothing that could be trained, and a job that would train nothing."""
+    names = _trained(graph)
+    places = [(pattern, f"{FROZEN}/{position}") for position, pattern in enumerate(training.frozen)]
+    places += [(pattern, RATES + pointer(pattern)) for pattern in training.lr_factors]
+    advised = 0
+    for pattern, place in places:
+        form = re.compile(translate(pattern))
+        if any(form.match(name) for name in names):
+            continue
+        yield Fault(place, _why_nothing(form, pattern, graph, advise=advised < MOST_ADVICE), value=pattern[:64])
+        advised += 1
+    if training.frozen and names and len(frozen_layers(training, graph)) == len(names):
+        yield Fault(FROZEN, f"leaves nothing to train: it names all {len(names)} layers with parameters")
+
+
+def fine_tuning_warnings(training: Training, graph: Graph, start: Start | None) -> Iterator[Fault]:
+    """Frozen layers whose weights nobody has trained."""
+    fresh = {node.name for node in graph.nodes} if start is None else set(start.fresh)
+    untrained = sorted(frozen_layers(training, graph) & fresh)
+    if untrained:
+        yield Fault(FROZEN, f"keeps layers as they are drawn, untrained: {listed(untrained)}")
+
+
+def _why_nothing(form: re.Pattern[str], pattern: str, graph: Graph, *, advise: bool) -> str:
+    if any(form.match(node.name) for node in graph.nodes):
+        return "names only layers without parameters"
+    names = _trained(graph)
+    similar = difflib.get_close_matches(pattern, names, n=MOST_NAMED) if advise and len(names) <= FEW_NAMES else []
+    advice = f"; similar: {', '.join(similar)}" if similar else ""
+    return f"matches no layer of the network that is trained{advice}"
+
+
+def _trained(graph: Graph) -> list[str]:
+    return [node.name for node in graph.nodes if node.params]
+
+
+def _first_matches(patterns: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """Name -> the first pattern that it matches, for names that match one."""
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        form = re.compile(translate(pattern))
+        found |= {name: pattern for name in names if name not in found and form.match(name)}
+    return found
