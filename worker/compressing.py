@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from app.errors import BudgetMissed
-from app.spec.budget import BudgetUnreachable, choose_removals
+from app.spec.budget import BudgetUnreachable, Removals, choose_removals
 from app.spec.channels import channel_classes
 from app.spec.compressions import Separable
 from app.spec.cost import Cost, cost
@@ -18,10 +18,12 @@ from app.spec.graph import Graph, Node
 from app.spec.optimizations import Compression
 from app.spec.pruning import Prune
 from worker.averaging import put
+from worker.latency import Stopwatch
 from worker.losses import cross_entropy
 from worker.network import Network
 from worker.precision import Precision
 from worker.pruning.importance import class_scores
+from worker.pruning.latency_budget import aligned, confirm_time, removals_within_time
 from worker.pruning.masks import Masks, weight_masks
 from worker.pruning.recalibration import recalibrate_batch_norm
 from worker.pruning.schedules import Stage
@@ -37,13 +39,15 @@ Pairs = Iterator[tuple[Tensor, Tensor]]
 class Materials:
     """What a removal needs beside the network: images of the training part without augmentation, seeds, the dense cost.
 
-    `plain` gives batches of images and labels, the same at each call; `seed` is the job's.
+    `plain` gives batches of images and labels, the same at each call; `seed` is the job's; `dense_network` gives the
+    trained network before the first compression.
     """
 
     plain: Callable[[], Pairs]
     seed: int
     precision: Precision
     baseline: Cost
+    dense_network: Callable[[], Network]
 
 
 def cut_weights(
@@ -83,16 +87,25 @@ def cut_channels(network: Network, step: Prune, stage: Stage, materials: Materia
     """The smaller network, placed as the larger one was. `start` is the graph before the step's first removal.
 
     Raises:
-        BudgetMissed: the budget is below what the floors allow.
+        BudgetMissed: the budget is below what the floors allow, or what this machine can reach.
     """
+    step = aligned(step)
     classes = channel_classes(network.graph)
     scores = class_scores(
         network, classes, step.criterion, seed=materials.seed, batches=materials.plain(), loss=cross_entropy
     )
-    try:
-        removals = choose_removals(
-            network.graph, classes, scores, step, start=start, baseline=materials.baseline, fraction=stage.fraction
+
+    def choose(wanted: Prune, fraction: float) -> Removals:
+        return choose_removals(
+            network.graph, classes, scores, wanted, start=start, baseline=materials.baseline, fraction=fraction
         )
+
+    try:
+        if step.budget is not None and step.budget.latency_ms is not None:
+            stopwatch = Stopwatch(materials.dense_network())
+            removals = removals_within_time(network, classes, step, choose, stopwatch, fraction=stage.fraction)
+        else:
+            removals = choose(step, stage.fraction)
     except BudgetUnreachable as exc:
         raise BudgetMissed(str(exc)) from exc
     smaller = shrink(network, classes, removals.dropped)
@@ -114,8 +127,8 @@ def recalibrate(network: Network, materials: Materials) -> bool:
     return recalibrate_batch_norm(network, images()) > 0
 
 
-def check_budget(network: Network, step: Compression, baseline: Cost) -> None:
-    """Nothing, if the network is within the step's budget.
+def check_budget(network: Network, step: Compression, materials: Materials) -> None:
+    """Nothing, if the network is within the step's budget; a latency is measured once more.
 
     Raises:
         BudgetMissed: it is not; the message has both numbers.
@@ -123,7 +136,10 @@ def check_budget(network: Network, step: Compression, baseline: Cost) -> None:
     if isinstance(step, Separable) or step.budget is None:
         return
     measure = step.budget.measure
-    reached, allowed = getattr(cost(network.graph), measure), step.budget.allowed(getattr(baseline, measure))
+    if measure == "latency_ms":
+        confirm_time(network, step.budget, Stopwatch(materials.dense_network()))
+        return
+    reached, allowed = getattr(cost(network.graph), measure), step.budget.allowed(getattr(materials.baseline, measure))
     if reached > allowed:
         raise BudgetMissed(f"the pruned network has {reached} {measure}, the budget allows {allowed}")
 
@@ -168,8 +184,8 @@ def _why_untouched(before: Node, after: Node, nonzero: int, step: Prune, pins: l
         return "excluded"
     if pins and all(pins):
         return pins[0]
-    if before.shape[0] <= step.round_to:
-        return f"not wider than round_to {step.round_to}"
+    if before.shape[0] <= step.alignment:
+        return f"not wider than round_to {step.alignment}"
     if before.input_shapes[0][0] != after.input_shapes[0][0]:
         return "only its inputs follow"
     return "the budget was met without it, or the layers it is tied to hold it"

@@ -86,6 +86,28 @@ def measure_latency(
     return Latency(timings[0], timings[1], tuple(notes), conditions)
 
 
+class Stopwatch:
+    """Times of networks in onnxruntime, one image, one thread, each in turns with the dense network.
+
+    `dense_ms` is the median of the dense network. A time is the dense network's times the ratio of the medians of one
+    measurement, so that a machine that is busy for a while slows both.
+    """
+
+    def __init__(self, dense: Network, *, seconds: float = 0.4) -> None:
+        self._images = _noise((1, *dense.graph.input_shape))
+        self._seconds = seconds
+        (maker,) = _onnx_runs((dense,), 1)
+        self._dense = maker(self._images)
+        self.dense_ms = float(np.median(_take_turns((self._dense, self._dense), seconds)[0]))
+
+    def time_ms(self, network: Network, *, patience: float = 1.0) -> float:
+        """Milliseconds of one image; `patience` times the usual length of a measurement."""
+        (maker,) = _onnx_runs((network,), 1)
+        measured = _take_turns((self._dense, maker(self._images)), patience * self._seconds)
+        dense, other = (float(np.median(milliseconds)) for milliseconds in measured)
+        return self.dense_ms * other / dense
+
+
 def _torch_runs(networks: Sequence[Network], threads: int) -> list[Runner]:
     """One maker of runs per network, in eager mode on a CPU copy."""
 

@@ -152,7 +152,7 @@ class Job:
         def plain() -> Iterator[tuple[Tensor, Tensor]]:
             return batches.epoch(0)
 
-        return Materials(plain, seed, self.precision, self.plan.baseline_cost)
+        return Materials(plain, seed, self.precision, self.plan.baseline_cost, self.dense_network)
 
     def score(self, network: Network) -> Scores:
         """A network on the test part."""

@@ -118,7 +118,7 @@ def _evaluate(job: Job, stage: Stage) -> None:
         reached.ledger.baseline = reached.ledger.latest
         return
     step = job.compression(stage)
-    check_budget(reached.network, step, job.plan.baseline_cost)
+    check_budget(reached.network, step, job.materials)
     _close_record(job, step, complete=True)
 
 

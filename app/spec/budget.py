@@ -33,7 +33,6 @@ from app.spec.graph import Graph
 from app.spec.pruning import Prune, PruneOverride
 from app.spec.tally import Measure, Quantum, Tally
 
-
 COMPARABLE = ("taylor", "lamp")  # criteria whose scores can be compared between groups as they are
 
 
@@ -177,7 +176,7 @@ def _rooms(graph: Graph, classes: Classes, step: Prune, start: Graph) -> list[_R
         overrides = [step.overrides[name] for name, ids in overridden.items() if one in ids]
         width = widths.get(classes.key(group), len(group.classes))
         rounded = [o.round_to for o in overrides if o.round_to is not None]
-        together = _in_classes(math.lcm(*rounded) if rounded else step.round_to, group)
+        together = _in_classes(math.lcm(*rounded) if rounded else step.alignment, group)
         least = min(len(group.classes), _least(step, overrides, group, width))
         own = [o.sparsity for o in overrides if o.sparsity is not None]
         held = classes.pins.get(one) or _excluded(excluded, one) or _too_narrow(group, least, together)

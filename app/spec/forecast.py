@@ -18,7 +18,7 @@ from app.spec.faults import MOST_FAULTS
 from app.spec.faults import pointer as pointer_to
 from app.spec.graph import Graph, Node
 from app.spec.optimizations import Distill, Optimization
-from app.spec.pruning import Prune, PruneOverride
+from app.spec.pruning import Budget, Prune, PruneOverride
 
 Action = Literal["narrow", "follow", "keep", "mask", "insert", "replace"]
 
@@ -86,8 +86,6 @@ class Forecast:
         if isinstance(step, Prune):
             if step.structure in ("n:m", "blocks") or (step.zeros and step.criterion in ("lamp", "erk")):
                 raise InvalidSpec([Fault(pointer, "n:m, blocks, lamp and erk of weights are not offered yet")])
-            if step.budget is not None and step.budget.latency_ms is not None:
-                raise InvalidSpec([Fault(f"{pointer}/budget/latency_ms", "is not offered by this release")])
             self.prune(step, pointer)
         elif isinstance(step, LowRank | Separable | Quantize | Distill):
             raise InvalidSpec([Fault(pointer, f"{step.type} is not offered by this release")])
@@ -127,11 +125,16 @@ class Forecast:
         before = self.graph
         self._count_choices(pointer)
         classes = self._classes(pointer)
+        if step.budget is not None and step.budget.latency_ms is not None:
+            step = self._stand_in(step, step.budget, classes, pointer)
+            measured = True
+        else:
+            measured = False
         removals, after = self._removals(step, classes, pointer)
         self.graph = after
         # what may be left at the end of the job is what may be left after its last step
         self.floor = removals.floor
-        exact = step.scope == "layer" and _is_simulated(before, step)
+        exact = step.scope == "layer" and _is_simulated(before, step) and not measured
         reasons = why_kept(before, classes, step)
         self.rows += [
             _narrowed(node, after[node.name], step, exact, reasons, before, pointer) for node in _weighted(before)
@@ -139,6 +142,27 @@ class Forecast:
         if not removals.dropped:
             self.warnings.append(Fault(pointer, f"removes nothing: {_why_nothing(step, cost(before), self.baseline)}"))
         self.warnings += _channel_warnings(before, step, pointer)
+
+    def _stand_in(self, step: Prune, budget: Budget, classes: Classes, pointer: str) -> Prune:
+        """A step with a budget of MACs in the place of one of latency, which only the worker can measure.
+
+        A fraction of the time is planned as the same fraction of the MACs, milliseconds as no removal.
+        """
+        whole = step.model_copy(update={"budget": Budget(macs=self.baseline.macs)})
+        try:
+            floor = choose_removals(self.graph, classes, None, whole, baseline=self.baseline)
+        except BudgetUnreachable as exc:
+            raise InvalidSpec([Fault(pointer, str(exc))]) from exc
+        if not floor.floor_dropped:
+            reasons = "; ".join(f"{layer} ({why})" for layer, why in why_kept(self.graph, classes, step).items())
+            raise InvalidSpec([Fault(f"{pointer}/budget/latency_ms", f"no channel may be removed: {reasons}")])
+        share = budget.allowed_ms(1.0)
+        in_ms = budget.absolute or share > 1
+        macs = cost(self.graph).macs if in_ms else max(floor.floor.macs, int(share * self.baseline.macs))
+        shown = "the network before it" if in_ms else f"{share:g} of the MACs"
+        message = f"a latency is measured on the worker, in ONNX Runtime: the plan shows {shown} in its place"
+        self.warnings.append(Fault(f"{pointer}/budget/latency_ms", message))
+        return step.model_copy(update={"budget": Budget(macs=max(2, macs))})
 
     def _count_choices(self, pointer: str) -> None:
         self.choices += _channels(self.graph)
@@ -238,7 +262,7 @@ def _narrowed(
 ) -> LayerPlan:
     before_width, after_width = node.shape[0], after.shape[0]
     if after_width != before_width:
-        reason = f"{step.scope} {step.criterion}, round_to {step.round_to}" + ("" if exact else "; estimate")
+        reason = f"{step.scope} {step.criterion}, round_to {step.alignment}" + ("" if exact else "; estimate")
         return LayerPlan(node.name, "narrow", before_width, after_width, exact, reason, pointer)
     inputs_before, inputs_after = node.input_shapes[0][0], after.input_shapes[0][0]
     kept = reasons.get(node.name, "within the budget as it is")
@@ -262,7 +286,7 @@ def _source(graph: Graph, node: Node) -> str | None:
 
 def _why_nothing(step: Prune, now: Cost, baseline: Cost) -> str:
     if step.budget is None:
-        return f"sparsity {step.sparsity} is less than half of round_to {step.round_to} in every group"
+        return f"sparsity {step.sparsity} is less than half of round_to {step.alignment} in every group"
     measure = step.budget.measure
     present, allowed = getattr(now, measure), step.budget.allowed(getattr(baseline, measure))
     return f"the network has {present} {measure} and the budget allows {allowed}"

@@ -14,6 +14,7 @@ Criterion = Literal["l1", "l2", "taylor", "bn_scale", "fpgm", "lamp", "activatio
 Scope = Literal["global", "layer"]
 Policy = Literal["lr_rewind", "fine_tune", "weight_rewind", "none"]
 Measure = Literal["macs", "params", "bytes", "latency_ms"]
+MEASURES: tuple[Measure, ...] = ("macs", "params", "bytes", "latency_ms")
 Artifact = Literal["pruned", "baseline"]
 Epochs = Annotated[int, Field(ge=1, le=1_000_000)]
 Open01 = Annotated[float, Field(gt=0, lt=1)]
@@ -156,13 +157,18 @@ class Budget(Strict):
             description="Median time of one image in ONNX Runtime, one thread, on the worker; up to 1: fraction kept.",
         ),
     ] = None
+    absolute: Annotated[bool, Field(description="latency_ms is in milliseconds even where it is 1 or less.")] = False
 
     @model_validator(mode="after")
     def _one_bound(self) -> Self:
-        given = [(name, value) for name, value in self if value is not None]
+        given = [(name, value) for name in MEASURES if (value := getattr(self, name)) is not None]
         if len(given) != 1:
             raise fault("state exactly one of: macs, params, bytes, latency_ms")
         name, value = given[0]
+        if self.absolute and name != "latency_ms":
+            raise fault(
+                "a fraction is up to 1 and a number of units above it: absolute is for latency_ms", field="absolute"
+            )
         if name != "latency_ms" and value > 1 and not isinstance(value, int):
             raise fault(
                 "a budget is a fraction kept (0 < f <= 1) or an integer above 1", field=name, limit=1, value=value
@@ -178,8 +184,14 @@ class Budget(Strict):
 
     def allowed(self, dense: int) -> int:
         """The largest cost allowed, where the baseline's is `dense`: a fraction is rounded down."""
+        assert self.measure != "latency_ms", "a latency is measured, not counted"
         value = getattr(self, self.measure)
         return int(value * dense) if value <= 1 else int(value)
+
+    def allowed_ms(self, dense_ms: float) -> float:
+        """The longest time allowed, in milliseconds, where the baseline takes `dense_ms`."""
+        assert self.latency_ms is not None
+        return self.latency_ms if self.absolute or self.latency_ms > 1 else self.latency_ms * dense_ms
 
 
 class PruneOverride(Strict):
@@ -260,8 +272,14 @@ class Prune(Strict):
         default_factory=dict, max_length=10_000, description="Layer name -> what is different for it."
     )
     round_to: Annotated[
-        int, Field(ge=1, le=1024, description="channels: widths become multiples of this, which fast kernels need.")
-    ] = 8
+        int | None,
+        Field(
+            ge=1,
+            le=1024,
+            description="channels: widths become multiples of this, which fast kernels need. Default: 8; with latency_ms "
+            "the block of the worker's kernels, 16 with AVX-512.",
+        ),
+    ] = None
     min_channels: Annotated[Count, Field(description="channels: fewest channels a group keeps.")] = 1
     max_sparsity: Annotated[float, Field(gt=0, lt=1, description="channels: largest part of a group that may go.")] = (
         0.9
@@ -276,6 +294,11 @@ class Prune(Strict):
     def zeros(self) -> bool:
         """Whether it sets weights to zero; else the network gets smaller."""
         return self.structure != "channels"
+
+    @property
+    def alignment(self) -> int:
+        """What widths become multiples of, in channels."""
+        return 8 if self.round_to is None else self.round_to
 
     @property
     def kept_of(self) -> tuple[int, int]:

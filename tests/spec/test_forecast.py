@@ -181,3 +181,25 @@ def test_choosing_among_more_channels_than_anybody_waits_for_is_refused() -> Non
     (fault,) = misplanned(**spec)
     assert fault.pointer == "/optimizations/3"
     assert fault.limit == 1_500_000
+
+
+def test_a_latency_is_planned_as_macs_and_the_plan_says_so() -> None:
+    found = plan(optimizations=[{"type": "prune", "budget": {"latency_ms": 0.5}}])
+    assert 0 < found.planned_cost.macs <= 0.5 * found.baseline_cost.macs
+    assert any("measured on the worker" in warning.message for warning in found.warnings)
+    assert not any(row.exact for row in found.layers if row.action == "narrow")
+    (step,) = found.spec.optimizations
+    assert isinstance(step, Prune)
+    assert step.round_to is None
+
+
+def test_milliseconds_cannot_be_planned_and_leave_the_network_as_it_is() -> None:
+    found = plan(optimizations=[{"type": "prune", "budget": {"latency_ms": 0.5, "absolute": True}}])
+    assert found.planned_cost == found.baseline_cost
+
+
+def test_a_latency_without_a_channel_to_remove_is_refused() -> None:
+    step = {"type": "prune", "budget": {"latency_ms": 0.5}, "exclude": ["conv1", "conv2", "linear1"]}
+    (fault,) = misplanned(optimizations=[step])
+    assert fault.pointer.startswith("/optimizations/0")
+    assert "no channel may be removed" in fault.message
