@@ -32,7 +32,7 @@
     │       └── StorageFull             503 storage_full
     ├── JobError                        ends a job: `failed` with code, sentence, hint
     │   ├── BudgetMissed, DataInvalid, DataUnavailable, DiskFull, Diverged, LayerEmptied, OutOfMemory,
-    │   └── Poisoned, TimeLimit, VerificationFailed
+    │   └── Poisoned, SourceUnavailable, TimeLimit, VerificationFailed, WeightsInvalid
     ├── ObjectExists                    the object store has this key already
     ├── LostOwnership                   another worker owns the job now: stop, write nothing
     └── StartupError                    a process cannot start: one sentence that says what to do
@@ -342,6 +342,20 @@ class DataUnavailable(JobError):
 
     code = "data_unavailable"
     hint = "put the files where ESPALIER_DATA_PATH points"
+
+
+class SourceUnavailable(JobError):
+    """A network that the job starts from or learns from is not there any more."""
+
+    code = "source_unavailable"
+    hint = "name a finished job or uploaded weights that still exist, and submit the job again"
+
+
+class WeightsInvalid(JobError):
+    """The weights that the job starts from cannot be used."""
+
+    code = "weights_invalid"
+    hint = "upload weights whose values are finite in float32"
 
 
 class DiskFull(JobError):

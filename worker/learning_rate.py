@@ -24,8 +24,9 @@ def learning_rate(training: Training) -> LearningRate:
     arXiv 1608.03983, one period); `step` is multiplied by `gamma` behind each milestone; `constant` stays.
     """
     schedule, peak = training.schedule, training.optimizer.lr
-    warm = min(1.0, training.warmup_epochs / training.epochs)
-    milestones = tuple(epoch / training.epochs for epoch in training.milestones)
+    epochs = max(1, training.epochs)  # of 0 epochs nobody asks for a rate
+    warm = min(1.0, training.warmup_epochs / epochs)
+    milestones = tuple(epoch / epochs for epoch in training.milestones)
 
     def rate(progress: float) -> float:
         if progress < warm:

@@ -5,7 +5,8 @@ Axes: N batch, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from app.spec.optimizations import Regularization
 from worker.network import Network
+from worker.optimizers import layer_of
 from worker.pruning.group_lasso import GroupLasso
 
 _WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
@@ -43,20 +45,21 @@ class Penalty:
     """`l1 * sum |w| + l2 * sum w^2 + bn_l1 * sum |gamma|` and group lasso, for all regularizations of a job.
 
     `l1` and `l2` are over the weights of convolutions and linear layers, with `all` over every parameter. The square
-    is not the norm: `l2` in the loss equals SGD's `weight_decay = 2 * l2`.
+    is not the norm: `l2` in the loss equals SGD's `weight_decay = 2 * l2`. Only what trains (`requires_grad`) counts in
+    them; group lasso is over whole classes of channels, of which only what trains gets a gradient.
     """
 
     def __init__(self, network: Network, regularizations: Sequence[Regularization]) -> None:
-        weights = [module.weight for module in network.modules() if isinstance(module, _WEIGHTED)]
-        scales = [module.weight for module in network.modules() if isinstance(module, _BatchNorm)]
-        everything = list(network.parameters())
+        weights = _trained(module.weight for module in network.modules() if isinstance(module, _WEIGHTED))
+        scales = _trained(module.weight for module in network.modules() if isinstance(module, _BatchNorm))
+        everything = _trained(network.parameters())
         self._l1: list[tuple[float, list[Tensor]]] = []
         self._l2: list[tuple[float, list[Tensor]]] = []
         for part in regularizations:
-            among: list[Tensor] = [*everything] if part.all else [*weights]
-            self._l1 += [(part.l1, among)] if part.l1 else []
-            self._l2 += [(part.l2, among)] if part.l2 else []
-            self._l1 += [(part.bn_l1, [*scales])] if part.bn_l1 and scales else []
+            among = everything if part.all else weights
+            self._l1 += [(part.l1, among)] if part.l1 and among else []
+            self._l2 += [(part.l2, among)] if part.l2 and among else []
+            self._l1 += [(part.bn_l1, scales)] if part.bn_l1 and scales else []
         self._group_factor = sum(part.group_lasso for part in regularizations)
         self._groups = GroupLasso(network) if self._group_factor else None
 
@@ -71,17 +74,28 @@ class Penalty:
         return terms | ({"group_lasso": self._group_factor * self._groups.value()} if self._groups else {})
 
 
-def decoupled_decay(network: Network, regularizations: Sequence[Regularization]) -> list[tuple[float, list[Tensor]]]:
+def decoupled_decay(
+    network: Network, regularizations: Sequence[Regularization], factors: Mapping[str, float] = MappingProxyType({})
+) -> list[tuple[float, list[Tensor]]]:
     """(weight decay, the parameters it shrinks) of each regularization that has one: `w -= lr * decay * w`.
 
-    The weights of convolutions and linear layers; with `all` every parameter.
+    The weights of convolutions and linear layers, with `all` every parameter; of those only what trains. Layers with a
+    factor on the learning rate have it in their decay.
     """
-    weights: list[Tensor] = [module.weight for module in network.modules() if isinstance(module, _WEIGHTED)]
+    weights = [module.weight for module in network.modules() if isinstance(module, _WEIGHTED)]
+    own = {parameter: factors.get(layer_of(name), 1.0) for name, parameter in network.named_parameters()}
+    found: dict[tuple[int, float], list[Tensor]] = {}
+    for position, part in enumerate(regularizations):
+        for parameter in _trained(network.parameters() if part.all else weights) if part.weight_decay else ():
+            found.setdefault((position, own[parameter]), []).append(parameter)
     return [
-        (part.weight_decay, list(network.parameters()) if part.all else weights)
-        for part in regularizations
-        if part.weight_decay
+        ((regularizations[position].weight_decay or 0.0) * factor, parameters)
+        for (position, factor), parameters in found.items()
     ]
+
+
+def _trained(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor.requires_grad]
 
 
 def _norms(tensors: Sequence[Tensor], order: int) -> Tensor:

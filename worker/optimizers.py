@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,15 +22,24 @@ from worker.network import Network
 class Optimizer(ABC):
     """Steps against the gradients of all parameters; `state` has what it remembers, parameter -> key -> tensor.
 
-    The learning rate is `param_groups[0]["lr"]`, set before each step by the training loop.
+    Parameters with one factor on the learning rate are a group; the rate of a step is `lr` of its group, set before
+    each step by the training loop, times `factor`. Without factors there is one group.
     """
 
     keys: tuple[str, ...] = ()
 
-    def __init__(self, parameters: Sequence[Tensor], *, lr: float, weight_decay: float) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], *, lr: float, weight_decay: float, factors: Sequence[float] = ()
+    ) -> None:
+        """`factors` has one factor on the learning rate for each parameter; empty: 1 for all."""
         self.parameters = list(parameters)
         self.weight_decay = weight_decay
-        self.param_groups: list[dict[str, Any]] = [{"params": self.parameters, "lr": lr}]
+        groups: dict[float, list[Tensor]] = {}
+        for parameter, factor in zip(self.parameters, factors or [1.0] * len(self.parameters), strict=True):
+            groups.setdefault(factor, []).append(parameter)
+        self.param_groups: list[dict[str, Any]] = [
+            {"params": members, "lr": lr, "factor": factor} for factor, members in groups.items()
+        ]
         self.state: dict[Tensor, dict[str, Tensor]] = {}
         self.steps = 0
 
@@ -41,11 +51,11 @@ class Optimizer(ABC):
     @torch.no_grad()
     def step(self) -> None:
         """One step; parameters without a gradient stay as they are."""
-        moved = [parameter for parameter in self.parameters if parameter.grad is not None]
-        gradients = [parameter.grad for parameter in moved if parameter.grad is not None]
         self.steps += 1
-        if moved:
-            self._move(moved, gradients, self.param_groups[0]["lr"])
+        for group in self.param_groups:
+            moved = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if moved:
+                self._move(moved, [parameter.grad for parameter in moved], group["lr"] * group["factor"])
 
     @abstractmethod
     def _move(self, parameters: list[Tensor], gradients: list[Tensor], rate: float) -> None:
@@ -65,9 +75,16 @@ class SGD(Optimizer):
     keys = ("momentum_buffer",)
 
     def __init__(
-        self, parameters: Sequence[Tensor], *, lr: float, weight_decay: float, momentum: float, nesterov: bool
+        self,
+        parameters: Sequence[Tensor],
+        *,
+        lr: float,
+        weight_decay: float,
+        momentum: float,
+        nesterov: bool,
+        factors: Sequence[float] = (),
     ) -> None:
-        super().__init__(parameters, lr=lr, weight_decay=weight_decay)
+        super().__init__(parameters, lr=lr, weight_decay=weight_decay, factors=factors)
         self.momentum = momentum
         self.nesterov = nesterov
 
@@ -111,8 +128,9 @@ class Adam(Optimizer):
         betas: tuple[float, float],
         eps: float,
         decoupled: bool,
+        factors: Sequence[float] = (),
     ) -> None:
-        super().__init__(parameters, lr=lr, weight_decay=weight_decay)
+        super().__init__(parameters, lr=lr, weight_decay=weight_decay, factors=factors)
         self.betas = betas
         self.eps = eps
         self.decoupled = decoupled
@@ -136,12 +154,24 @@ class Adam(Optimizer):
         torch._foreach_addcdiv_(parameters, means, scales, -(rate / (1 - first**self.steps)))
 
 
-def build_optimizer(network: Network, spec: OptimizerSpec) -> Optimizer:
-    """A new optimizer, without memory, over all parameters of the network."""
-    parameters = list(network.parameters())
+def build_optimizer(
+    network: Network, spec: OptimizerSpec, factors: Mapping[str, float] = MappingProxyType({})
+) -> Optimizer:
+    """A new optimizer, without memory, over the parameters of the network that train (`requires_grad`).
+
+    `factors` has a factor on the learning rate for some layers, by name; the others have 1.
+    """
+    trained = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+    parameters = [parameter for _, parameter in trained]
+    own = [factors.get(layer_of(name), 1.0) for name, _ in trained]
     if spec.name == "sgd":
         return SGD(
-            parameters, lr=spec.lr, weight_decay=spec.weight_decay, momentum=spec.momentum, nesterov=spec.nesterov
+            parameters,
+            lr=spec.lr,
+            weight_decay=spec.weight_decay,
+            momentum=spec.momentum,
+            nesterov=spec.nesterov,
+            factors=own,
         )
     return Adam(
         parameters,
@@ -150,7 +180,13 @@ def build_optimizer(network: Network, spec: OptimizerSpec) -> Optimizer:
         betas=spec.betas,
         eps=spec.eps,
         decoupled=spec.name == "adamw",
+        factors=own,
     )
+
+
+def layer_of(parameter: str) -> str:
+    """The layer that a parameter belongs to: `conv1` for `conv1.weight`."""
+    return parameter.rpartition(".")[0]
 
 
 def optimizer_tensors(optimizer: Optimizer, network: Network) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from app.errors import EspalierError
 from app.failpoints import failpoint
@@ -28,6 +28,7 @@ from app.spec.optimizations import Regularization
 from app.spec.pruning import Distillation
 from worker.averaging import Average, put, snapshot
 from worker.evaluation import evaluate
+from worker.freezing import freeze, train_mode
 from worker.journal import Phase
 from worker.learning_rate import LearningRate
 from worker.losses import Penalty, cross_entropy, decoupled_decay, distillation
@@ -66,7 +67,8 @@ class Recipe:
     """How one phase trains. `rate` maps progress (0 to 1) to the learning rate; `seed` is this phase's own.
 
     `mask_updates` maps a step of this phase to the sparsity from before that step on, for masks that grow while
-    training; `regrow` makes the masks of a sparsity. Only epochs behind the last update can be the best one.
+    training; `regrow` makes the masks of a sparsity. Only epochs behind the last update can be the best one. `frozen`
+    names layers that do not train, `rate_factors` has a factor on the learning rate for some layers.
     """
 
     phase: Phase
@@ -78,6 +80,8 @@ class Recipe:
     distillation: Distillation | None = None
     mask_updates: Mapping[int, float] = field(default_factory=dict)
     regrow: Callable[[Network, float, Masks | None], Masks] | None = None
+    frozen: frozenset[str] = frozenset()
+    rate_factors: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -149,12 +153,13 @@ class Fit:
         *,
         validation: Batches | None = None,
         masks: Masks | None = None,
-        teacher: Network | None = None,
+        teacher: nn.Module | None = None,
         micro_batches: int = 1,
     ) -> None:
         """Start a phase at its first step; `micro_batches` cuts each batch, for the same gradient in less memory.
 
-        `teacher` is needed where the recipe distils; `masks` hold from the first step on.
+        `teacher` is needed where the recipe distils, and takes the same images as the network; `masks` hold from the
+        first step on.
         """
         assert (recipe.distillation is None) == (teacher is None), (
             "distillation needs a teacher, and only distillation does"
@@ -167,7 +172,8 @@ class Fit:
         self.best: Best | None = None
         self.stale_epochs = 0
         self._mark: float | None = None
-        self.optimizer = build_optimizer(network, recipe.training.optimizer)
+        freeze(network, recipe.frozen)
+        self.optimizer = build_optimizer(network, recipe.training.optimizer, recipe.rate_factors)
         decay = recipe.training.ema_decay
         self.average = Average(network, decay) if decay is not None else None
         self._batches = batches
@@ -175,7 +181,7 @@ class Fit:
         self._teacher = teacher.eval() if teacher is not None else None
         self._micro_batches = micro_batches
         self._penalty = Penalty(network, recipe.regularizations)
-        self._decay = decoupled_decay(network, recipe.regularizations)
+        self._decay = decoupled_decay(network, recipe.regularizations, recipe.rate_factors)
         self._scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.scales_gradients)
         self._losses = _Losses(precision.device)
         self._rate = recipe.rate(0.0)
@@ -200,8 +206,8 @@ class Fit:
             NonFiniteLoss: a loss is NaN or infinite; step and rate are those of the first such step.
             Whatever `watch.before_step` raises: then the fit stands exactly before that step.
         """
-        self.network.train()
         while not self.finished:
+            train_mode(self.network, self.recipe.frozen)  # each time: evaluating leaves every layer in one mode
             self._losses.restart_clock()
             for images, labels_N in self._batches.epoch(self.position.epoch, start=self.position.batch):
                 watch.before_step(self)
@@ -223,7 +229,11 @@ class Fit:
             watch.window(self, window)
 
     def conclude(self) -> None:
-        """Give the network the weights that are kept: the best epoch's, else the average's, else the last."""
+        """Give the network the weights that are kept: the best epoch's, else the average's, else the last.
+
+        Nothing of it is frozen any more: criteria need gradients of all layers.
+        """
+        freeze(self.network, ())
         if self.best is not None:
             put(self.network, self.best.tensors)
         elif self.average is not None:
@@ -326,7 +336,8 @@ class Fit:
         if self._penalty:
             penalties = self._penalty.terms()
             total = torch.stack(list(penalties.values())).sum()
-            self._scaler.scale(total).backward()  # type: ignore[no-untyped-call]
+            if total.requires_grad:  # else they are over frozen layers only
+                self._scaler.scale(total).backward()  # type: ignore[no-untyped-call]
             losses |= {name: term.detach() for name, term in penalties.items()}
         return losses
 

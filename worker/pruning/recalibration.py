@@ -7,7 +7,7 @@ nearly so.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor
@@ -17,16 +17,18 @@ from worker.network import Network
 
 
 @torch.no_grad()
-def recalibrate_batch_norm(network: Network, batches: Iterable[Tensor]) -> int:
+def recalibrate_batch_norm(network: Network, batches: Iterable[Tensor], *, frozen: Collection[str] = ()) -> int:
     """The number of images (`N x C x ...` each batch) over which every batch norm counted its running statistics again.
 
     Changes running statistics only: weights, the mode of each module and the batch norms' momentum are as before. The
-    mean over the batches counts each batch once, so they should be equally large. Without batch norm, nothing is read
-    and 0 comes back.
+    mean over the batches counts each batch once, so they should be equally large. Batch norms named in `frozen` keep
+    theirs. Without another one, nothing is read and 0 comes back.
 
     Raises ValueError where `batches` is empty: statistics of nothing would make the network useless.
     """
-    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    norms = [
+        module for name, module in network.named_modules() if isinstance(module, _BatchNorm) and name not in frozen
+    ]
     if not norms:
         return 0
     modes = {module: module.training for module in network.modules()}

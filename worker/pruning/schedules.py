@@ -100,6 +100,9 @@ def retrain_schedule(step: Compression, training: Training) -> LearningRate:
     by a line from lr * max(t/T, 0.3) to 0 (Zimmer et al., arXiv 2111.00843, without its correction by the weights'
     norm). `fine_tune` is constant at a hundredth of the highest rate; `none` is 0. `retrain.lr` replaces the highest
     rate and leaves the form.
+
+    After a training of 0 epochs (the network came trained) the retraining is the whole schedule, warm-up included, as
+    if the training had been as long as it.
     """
     retrain = retraining(step, training)
     epochs = retrain.epochs or 0
@@ -108,6 +111,8 @@ def retrain_schedule(step: Compression, training: Training) -> LearningRate:
     if retrain.policy == "fine_tune":
         constant = retrain.lr if retrain.lr is not None else training.optimizer.lr * FINE_TUNE_SHARE
         return lambda progress: constant
+    if training.epochs == 0:
+        training = training.model_copy(update={"epochs": epochs})
     share = min(1.0, epochs / training.epochs)
     if training.schedule.name in ("step", "constant"):
         highest = retrain.lr if retrain.lr is not None else training.optimizer.lr * max(share, SMALLEST_SHARE)
