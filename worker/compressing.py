@@ -40,7 +40,7 @@ class Materials:
     """What a removal needs beside the network: images of the training part without augmentation, seeds, the dense cost.
 
     `plain` gives batches of images and labels, the same at each call; `seed` is the job's; `dense_network` gives the
-    trained network before the first compression.
+    trained network before the first compression; `frozen` are the layers that keep their statistics.
     """
 
     plain: Callable[[], Pairs]
@@ -48,6 +48,7 @@ class Materials:
     precision: Precision
     baseline: Cost
     dense_network: Callable[[], Network]
+    frozen: frozenset[str] = frozenset()
 
 
 def cut_weights(
@@ -124,7 +125,7 @@ def recalibrate(network: Network, materials: Materials) -> bool:
             if seen >= RECALIBRATION_IMAGES:
                 return
 
-    return recalibrate_batch_norm(network, images()) > 0
+    return recalibrate_batch_norm(network, images(), frozen=materials.frozen) > 0
 
 
 def check_budget(network: Network, step: Compression, materials: Materials) -> None:

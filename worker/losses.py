@@ -83,7 +83,9 @@ def decoupled_decay(
     factor on the learning rate have it in their decay.
     """
     weights = [module.weight for module in network.modules() if isinstance(module, _WEIGHTED)]
-    own = {parameter: factors.get(layer_of(name), 1.0) for name, parameter in network.named_parameters()}
+    own: dict[Tensor, float] = {
+        parameter: factors.get(layer_of(name), 1.0) for name, parameter in network.named_parameters()
+    }
     found: dict[tuple[int, float], list[Tensor]] = {}
     for position, part in enumerate(regularizations):
         for parameter in _trained(network.parameters() if part.all else weights) if part.weight_decay else ():

@@ -48,7 +48,8 @@ def run(task: Task, journal: Journal) -> Outcome:
     """Run one attempt of a job to its end.
 
     Raises:
-        JobError: DataInvalid, Diverged, OutOfMemory, BudgetMissed, LayerEmptied, VerificationFailed or DiskFull.
+        JobError: DataInvalid, SourceUnavailable, WeightsInvalid, Diverged, OutOfMemory, BudgetMissed, LayerEmptied,
+            VerificationFailed or DiskFull.
     """
     job = prepare(task, journal)
     try:
@@ -79,6 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("spec", type=Path, help="the job, a JSON file")
     parser.add_argument("data", type=Path, help="a packed data set (a folder with dataset.json)")
     parser.add_argument("out", type=Path, help="folder for the results")
+    parser.add_argument(
+        "--sources", type=Path, default=None, help="folder with the networks that the job refers to, one folder each"
+    )
     parser.add_argument("--threads", type=int, default=None, help="torch's threads; default: torch's own choice")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -90,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             spec=json.loads(options.spec.read_text(encoding="utf-8")),
             data=options.data,
             scratch=Path(scratch),
+            sources=options.sources,
             threads=options.threads,
         )
         try:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from app.errors import DataInvalid, InvalidSpec
 from app.ingest.packed import read_manifest
 from app.spec.architecture import Preprocessing
-from app.spec.job import Training, parse_job
-from app.spec.optimizations import Compression, Regularization
+from app.spec.job import JobSpec, Training, parse_job
+from app.spec.optimizations import Compression, Distill, Regularization
 from app.spec.plan import Plan, make_plan
+from app.spec.pruning import Distillation
+from app.spec.sources import Reference, Source
 from worker.averaging import put
 from worker.checkpoint import CheckpointRefused, read_checkpoint, spec_digest
 from worker.compressing import RECALIBRATION_IMAGES, Materials
+from worker.compression.distillation import Teacher
 from worker.course import Course, Part, forward_seconds, training_seconds
 from worker.data import Batches, Dataset, Splits, derive_seed, measure_preprocessing, split
 from worker.evaluation import Scores, score
@@ -30,6 +33,7 @@ from worker.network import Network, build_network
 from worker.precision import Precision, choose_precision
 from worker.proof import compute_logits
 from worker.pruning import schedules
+from worker.sources import job_network, put_weights, read_sources, start_notes
 from worker.state import NO_LIMITS, Reached, restore
 from worker.watching import Checkpoints, JobWatch
 
@@ -42,8 +46,8 @@ EXPORTING_S = 8.0  # two clean processes, of which one imports torch
 class Task:
     """One attempt of one job: `spec` is the stored document, `data` a packed data set, `scratch` an empty folder.
 
-    `resume` has `checkpoint.safetensors` and `checkpoint.json` of an earlier attempt; `latency_s` is spent on
-    latencies.
+    `resume` has `checkpoint.safetensors` and `checkpoint.json` of an earlier attempt; `sources` has a folder for each
+    network that the spec refers to (`worker/sources.py`); `latency_s` is spent on latencies.
     """
 
     job_id: str
@@ -52,6 +56,7 @@ class Task:
     data: Path
     scratch: Path
     resume: Path | None = None
+    sources: Path | None = None
     threads: int | None = None
     device: str = "auto"
     checkpoint_interval_s: float = 60.0
@@ -81,6 +86,7 @@ class Job:
     stages: tuple[Stage, ...]
     checkpoints: Checkpoints
     watch: JobWatch
+    sources: Mapping[str, Source]
     retried: bool = False
     micro_batches: int = 1
 
@@ -98,6 +104,12 @@ class Job:
     def regularizations(self) -> tuple[Regularization, ...]:
         """All terms against overfitting: they hold in every training of the job."""
         return tuple(part for part in self.plan.spec.optimizations if isinstance(part, Regularization))
+
+    @property
+    def lesson(self) -> Distillation | None:
+        """How the first training is taught by another job's network; None: it is not."""
+        taught = [part for part in self.plan.spec.optimizations if isinstance(part, Distill)]
+        return taught[0].distillation() if taught else None
 
     def compression(self, stage: Stage) -> Compression:
         """The compression that a stage belongs to."""
@@ -152,7 +164,9 @@ class Job:
         def plain() -> Iterator[tuple[Tensor, Tensor]]:
             return batches.epoch(0)
 
-        return Materials(plain, seed, self.precision, self.plan.baseline_cost, self.dense_network)
+        return Materials(
+            plain, seed, self.precision, self.plan.baseline_cost, self.dense_network, frozen=self.plan.frozen
+        )
 
     def score(self, network: Network) -> Scores:
         """A network on the test part."""
@@ -165,11 +179,35 @@ class Job:
         self.precision.place(network)
         return network
 
-    def fresh_start(self) -> Reached:
-        """Before the first step: new weights from the job's seed."""
-        network = build_network(self.plan.baseline, seed=self.training.seed)
+    def teacher(self, distillation: Distillation) -> nn.Module:
+        """Who teaches: this job's own dense network, or another job's, which gets the images as it knows them."""
+        if distillation.teacher is None:
+            return self.dense_network()
+        reference = Reference("job", distillation.teacher, distillation.artifact, "/optimizations")
+        source = self.sources[reference.key]
+        assert source.preprocessing is not None
+        network = job_network(source, reference, self.task.sources, self.plan.baseline.input_shape)
         self.precision.place(network)
-        return Reached(network, Ledger(), micro_batches=self.micro_batches)
+        own = replace(source.preprocessing, scale=self.preprocessing.scale)
+        found = score(compute_logits(network, self.splits.test.images, own), self.splits.test.labels)
+        self.reached.ledger.note(
+            f"job {reference.id} ({reference.artifact}) taught: its accuracy on this job's test images is "
+            f"{found.accuracy:.4f}"
+        )
+        teacher = Teacher(network, own=own, given=self.preprocessing)
+        self.precision.place(teacher)
+        return teacher
+
+    def fresh_start(self) -> Reached:
+        """Before the first step: new weights from the job's seed, or those of its source where it has one."""
+        network = build_network(self.plan.baseline, seed=self.training.seed)
+        ledger = Ledger()
+        if self.plan.start is not None:
+            put_weights(network, self.plan.start.reference, self.task.sources, fresh=self.plan.start.fresh)
+            for sentence in start_notes(self.plan.start, network):
+                ledger.note(sentence)
+        self.precision.place(network)
+        return Reached(network, ledger, micro_batches=self.micro_batches)
 
     def take_up(self, folder: Path | None) -> Reached:
         """What the checkpoint in `folder` holds; a fresh start if there is none or, with an event, if it is refused."""
@@ -201,6 +239,7 @@ def prepare(task: Task, journal: Journal) -> Job:
     Raises:
         DataInvalid: the data are not what the spec was accepted for.
         InvalidSpec: the document is no job.
+        SourceUnavailable, WeightsInvalid: a network that the job refers to is not there or cannot be used.
     """
     if task.threads is not None:
         torch.set_num_threads(task.threads)
@@ -209,7 +248,9 @@ def prepare(task: Task, journal: Journal) -> Job:
     journal.event("phase.started", message, phase="preparing", epochs=0, steps=0, resumed=resumed)
     if not resumed:  # else what the last attempt said stays: a fraction never falls
         journal.progress(Progress("preparing", 0, 0, 0, 0, 0.0))
-    plan = _plan(task)
+    spec = parse_job(task.spec)
+    sources = read_sources(spec, task.sources)
+    plan = _plan(spec, task, sources)
     training = plan.spec.training
     precision = choose_precision(training, task.device, spatial_axes=len(plan.baseline.input_shape) - 1)
     if precision.device.type == "cuda":
@@ -231,11 +272,12 @@ def prepare(task: Task, journal: Journal) -> Job:
         plan=plan,
         dataset=dataset,
         splits=splits,
-        preprocessing=measure_preprocessing(splits.train, dataset.scale),
+        preprocessing=_preprocessing(plan, splits, dataset.scale),
         precision=precision,
         stages=stages,
         checkpoints=checkpoints,
         watch=watch,
+        sources=sources,
     )
     watch.reached = job.take_up(task.resume)
     watch.keep_epochs = frozenset(
@@ -260,17 +302,23 @@ def lay_out(plan: Plan) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
-def _plan(task: Task) -> Plan:
+def _plan(spec: JobSpec, task: Task, sources: Mapping[str, Source]) -> Plan:
     try:
         facts = read_manifest(task.data).facts()
     except (OSError, ValueError, KeyError) as error:
         raise DataInvalid(f"the packed data set cannot be read: {error}") from error
-    spec = parse_job(task.spec)
     try:
-        return make_plan(spec, facts, limits=NO_LIMITS)
+        return make_plan(spec, facts, limits=NO_LIMITS, sources=sources)
     except InvalidSpec as refused:
         first = refused.faults[0]
         raise DataInvalid(f"the job does not fit its data: {first.message}", pointer=first.pointer) from refused
+
+
+def _preprocessing(plan: Plan, splits: Splits, scale: float) -> Preprocessing:
+    """What the images go through: as the weights that the job starts from know it, else as the training part is."""
+    if plan.start is not None and plan.start.mean is not None and plan.start.std is not None:
+        return Preprocessing(scale, plan.start.mean, plan.start.std)
+    return measure_preprocessing(splits.train, scale)
 
 
 def _parts(plan: Plan, splits: Splits, stages: tuple[Stage, ...]) -> list[Part]:

@@ -78,6 +78,8 @@ def _carry_out_one(job: Job) -> None:
 
 def _announcement(job: Job, stage: Stage) -> str:
     if stage.phase == "training":
+        if job.training.epochs == 0:
+            return "no training: the network came trained"
         return f"training for {job.training.epochs} epochs on {len(job.splits.train)} images"
     if stage.phase == "evaluating":
         return f"evaluating on {len(job.splits.test)} test images"
@@ -223,7 +225,7 @@ def begin_fit(job: Job, stage: Stage) -> Fit:
         job.precision,
         validation=job.validation,
         masks=reached.masks,
-        teacher=job.dense_network() if recipe.distillation is not None else None,
+        teacher=job.teacher(recipe.distillation) if recipe.distillation is not None else None,
         micro_batches=reached.micro_batches,
     )
     if reached.suspended is not None:
@@ -244,6 +246,9 @@ def _recipe(job: Job, stage: Stage, steps_per_epoch: int) -> Recipe:
             training=job.training,
             seed=seed,
             regularizations=job.regularizations,
+            distillation=job.lesson,
+            frozen=job.plan.frozen,
+            rate_factors=job.plan.rate_factors,
         )
     step = job.compression(stage)
     record = job.reached.ledger.steps[-1]
@@ -266,6 +271,8 @@ def _recipe(job: Job, stage: Stage, steps_per_epoch: int) -> Recipe:
             initial=record.sparsity_before,
         ),
         regrow=regrow,
+        frozen=job.plan.frozen,
+        rate_factors=job.plan.rate_factors,
     )
 
 
