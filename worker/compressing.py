@@ -22,6 +22,7 @@ from worker.latency import Stopwatch
 from worker.losses import cross_entropy
 from worker.network import Network
 from worker.precision import Precision
+from worker.pruning.curves import loss_curves
 from worker.pruning.importance import class_scores
 from worker.pruning.latency_budget import aligned, confirm_time, removals_within_time
 from worker.pruning.masks import Masks, weight_masks
@@ -95,10 +96,20 @@ def cut_channels(network: Network, step: Prune, stage: Stage, materials: Materia
     scores = class_scores(
         network, classes, step.criterion, seed=materials.seed, batches=materials.plain(), loss=cross_entropy
     )
+    losses = None
+    if step.scope == "sensitivity":
+        losses = loss_curves(network, classes, step, scores, materials.plain(), materials.precision)
 
     def choose(wanted: Prune, fraction: float) -> Removals:
         return choose_removals(
-            network.graph, classes, scores, wanted, start=start, baseline=materials.baseline, fraction=fraction
+            network.graph,
+            classes,
+            scores,
+            wanted,
+            start=start,
+            baseline=materials.baseline,
+            fraction=fraction,
+            losses=losses,
         )
 
     try:

@@ -19,6 +19,7 @@ from worker.network import Network, build_network
 from worker.preparation import Job
 from worker.proof import compute_logits, prove
 from worker.report import class_rows, compressed_bytes, environment, measures, step_rows
+from worker.sensitivity import table_document
 
 REPORT = "report.json"
 
@@ -121,6 +122,7 @@ def _deliver(job: Job, stopped_early: bool) -> Delivered:
         "final": final,
         "steps": step_rows(job.task.spec.get("optimizations", []), job.plan.graphs, job.reached.ledger, final),
         "classes": class_rows(names, baseline_scores, final_scores),
+        **({} if job.plan.spec.sensitivity is None else {"sensitivity": table_document(job)}),
         "verification": proof.document(),
         "latency": dict(latency.conditions),
         "compressed_bytes": compressed_bytes([folder / "baseline.safetensors", folder / "pruned.safetensors"]),

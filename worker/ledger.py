@@ -30,12 +30,16 @@ class StepRecord:
 
 @dataclass
 class Ledger:
-    """The report so far: `seconds` of all attempts, scores of the dense network and of the latest one."""
+    """The report so far: `seconds` of all attempts, scores of the dense network and of the latest one.
+
+    `sensitivity` has a row for each group of channels that a job of this kind has looked at.
+    """
 
     baseline: Scores | None = None
     latest: Scores | None = None
     steps: list[StepRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    sensitivity: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
 
     def note(self, sentence: str) -> None:
@@ -50,6 +54,7 @@ class Ledger:
             "latest": None if self.latest is None else self.latest.document(),
             "steps": [asdict(step) for step in self.steps],
             "notes": list(self.notes),
+            "sensitivity": list(self.sensitivity),
             "seconds": self.seconds,
         }
 
@@ -62,5 +67,6 @@ class Ledger:
             latest=None if latest is None else Scores.from_document(latest),
             steps=[StepRecord(**step) for step in document["steps"]],
             notes=list(document["notes"]),
+            sensitivity=list(document.get("sensitivity", ())),
             seconds=document["seconds"],
         )

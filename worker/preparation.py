@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from app.errors import DataInvalid, InvalidSpec
 from app.ingest.packed import read_manifest
 from app.spec.architecture import Preprocessing
+from app.spec.budget import prunable_groups
+from app.spec.channels import channel_classes
 from app.spec.job import JobSpec, Training, parse_job
 from app.spec.optimizations import Compression, Distill, Regularization
 from app.spec.plan import Plan, make_plan
@@ -65,11 +67,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Stage:
-    """One phase: train; evaluate; cut and retrain for the optimization at `position`, in its round `removal`."""
+    """One phase: train; evaluate; cut and retrain for the optimization at `position`, in its round `removal`.
+
+    `table` evaluates every group of channels at several widths (kind sensitivity).
+    """
 
     phase: Phase
     position: int | None = None
     removal: schedules.Stage | None = None
+    table: bool = False
 
 
 @dataclass
@@ -299,6 +305,8 @@ def lay_out(plan: Plan) -> tuple[Stage, ...]:
             if removal.epochs:
                 stages.append(Stage("retraining", position, removal))
         stages.append(Stage("evaluating", position))
+    if plan.spec.sensitivity is not None:
+        stages.append(Stage("evaluating", table=True))
     return tuple(stages)
 
 
@@ -335,8 +343,19 @@ def _parts(plan: Plan, splits: Splits, stages: tuple[Stage, ...]) -> list[Part]:
             parts.append(Part(stage.phase, seconds, 0.0, epochs, epochs * steps_per_epoch))
         elif stage.phase == "pruning":
             parts.append(Part("pruning", forward_seconds(2 * test + RECALIBRATION_IMAGES, dense), 0.2))
+        elif stage.table:
+            cuts = _cuts(plan)
+            parts.append(Part("evaluating", cuts * forward_seconds(2 * test + RECALIBRATION_IMAGES, macs), 0.1))
         else:
             parts.append(Part("evaluating", forward_seconds(test, macs), 0.1))
     parts.append(Part("measuring", 0.0, MEASURING_S))
     parts.append(Part("exporting", forward_seconds(3 * test, dense + pruned), EXPORTING_S))
     return parts
+
+
+def _cuts(plan: Plan) -> int:
+    """How many networks a table of sensitivities takes."""
+    options, graph = plan.spec.sensitivity, plan.baseline
+    assert options is not None
+    groups = prunable_groups(graph, channel_classes(graph), options.step(options.kept[-1]))
+    return len(groups) * len(options.kept)

@@ -25,6 +25,7 @@ from worker.pruning.masks import Masks
 from worker.pruning.schedules import Stage as Removal
 from worker.pruning.schedules import retrain_schedule, rewind_epoch
 from worker.report import measures
+from worker.sensitivity import tabulate
 from worker.state import NO_LIMITS
 from worker.training import Fit, NonFiniteLoss, Recipe
 from worker.watching import Interrupted
@@ -66,7 +67,7 @@ def _carry_out_one(job: Job) -> None:
     reached, number = job.reached, job.reached.stage
     stage = job.stages[number]
     job.watch.enter(number + 1, message=_announcement(job, stage), resumed=reached.suspended is not None)
-    if all(later.phase == "evaluating" for later in job.stages[number:]):
+    if all(later.phase == "evaluating" and not later.table for later in job.stages[number:]):
         job.watch.look_to_leave()
     else:
         job.watch.look()
@@ -81,6 +82,8 @@ def _announcement(job: Job, stage: Stage) -> str:
         if job.training.epochs == 0:
             return "no training: the network came trained"
         return f"training for {job.training.epochs} epochs on {len(job.splits.train)} images"
+    if stage.table:
+        return "cutting each group of channels to several widths, without retraining"
     if stage.phase == "evaluating":
         return f"evaluating on {len(job.splits.test)} test images"
     assert stage.removal is not None
@@ -115,6 +118,9 @@ def _retrain(job: Job, stage: Stage) -> None:
 
 def _evaluate(job: Job, stage: Stage) -> None:
     reached = job.reached
+    if stage.table:
+        tabulate(job)
+        return
     reached.ledger.latest = job.score(reached.network)
     if stage.position is None:
         reached.ledger.baseline = reached.ledger.latest

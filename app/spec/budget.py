@@ -9,6 +9,7 @@ are left alone. A group keeps at least `max(min_channels, ceil((1 - max_sparsity
 scores are. What is left is one order of quanta:
 
 - scope `layer`: by the part of its group that is gone with it, so that all groups keep the same fraction;
+- scope `sensitivity`: by the accuracy that is lost when the group alone is cut as far, as measured (`losses`);
 - scope `global`: by score, each divided by the mean of its group, because raw sums grow with fan-in and with the number
   of tied layers (`taylor` is in units of the loss and `lamp` relative to its group already: they rank raw).
 
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -34,6 +35,22 @@ from app.spec.pruning import Prune, PruneOverride
 from app.spec.tally import Measure, Quantum, Tally
 
 COMPARABLE = ("taylor", "lamp")  # criteria whose scores can be compared between groups as they are
+
+
+SHARE_OF_TIES = 1e-6  # of the part gone, where removals cost the same accuracy
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What it costs to keep only a part of one group: points (part kept in (0, 1], accuracy lost), parts falling."""
+
+    points: tuple[tuple[float, float], ...]
+
+    def at(self, kept: FloatArray) -> FloatArray:
+        """The accuracy lost at these parts, by lines between the points; never less than for a larger part."""
+        parts, losses = zip((1.0, 0.0), *self.points, strict=True)
+        rising = np.maximum.accumulate(np.array(losses, dtype=np.float64))
+        return np.interp(-kept, -np.array(parts, dtype=np.float64), rising)
 
 
 @dataclass(frozen=True)
@@ -95,6 +112,8 @@ def choose_removals(
     start: Graph | None = None,
     baseline: Cost | None = None,
     fraction: float = 1.0,
+    only: int | None = None,
+    losses: Mapping[int, Curve] | None = None,
 ) -> Removals:
     """The classes of `graph` that leave so that it meets the budget or sparsity of `step`.
 
@@ -108,14 +127,20 @@ def choose_removals(
             widths.
         baseline: The cost to which fractions of a budget refer (default: that of `start`).
         fraction: How far to go, in (0, 1]: stages of equal length keep the same part of what the one before left.
+        only: Index of the one group that may be touched (default: all).
+        losses: Scope `sensitivity`: for each group that may leave, what its removal costs. None: equal shares.
 
     Raises:
         BudgetUnreachable: The budget is below the floor, or nothing may be removed at all.
     """
     rooms = _rooms(graph, classes, step, start or graph)
+    if only is not None:
+        rooms = [
+            room if room.group.index == only else replace(room, held=room.held or _NOT_LOOKED_AT) for room in rooms
+        ]
     dense = baseline or cost(start or graph)
     tally = Tally(graph, classes)
-    forced, order = _order(rooms, scores, step, tally, fraction)
+    forced, order = _order(rooms, scores, step, tally, fraction, losses)
     for quantum in [*forced, *order]:
         tally.remove(quantum)
     floor, everything = tally.cost(), _classes_of([*forced, *order])
@@ -141,6 +166,11 @@ def choose_removals(
         for quantum in removed:
             tally.remove(quantum)
     return Removals(_classes_of([*forced, *removed]), tally.cost(), floor, everything)
+
+
+def prunable_groups(graph: Graph, classes: Classes, step: Prune) -> list[Group]:
+    """The groups from which `step` may take channels."""
+    return [room.group for room in _rooms(graph, classes, step, graph) if room.held is None]
 
 
 def why_kept(graph: Graph, classes: Classes, step: Prune) -> dict[str, str]:
@@ -205,6 +235,7 @@ def _excluded(excluded: Mapping[str, set[int]], one: int) -> str | None:
 
 
 _TIED = "tied to {}, which is excluded"
+_NOT_LOOKED_AT = "another group is looked at"
 
 
 def _for_layer(layer: str, held: str) -> str:
@@ -263,6 +294,7 @@ def _order(
     step: Prune,
     tally: Tally,
     fraction: float,
+    losses: Mapping[int, Curve] | None,
 ) -> tuple[list[Quantum], list[Quantum]]:
     """(quanta that an override demands, all others in the order in which they leave)."""
     forced: list[Quantum] = []
@@ -278,9 +310,13 @@ def _order(
         if room.sparsity is not None:
             forced += _nearest(quanta, _wanted(room, 1 - (1 - room.sparsity) ** fraction))
             continue
-        if values is None or step.scope == "layer":
+        if values is None or step.scope != "global":
             gone = np.cumsum([len(part) for part in parts]) + room.width_at_start - len(group.classes)
-            ranks = (gone / room.width_at_start).tolist()
+            share = gone / room.width_at_start
+            if step.scope == "sensitivity" and losses is not None:
+                left = 1 - np.cumsum([len(part) for part in parts]) / len(group.classes)
+                share = losses[group.index].at(left) + SHARE_OF_TIES * share
+            ranks = share.tolist()
         else:
             ranks = _scores_of(parts, group, values, normalised=step.criterion not in COMPARABLE)
         ranked += [(rank, group.index, place, q) for place, (rank, q) in enumerate(zip(ranks, quanta, strict=True))]

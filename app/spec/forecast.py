@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from app.errors import Fault, InvalidSpec, JsonValue
-from app.spec.budget import BudgetUnreachable, Removals, choose_removals, why_kept
+from app.spec.budget import BudgetUnreachable, Removals, choose_removals, prunable_groups, why_kept
 from app.spec.channels import Classes, TooManyChannels, channel_classes, shrink_graph
 from app.spec.compressions import LowRank, Quantize, Separable
 from app.spec.cost import Cost, cost
@@ -19,6 +19,7 @@ from app.spec.faults import pointer as pointer_to
 from app.spec.graph import Graph, Node
 from app.spec.optimizations import Distill, Optimization
 from app.spec.pruning import Budget, Prune, PruneOverride
+from app.spec.sensitivity import Sensitivity
 
 Action = Literal["narrow", "follow", "keep", "mask", "insert", "replace"]
 
@@ -89,6 +90,25 @@ class Forecast:
             self.prune(step, pointer)
         elif isinstance(step, LowRank | Separable | Quantize | Distill):
             raise InvalidSpec([Fault(pointer, f"{step.type} is not offered by this release")])
+
+    def look(self, options: Sensitivity, pointer: str) -> None:
+        """Checks that a table of sensitivities has something to look at, and says what stays whole.
+
+        Raises InvalidSpec if a named layer is unknown, or no group of channels may be cut.
+        """
+        step = options.step(options.kept[-1])
+        faults = _named_faults(self.graph, step, pointer)
+        if faults:
+            raise InvalidSpec(faults)
+        self._count_choices(pointer)
+        classes = self._classes(pointer)
+        reasons = why_kept(self.graph, classes, step)
+        if not prunable_groups(self.graph, classes, step):
+            held = "; ".join(f"{layer} ({why})" for layer, why in reasons.items())
+            raise InvalidSpec([Fault(pointer, f"no group of channels may be cut: {held}")])
+        for node in _weighted(self.graph):
+            why = reasons.get(node.name, "looked at")
+            self.rows.append(LayerPlan(node.name, "keep", node.shape[0], node.shape[0], True, why, pointer))
 
     def prune(self, step: Prune, pointer: str) -> None:
         """Goes through one step of pruning, which stands at `pointer`.

@@ -15,11 +15,13 @@ from pydantic import (
 from pydantic.functional_validators import AfterValidator, BeforeValidator
 
 from app.errors import Fault, InvalidSpec
+from app.spec.compressions import Quantize
 from app.spec.data import DataSpec
 from app.spec.faults import bulk_fault, faults_of
 from app.spec.models import JobModel, LayersModel, ModelSpec, PresetModel
 from app.spec.optimizations import COMPRESSIONS, Compression, Distill, Optimization
 from app.spec.pruning import Epochs, LearningRate, Prune, Retrain
+from app.spec.sensitivity import Sensitivity
 from app.spec.strict import LABELS, LARGEST_INT, LabelKey, LabelValue, Strict, Text, fault
 
 __all__ = ["JobModel", "JobSpec", "LayersModel", "PresetModel", "completed", "parse_job", "retraining"]
@@ -209,9 +211,16 @@ class Training(Strict):
 
 
 class JobSpec(Strict):
-    """One job: data, network, training, and the optimizations in the order in which they are applied."""
+    """One job: data, network, training, and the optimizations in the order in which they are applied.
+
+    Kind `sensitivity` trains the network and, in the place of compressions, measures what each could take from it.
+    """
 
     spec_version: Annotated[Literal[1], BeforeValidator(_known_version)]
+    kind: Annotated[
+        Literal["compress", "sensitivity"],
+        Field(description="sensitivity: a table of the accuracy against the part kept of each group of channels."),
+    ] = "compress"
     name: Text | None = None
     labels: dict[LabelKey, LabelValue] = Field(default_factory=dict, max_length=LABELS)
     data: DataSpec
@@ -221,6 +230,20 @@ class JobSpec(Strict):
     exports: Annotated[tuple[Export, ...], Field(min_length=1, max_length=16), AfterValidator(_without_repetition)] = (
         EXPORTS
     )
+
+    sensitivity: Annotated[Sensitivity | None, Field(description="kind sensitivity: what is looked at.")] = None
+
+    @model_validator(mode="after")
+    def _fields_fit_kind(self) -> Self:
+        if self.kind != "sensitivity":
+            if self.sensitivity is not None:
+                raise fault('belongs to kind sensitivity: state "kind": "sensitivity"', field="sensitivity")
+            return self
+        for position, step in enumerate(self.optimizations):
+            if isinstance(step, (*COMPRESSIONS, Quantize)):
+                message = f"kind sensitivity looks at the network before compressions: {step.type} is for kind compress"
+                raise fault(message, field=f"optimizations/{position}", value=step.type)
+        return self
 
     @model_validator(mode="after")
     def _trains_or_is_trained(self) -> Self:
@@ -264,8 +287,9 @@ def completed(spec: JobSpec) -> JobSpec:
     steps = tuple(
         _completed_step(step, training) if isinstance(step, COMPRESSIONS) else step for step in spec.optimizations
     )
+    looked_at = {"sensitivity": spec.sensitivity or Sensitivity()} if spec.kind == "sensitivity" else {}
     return spec.model_copy(
-        update={"training": training.model_copy(update={"schedule": schedule}), "optimizations": steps}
+        update={"training": training.model_copy(update={"schedule": schedule}), "optimizations": steps, **looked_at}
     )
 
 

@@ -140,6 +140,11 @@ def make_plan(
             forecast.follow(step, f"/optimizations/{position}")
         except InvalidSpec as exc:
             faults += exc.faults
+    if spec.sensitivity is not None:
+        try:
+            forecast.look(spec.sensitivity, "/sensitivity")
+        except InvalidSpec as exc:
+            faults += exc.faults
     if faults:
         raise InvalidSpec(faults[:MOST_FAULTS])
     return Plan(
@@ -305,4 +310,6 @@ def _phases(spec: JobSpec) -> tuple[Phase, ...]:
             if epochs:
                 phases.append(Phase("retraining", epochs, pointer))
         phases.append(Phase("evaluating", optimization=pointer))
+    if spec.sensitivity is not None:
+        phases.append(Phase("evaluating", optimization="/sensitivity"))
     return (*phases, Phase("measuring"), Phase("exporting"))

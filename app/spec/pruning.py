@@ -11,7 +11,7 @@ from app.spec.strict import Count, JobId, Strict, Text, fault
 
 Structure = Literal["weights", "channels", "n:m", "blocks"]
 Criterion = Literal["l1", "l2", "taylor", "bn_scale", "fpgm", "lamp", "activation", "erk", "random"]
-Scope = Literal["global", "layer"]
+Scope = Literal["global", "layer", "sensitivity"]
 Policy = Literal["lr_rewind", "fine_tune", "weight_rewind", "none"]
 Measure = Literal["macs", "params", "bytes", "latency_ms"]
 MEASURES: tuple[Measure, ...] = ("macs", "params", "bytes", "latency_ms")
@@ -262,7 +262,8 @@ class Prune(Strict):
     )
     criterion: Annotated[Criterion, Field(description="How the worth of a weight or channel is measured.")] = "l2"
     scope: Scope = Field(
-        description="Rank over all layers (default for weights), or the same part of each (default for channels).",
+        description="Rank over all layers (default for weights), the same part of each (default for channels), or, for "
+        "channels, first where the accuracy on training images falls least (sensitivity).",
         default_factory=_scope,
     )
     schedule: PruneSchedule = PruneSchedule()
@@ -344,8 +345,12 @@ class Prune(Strict):
                 raise fault("structure n:m says by its pattern how much goes", field=field)
         if self.schedule.name != "one_shot":
             raise fault("a pattern is applied at once: one_shot", field="schedule/name", value=self.schedule.name)
+        if self.scope != "layer":
+            raise fault("a pattern holds in every layer: scope layer", field="scope", value=self.scope)
 
     def _check_zeros(self) -> None:
+        if self.scope == "sensitivity":
+            raise fault("sensitivity ranks groups of channels: structure channels", field="scope", value=self.scope)
         if self.budget is not None:
             raise fault(
                 "a budget needs structure channels: zeros change neither MACs nor parameters nor bytes; state sparsity",
@@ -371,6 +376,8 @@ class Prune(Strict):
             )
 
     def _check_channels(self) -> None:
+        if self.scope == "sensitivity" and self.budget is None:
+            raise fault("sensitivity shares out a budget: state one", field="scope", value=self.scope)
         if self.threshold is not None:
             raise fault(
                 "a threshold is for structure weights; for channels state a budget or sparsity",
