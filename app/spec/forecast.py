@@ -17,7 +17,7 @@ from app.spec.draft import WEIGHTED, last_layers
 from app.spec.faults import MOST_FAULTS
 from app.spec.faults import pointer as pointer_to
 from app.spec.graph import Graph, Node
-from app.spec.optimizations import Distill, Optimization
+from app.spec.optimizations import Optimization
 from app.spec.pruning import Budget, Prune, PruneOverride
 from app.spec.sensitivity import Sensitivity
 
@@ -88,7 +88,7 @@ class Forecast:
             if step.structure in ("n:m", "blocks") or (step.zeros and step.criterion in ("lamp", "erk")):
                 raise InvalidSpec([Fault(pointer, "n:m, blocks, lamp and erk of weights are not offered yet")])
             self.prune(step, pointer)
-        elif isinstance(step, LowRank | Separable | Quantize | Distill):
+        elif isinstance(step, LowRank | Separable | Quantize):
             raise InvalidSpec([Fault(pointer, f"{step.type} is not offered by this release")])
 
     def look(self, options: Sensitivity, pointer: str) -> None:
