@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from app.errors import DataInvalid, InvalidSpec
+from app.errors import DataInvalid, InvalidSpec, SourceUnavailable
 from app.ingest.packed import read_manifest
 from app.spec.architecture import Preprocessing
 from app.spec.budget import prunable_groups
@@ -21,7 +21,7 @@ from app.spec.job import JobSpec, Training, parse_job
 from app.spec.optimizations import Compression, Distill, Regularization
 from app.spec.plan import Plan, make_plan
 from app.spec.pruning import Distillation
-from app.spec.sources import Reference, Source
+from app.spec.sources import Reference, Source, references
 from worker.averaging import put
 from worker.checkpoint import CheckpointRefused, read_checkpoint, spec_digest
 from worker.compressing import RECALIBRATION_IMAGES, Materials
@@ -319,6 +319,9 @@ def _plan(spec: JobSpec, task: Task, sources: Mapping[str, Source]) -> Plan:
         return make_plan(spec, facts, limits=NO_LIMITS, sources=sources)
     except InvalidSpec as refused:
         first = refused.faults[0]
+        if first.pointer in {reference.pointer for reference in references(spec)}:
+            message = f"a network is not what the job was accepted with: {first.message}"
+            raise SourceUnavailable(message, pointer=first.pointer) from refused
         raise DataInvalid(f"the job does not fit its data: {first.message}", pointer=first.pointer) from refused
 
 

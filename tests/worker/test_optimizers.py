@@ -62,6 +62,41 @@ def test_steps_are_torchs_to_the_bit_also_while_the_rate_moves(settings: dict[st
             assert torch.equal(parameter, reference.get_parameter(name)), (name, step)
 
 
+@pytest.mark.parametrize("settings", SPECS.values(), ids=SPECS)
+def test_layers_with_a_factor_step_as_torchs_groups_with_that_rate(settings: dict[str, Any]) -> None:
+    spec = OptimizerSpec.model_validate(settings)
+    ours, reference = build_network(small_cnn(), seed=0), build_network(small_cnn(), seed=0)
+    factors = {"conv1": 0.25, "batch_norm1": 0.0}
+    named = dict(reference.named_parameters())
+    groups = [[p for name, p in named.items() if name.startswith(layer)] for layer in (*factors, "linear1")]
+    left = build_optimizer(ours, spec, factors)
+    others = [(torchs(list(group), spec), factor) for group, factor in zip(groups, (0.25, 0.0, 1.0), strict=True)]
+    generator = torch.Generator().manual_seed(1)
+    for step in range(5):
+        rate = spec.lr * (1 - step / 10)
+        for group in left.param_groups:
+            group["lr"] = rate
+        for mine, other in zip(ours.parameters(), reference.parameters(), strict=True):
+            mine.grad = torch.randn(mine.shape, generator=generator)
+            other.grad = mine.grad.clone()
+        left.step()
+        for optimizer, factor in others:
+            optimizer.param_groups[0]["lr"] = rate * factor
+            optimizer.step()
+        for name, parameter in ours.named_parameters():
+            assert torch.equal(parameter, named[name]), (name, step)
+    fresh = build_network(small_cnn(), seed=0)
+    assert torch.equal(ours.get_parameter("batch_norm1.weight"), fresh.get_parameter("batch_norm1.weight"))
+
+
+def test_parameters_that_do_not_train_are_not_the_optimizers() -> None:
+    network = build_network(small_cnn(), seed=0)
+    network.get_parameter("conv1.weight").requires_grad_(False)
+    optimizer = build_optimizer(network, OptimizerSpec.model_validate(SPECS["adamw"]))
+    assert all(parameter.requires_grad for parameter in optimizer.parameters)
+    assert len(optimizer.parameters) == len(list(network.parameters())) - 1
+
+
 def test_a_parameter_without_a_gradient_stays_and_joins_later() -> None:
     network = build_network(small_cnn(), seed=0)
     optimizer = build_optimizer(network, OptimizerSpec.model_validate(SPECS["sgd-nesterov"]))

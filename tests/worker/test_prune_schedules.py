@@ -40,6 +40,27 @@ def test_without_a_word_retraining_takes_a_third_of_the_training() -> None:
     assert [stage.epochs for stage in prune_stages(prune(retrain={"policy": "none"}), training())] == [0]
 
 
+@pytest.mark.parametrize("name", ["one_cycle", "cosine", "step", "constant"])
+def test_after_a_training_of_no_epochs_retraining_is_a_whole_schedule_of_its_own_length(name: str) -> None:
+    none = training(epochs=0, schedule={"name": name})
+    rate = retrain_schedule(prune(retrain={"epochs": 4}), none)
+    as_long = training(epochs=4, schedule={"name": name})
+    whole = learning_rate(as_long) if name in ("one_cycle", "cosine") else lambda progress: 0.1 * (1 - progress)
+    moments = [step / 40 for step in range(41)]
+    assert [rate(moment) for moment in moments] == pytest.approx([whole(moment) for moment in moments])
+    assert max(rate(moment) for moment in moments) == pytest.approx(0.1)
+    assert prune_stages(prune(), none)[0].epochs == 3
+
+
+def test_a_warm_up_that_was_stated_is_in_epochs_of_the_retraining_where_there_is_no_training() -> None:
+    none = training(epochs=0, schedule={"name": "cosine", "warmup": 1})
+    rate = retrain_schedule(prune(retrain={"epochs": 4, "lr": 0.02}), none)
+    assert rate(0.0) == pytest.approx(0.02 / 25)
+    assert rate(0.25) == pytest.approx(0.02)
+    longer = retrain_schedule(prune(retrain={"epochs": 1}), training(epochs=0, schedule={"warmup": 5}))
+    assert longer(0.999) == pytest.approx(0.1, rel=0.01)
+
+
 def test_iterative_stages_keep_the_same_part_of_the_rest_each_time_and_end_on_the_target() -> None:
     stages = prune_stages(prune(schedule={"name": "iterative", "steps": 4}, retrain={"epochs": 3}), training())
     assert [stage.epochs for stage in stages] == [3, 3, 3, 3]
