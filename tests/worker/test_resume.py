@@ -9,10 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.jobs import resume_folder, task_of, tiny_data, tiny_spec, train_alone
+from support.jobs import resume_folder, task_of, tiny_data, tiny_layers, tiny_spec, train_alone
 
+from app.spec.architecture import Preprocessing
+from app.spec.graph import build_graph
+from app.spec.layers import read_layers
 from worker.checkpoint import Arrays
+from worker.export import export_network
 from worker.journal import MemoryJournal, Progress, Wish
+from worker.network import build_network
 from worker.preparation import Task
 from worker.state import Reached
 from worker.watching import Interrupted
@@ -79,16 +84,18 @@ def end(reached: Reached) -> tuple[Arrays, dict[str, Any]]:
     return arrays, state
 
 
-def cut_and_resumed(spec: dict[str, Any], data: Path, folder: Path, ask: int, asks: int) -> Reached:
+def cut_and_resumed(
+    spec: dict[str, Any], data: Path, folder: Path, ask: int, asks: int, sources: Path | None = None
+) -> Reached:
     """The job paused when it asks for the `ask`-th time, gone on with as another process would."""
     journal = MemoryJournal(wishes=PauseAt(ask))
     with pytest.raises(Interrupted, match="pause"):
-        train_alone(task_of(spec, data, folder), journal)
+        train_alone(task_of(spec, data, folder, sources=sources), journal)
     torch.manual_seed(4711)
     np.random.seed(4711)
     resume = resume_folder(journal.checkpoints[-1], folder / "resume")
     second = MemoryJournal()
-    reached = train_alone(task_of(spec, data, folder, attempt=2, resume=resume), second)
+    reached = train_alone(task_of(spec, data, folder, attempt=2, resume=resume, sources=sources), second)
     assert not second.of_type("checkpoint.corrupt")
     assert ask + second.asked <= asks + 2, "it did work twice"
     return reached
@@ -110,6 +117,48 @@ def test_a_job_cut_at_any_place_ends_with_the_same_bits(name: str, data: Path, t
     places = sorted({1, 3, 6, asks // 2, asks * 2 // 3, asks - 4, asks - 1})
     for ask in places:  # in training, between phases, in each retraining, behind the last
         assert_same(whole, end(cut_and_resumed(JOBS[name], data, tmp_path / str(ask), ask, asks)))
+
+
+@pytest.mark.parametrize("epochs", [2, 0])
+def test_a_job_that_started_from_another_and_is_taught_ends_with_the_same_bits(
+    epochs: int, data: Path, tmp_path: Path
+) -> None:
+    sources = two_sources(tmp_path / "sources")
+    lesson = {"type": "distill", "teacher": "teacher"}
+    retaught = PRUNE_WEIGHTS | {"retrain": {"epochs": 2, "distillation": {"teacher": "teacher"}}}
+    spec = tiny_spec(
+        *([lesson] if epochs else []),
+        {"type": "regularization", "weight_decay": 1e-3, "l2": 1e-4},
+        PRUNE_CHANNELS,
+        retaught,
+        model={"job": "first"},
+        dropout=0.3,
+        training={
+            "epochs": epochs,
+            "frozen": ["batch_norm1", "conv2"],
+            "lr_factors": {"conv1": 0.3, "linear*": 2},
+            "optimizer": {"name": "adam", "lr": 0.01},
+            "ema_decay": 0.9,
+        },
+    )
+    journal = MemoryJournal()
+    whole = end(train_alone(task_of(spec, data, tmp_path / "whole", sources=sources), journal))
+    asks = journal.asked
+    for ask in sorted({1, 2, asks // 3, asks // 2, asks * 2 // 3, asks - 1}):
+        cut = cut_and_resumed(spec, data, tmp_path / str(ask), ask, asks, sources)
+        assert_same(whole, end(cut))
+
+
+def two_sources(folder: Path) -> Path:
+    """The networks of a job to start from and of one to learn from, which saw their images in different ways."""
+    for number, key in enumerate(("job-first-pruned", "job-teacher-baseline")):
+        graph = build_graph(read_layers(tiny_layers(dropout=0.3)), (1, 8, 8))
+        names = [f"class {label}" for label in range(3)]
+        seen = Preprocessing(1 / 255, (0.3 + number / 10,), (0.2,))
+        network = build_network(graph, seed=number)
+        export_network(network, folder / key, stem="pruned", class_names=names, preprocessing=seen, formats=())
+        (folder / key / "pruned.safetensors").rename(folder / key / "weights.safetensors")
+    return folder
 
 
 def test_a_job_may_be_cut_again_and_again(data: Path, tmp_path: Path) -> None:
