@@ -24,7 +24,7 @@ from worker.network import Network
 from worker.precision import Precision
 from worker.pruning.curves import loss_curves
 from worker.pruning.importance import class_scores
-from worker.pruning.latency_budget import aligned, confirm_time, removals_within_time
+from worker.pruning.latency_budget import confirm_time, removals_within_time
 from worker.pruning.masks import Masks, weight_masks
 from worker.pruning.recalibration import recalibrate_batch_norm
 from worker.pruning.schedules import Stage
@@ -91,7 +91,6 @@ def cut_channels(network: Network, step: Prune, stage: Stage, materials: Materia
     Raises:
         BudgetMissed: the budget is below what the floors allow, or what this machine can reach.
     """
-    step = aligned(step)
     classes = channel_classes(network.graph)
     scores = class_scores(
         network, classes, step.criterion, seed=materials.seed, batches=materials.plain(), loss=cross_entropy

@@ -37,6 +37,8 @@ from app.spec.tally import Measure, Quantum, Tally
 COMPARABLE = ("taylor", "lamp")  # criteria whose scores can be compared between groups as they are
 
 
+ALIGNMENTS = (8, 4, 2, 1)  # channels that widths may be multiples of, where nothing else is said
+CLOSE_ENOUGH = 0.9  # of what is asked for
 SHARE_OF_TIES = 1e-6  # of the part gone, where removals cost the same accuracy
 
 
@@ -166,6 +168,49 @@ def choose_removals(
         for quantum in removed:
             tally.remove(quantum)
     return Removals(_classes_of([*forced, *removed]), tally.cost(), floor, everything)
+
+
+def settle(graph: Graph, classes: Classes, step: Prune, *, baseline: Cost | None = None) -> tuple[Prune, Removals]:
+    """(`step` with its `round_to`, what leaves with equal shares).
+
+    Where it is not stated it is the largest of 8, 4, 2, 1 with which the removal comes within a tenth of what is asked
+    for, else the one that comes nearest: a network of narrow layers has no budget between two blocks of 8.
+
+    Raises:
+        BudgetUnreachable: As `choose_removals` does; with `round_to` 1 where it is not stated.
+    """
+    if step.round_to is not None:
+        return step, choose_removals(graph, classes, None, step, baseline=baseline)
+    best: tuple[float, Prune, Removals] | None = None
+    for alignment in ALIGNMENTS:
+        aligned = step.model_copy(update={"round_to": alignment})
+        try:
+            removals = choose_removals(graph, classes, None, aligned, baseline=baseline)
+        except BudgetUnreachable:
+            if alignment == ALIGNMENTS[-1] and best is None:
+                raise
+            continue
+        reached = _share_reached(graph, classes, step, removals, baseline or cost(graph))
+        if best is None or reached > best[0]:
+            best = (reached, aligned, removals)
+        if reached >= CLOSE_ENOUGH:
+            break
+    assert best is not None
+    return best[1], best[2]
+
+
+def _share_reached(graph: Graph, classes: Classes, step: Prune, removals: Removals, dense: Cost) -> float:
+    """How near the removal comes: of a budget the part that is used, of a sparsity the part of it that leaves."""
+    if step.budget is not None:
+        allowed = _allowed(step, dense, 1.0)
+        unpruned = int(getattr(cost(graph), step.budget.measure))
+        return int(getattr(removals.cost, step.budget.measure)) / max(1, min(allowed, unpruned))
+    assert step.sparsity is not None
+    asked = gone = 0.0
+    for group in prunable_groups(graph, classes, step.model_copy(update={"round_to": 1})):
+        asked += step.sparsity * len(group.classes) * group.channels
+        gone += len(removals.dropped.intersection(group.classes.tolist())) * group.channels
+    return min(gone, asked) / max(gone, asked, 1.0)
 
 
 def prunable_groups(graph: Graph, classes: Classes, step: Prune) -> list[Group]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from app.errors import Fault, InvalidSpec, JsonValue
-from app.spec.budget import BudgetUnreachable, Removals, choose_removals, prunable_groups, why_kept
+from app.spec.budget import BudgetUnreachable, Removals, choose_removals, prunable_groups, settle, why_kept
 from app.spec.channels import Classes, TooManyChannels, channel_classes, shrink_graph
 from app.spec.compressions import LowRank, Quantize, Separable
 from app.spec.cost import Cost, cost
@@ -79,17 +79,18 @@ class Forecast:
         whole = cost(self.graph)
         return Cost(whole.params, whole.params - sum(self.zeros.values()), whole.macs, whole.bytes)
 
-    def follow(self, step: Optimization, pointer: str) -> None:
-        """Goes through one optimization, which stands at `pointer`; those before the first compression change nothing.
+    def follow(self, step: Optimization, pointer: str) -> Optimization:
+        """Goes through one optimization, which stands at `pointer`, and gives it back with what the network decides.
 
         Raises InvalidSpec as `prune` does.
         """
         if isinstance(step, Prune):
             if step.structure in ("n:m", "blocks") or (step.zeros and step.criterion in ("lamp", "erk")):
                 raise InvalidSpec([Fault(pointer, "n:m, blocks, lamp and erk of weights are not offered yet")])
-            self.prune(step, pointer)
-        elif isinstance(step, LowRank | Separable | Quantize):
+            return self.prune(step, pointer)
+        if isinstance(step, LowRank | Separable | Quantize):
             raise InvalidSpec([Fault(pointer, f"{step.type} is not offered by this release")])
+        return step
 
     def look(self, options: Sensitivity, pointer: str) -> None:
         """Checks that a table of sensitivities has something to look at, and says what stays whole.
@@ -110,8 +111,8 @@ class Forecast:
             why = reasons.get(node.name, "looked at")
             self.rows.append(LayerPlan(node.name, "keep", node.shape[0], node.shape[0], True, why, pointer))
 
-    def prune(self, step: Prune, pointer: str) -> None:
-        """Goes through one step of pruning, which stands at `pointer`.
+    def prune(self, step: Prune, pointer: str) -> Prune:
+        """Goes through one step of pruning, which stands at `pointer`, and gives it back with its `round_to`.
 
         Raises InvalidSpec if a named layer is unknown or unfit, nothing may be removed, or the budget is out of reach.
         """
@@ -120,8 +121,8 @@ class Forecast:
             raise InvalidSpec(faults)
         if step.zeros:
             self._mask(step, pointer)
-        else:
-            self._narrow(step, pointer)
+            return step
+        return self._narrow(step, pointer)
 
     def _mask(self, step: Prune, pointer: str) -> None:
         weights = {node.name: node.tensors["weight"].elements for node in _weighted(self.graph)}
@@ -141,16 +142,18 @@ class Forecast:
             self.rows.append(LayerPlan(name, "mask", before, after, exact, reason, pointer))
         self.zeros.update({name: count for name, count in zeros.items() if count is not None})
 
-    def _narrow(self, step: Prune, pointer: str) -> None:
+    def _narrow(self, sent: Prune, pointer: str) -> Prune:
         before = self.graph
         self._count_choices(pointer)
         classes = self._classes(pointer)
-        if step.budget is not None and step.budget.latency_ms is not None:
-            step = self._stand_in(step, step.budget, classes, pointer)
-            measured = True
-        else:
-            measured = False
-        removals, after = self._removals(step, classes, pointer)
+        budget = sent.budget
+        measured = budget is not None and budget.latency_ms is not None
+        wanted = self._stand_in(sent, budget, classes, pointer) if budget is not None and measured else sent
+        try:
+            step, final = settle(before, classes, wanted, baseline=self.baseline)
+        except BudgetUnreachable as exc:
+            raise InvalidSpec([_unreachable(wanted, exc, pointer)]) from exc
+        removals, after = self._removals(step, classes, final)
         self.graph = after
         # what may be left at the end of the job is what may be left after its last step
         self.floor = removals.floor
@@ -162,13 +165,14 @@ class Forecast:
         if not removals.dropped:
             self.warnings.append(Fault(pointer, f"removes nothing: {_why_nothing(step, cost(before), self.baseline)}"))
         self.warnings += _channel_warnings(before, step, pointer)
+        return sent if measured else step
 
     def _stand_in(self, step: Prune, budget: Budget, classes: Classes, pointer: str) -> Prune:
         """A step with a budget of MACs in the place of one of latency, which only the worker can measure.
 
         A fraction of the time is planned as the same fraction of the MACs, milliseconds as no removal.
         """
-        whole = step.model_copy(update={"budget": Budget(macs=self.baseline.macs)})
+        whole = step.model_copy(update={"budget": Budget(macs=self.baseline.macs), "round_to": step.round_to or 1})
         try:
             floor = choose_removals(self.graph, classes, None, whole, baseline=self.baseline)
         except BudgetUnreachable as exc:
@@ -196,23 +200,21 @@ class Forecast:
         except TooManyChannels as exc:
             raise InvalidSpec([Fault(pointer, str(exc), limit=exc.limit)]) from exc
 
-    def _removals(self, step: Prune, classes: Classes, pointer: str) -> tuple[Removals, Graph]:
-        """What leaves, and the graph without it: round by round, as the worker does it, where the rounds are few."""
+    def _removals(self, step: Prune, classes: Classes, final: Removals) -> tuple[Removals, Graph]:
+        """What leaves, and the graph without it: round by round, as the worker does it, where the rounds are few.
+
+        `final` is what leaves at once: it says that the budget can be reached.
+        """
         rounds = step.schedule.steps or 1
         fractions = [n / rounds for n in range(1, rounds + 1)] if _is_simulated(self.graph, step) else [1.0]
         start = graph = self.graph
         dropped: frozenset[int] = frozenset()
-        try:
-            # the last round first: it says whether the budget can be reached at all
-            final = choose_removals(start, classes, None, step, baseline=self.baseline)
-            for fraction in fractions:
-                if len(fractions) == 1:
-                    return final, shrink_graph(start, final.dropped, classes)
-                now = channel_classes(graph)
-                taken = choose_removals(graph, now, None, step, start=start, baseline=self.baseline, fraction=fraction)
-                graph, dropped = shrink_graph(graph, taken.dropped, now), dropped | taken.dropped
-        except BudgetUnreachable as exc:
-            raise InvalidSpec([_unreachable(step, exc, pointer)]) from exc
+        if len(fractions) == 1:
+            return final, shrink_graph(start, final.dropped, classes)
+        for fraction in fractions:
+            now = channel_classes(graph)
+            taken = choose_removals(graph, now, None, step, start=start, baseline=self.baseline, fraction=fraction)
+            graph, dropped = shrink_graph(graph, taken.dropped, now), dropped | taken.dropped
         return Removals(dropped, cost(graph), final.floor, final.floor_dropped), graph
 
 

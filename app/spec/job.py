@@ -302,8 +302,6 @@ def _completed_step(step: Compression, training: Training) -> Compression:
         own["pattern"] = ":".join(map(str, step.kept_of))
     elif step.structure == "blocks":
         own["block"] = step.block_shape
-    elif step.budget is None or step.budget.latency_ms is None:  # else the worker's processor decides
-        own["round_to"] = step.alignment
     schedule = step.schedule
     if schedule.name == "cubic" and schedule.epochs is None and retrain.epochs:
         schedule = schedule.model_copy(update={"epochs": max(1, round(0.7 * retrain.epochs))})

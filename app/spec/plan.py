@@ -118,10 +118,7 @@ def make_plan(
         given = given_graph(spec, facts.classes, limits=bounds, source=source)
     except InvalidSpec as exc:
         raise InvalidSpec([*exc.faults, *faults][:MOST_FAULTS]) from exc
-    faults += starting.teacher_faults(spec, given.input_shape, facts.classes, known, bounds)
-    if reference is not None and source is not None:
-        head = starting.new_head(spec, given, source, facts.classes)
-        faults += starting.weights_faults(given, source, head, reference.pointer)
+    faults += starting.source_faults(spec, given, facts.classes, known, bounds)
     if faults:
         raise InvalidSpec(faults[:MOST_FAULTS])
     graphs, rows, warnings = _rewritten(given, spec.optimizations, bounds)
@@ -135,9 +132,10 @@ def make_plan(
         *checks.memory_faults(spec, memory, bounds.training_bytes),
     ]
     forecast = Forecast(baseline, cost(baseline))
+    steps = list(spec.optimizations)
     for position, step in enumerate(spec.optimizations):
         try:
-            forecast.follow(step, f"/optimizations/{position}")
+            steps[position] = forecast.follow(step, f"/optimizations/{position}")
         except InvalidSpec as exc:
             faults += exc.faults
     if spec.sensitivity is not None:
@@ -148,7 +146,7 @@ def make_plan(
     if faults:
         raise InvalidSpec(faults[:MOST_FAULTS])
     return Plan(
-        spec=spec,
+        spec=spec.model_copy(update={"optimizations": tuple(steps)}),
         facts=facts,
         graphs=graphs,
         given_cost=cost(given),

@@ -277,8 +277,8 @@ class Prune(Strict):
         Field(
             ge=1,
             le=1024,
-            description="channels: widths become multiples of this, which fast kernels need. Default: 8; with latency_ms "
-            "the block of the worker's kernels, 16 with AVX-512.",
+            description="channels: widths become multiples of this, which fast kernels need. Default: 8, or less where "
+            "narrow layers would miss the wish by more than a tenth; with latency_ms the block of the worker's kernels.",
         ),
     ] = None
     min_channels: Annotated[Count, Field(description="channels: fewest channels a group keeps.")] = 1

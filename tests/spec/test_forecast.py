@@ -129,7 +129,7 @@ def test_a_budget_out_of_reach_names_the_lowest_that_is_not(measure: str) -> Non
     assert f"the lowest reachable is {fault.limit}" in fault.message
     assert not misplanned(optimizations=[{"type": "prune", "budget": {measure: fault.limit}}])
 
-    (absolute,) = misplanned(optimizations=[{"type": "prune", "budget": {measure: 5000}}])
+    (absolute,) = misplanned(optimizations=[{"type": "prune", "budget": {measure: 1000}}])
     assert isinstance(absolute.limit, int)
     assert not misplanned(optimizations=[{"type": "prune", "budget": {measure: absolute.limit}}])
     assert misplanned(optimizations=[{"type": "prune", "budget": {measure: absolute.limit - 1}}])

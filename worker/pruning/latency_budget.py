@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from app.errors import BudgetMissed
-from app.spec.budget import Removals
+from app.spec.budget import ALIGNMENTS, BudgetUnreachable, Removals
 from app.spec.channels import Classes
 from app.spec.cost import cost
 from app.spec.pruning import Budget, Prune
@@ -27,12 +27,15 @@ CONFIRMATIONS = 3  # measurements before a network counts as too slow
 Choose = Callable[[Prune, float], Removals]
 
 
-def aligned(step: Prune) -> Prune:
-    """`step` with `round_to` filled in where the processor decides it: its block of channels, 16 with AVX-512, else 8."""
-    if step.round_to is not None or step.budget is None or step.budget.latency_ms is None:
-        return step
+def alignments(step: Prune) -> tuple[int, ...]:
+    """What widths may be multiples of, best first: what is stated, else the processor's block of channels and less.
+
+    The block is 16 with AVX-512, else 8; less is for networks that are too narrow for it.
+    """
+    if step.round_to is not None:
+        return (step.round_to,)
     block = 16 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 8
-    return step.model_copy(update={"round_to": block})
+    return tuple(dict.fromkeys((block, *ALIGNMENTS)))
 
 
 def removals_within_time(
@@ -43,7 +46,7 @@ def removals_within_time(
     Args:
         network: As it is now.
         classes: Of its graph.
-        step: Has a budget of latency and its `round_to`.
+        step: Has a budget of latency; of the `alignments` the first with which the time can be reached counts.
         choose: (a step with a budget of MACs, part of the way) -> removals.
         stopwatch: Of the dense network.
         fraction: Part of the way in (0, 1]: a stage keeps the same part of the time as each other.
@@ -52,6 +55,19 @@ def removals_within_time(
         BudgetMissed: The smallest network that the floors allow takes longer.
         BudgetUnreachable: Nothing may be removed.
     """
+    *better, last = alignments(step)
+    for alignment in better:
+        aligned = step.model_copy(update={"round_to": alignment})
+        try:
+            return _removals(network, classes, aligned, choose, stopwatch, fraction)
+        except (BudgetMissed, BudgetUnreachable):
+            continue
+    return _removals(network, classes, step.model_copy(update={"round_to": last}), choose, stopwatch, fraction)
+
+
+def _removals(
+    network: Network, classes: Classes, step: Prune, choose: Choose, stopwatch: Stopwatch, fraction: float
+) -> Removals:
     assert step.budget is not None
     target_ms = step.budget.allowed_ms(stopwatch.dense_ms)
     allowed_ms = stopwatch.dense_ms * min(1.0, target_ms / stopwatch.dense_ms) ** fraction
