@@ -57,6 +57,17 @@ def unknown_sources(spec: JobSpec, sources: Mapping[str, Source]) -> Iterator[Fa
             yield Fault(reference.pointer, f"there is no such thing as {what}", value=reference.id)
 
 
+def source_faults(
+    spec: JobSpec, given: Graph, classes: int, sources: Mapping[str, Source], limits: Limits
+) -> Iterator[Fault]:
+    """What does not fit between the network `given` and the networks that `spec` names: weights, teachers."""
+    reference = start_reference(spec)
+    if reference is not None:
+        source = sources[reference.key]
+        yield from weights_faults(given, source, new_head(spec, given, source, classes), reference.pointer)
+    yield from teacher_faults(spec, given.input_shape, classes, sources, limits)
+
+
 def head_layers(graph: Graph) -> frozenset[str]:
     """Names of the layers with tensors that give the class scores: the last layer with weights, and norms behind it."""
     found: set[str] = set()
