@@ -1,0 +1,348 @@
+"""Accuracy after pruning: ours against `torch.nn.utils.prune` and Torch-Pruning, from the same trained network.
+
+    .venv/bin/python benchmarks/quality.py [--data emoji] [--models deep_cnn] [--points channels=0.25 weights=0.9] ...
+    .venv/bin/python benchmarks/quality.py --resume [the same options]        # go on where a broken run stopped
+    .venv/bin/python benchmarks/quality.py --table                            # the tables, from the newest results
+
+For each seed one dense network is trained, by a job's own stages. Ours goes on from it through the stages of a real job:
+score, choose, mask or cut, recalibrate, retrain. The peers take the same weights in plain PyTorch, zero weights of all
+layers together or layer by layer, or remove channels with Torch-Pruning (global and local), and retrain for the same
+epochs on the same batches: at a constant rate (a tenth and a hundredth of the training's highest) and along our own
+falling schedule. Every result is one line of a file, written as soon as it is known.
+
+Needs `script/setup api,worker,bench`, and npm for the emoji.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import data_sets
+import peers
+import quality_tables
+import records
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from app.spec.cost import cost
+from app.spec.presets import preset_layers
+from app.spec.pruning import Prune
+from worker import preparation, stages
+from worker.averaging import put, snapshot
+from worker.evaluation import Scores
+from worker.journal import MemoryJournal
+from worker.pruning.schedules import retrain_schedule
+
+CACHE = records.ROOT / "var" / "benchmarks" / "cache"
+AFTER_TRAINING = 2  # stages of every job: training, evaluating
+AUGMENTATION = {"fashion-mnist": ["random_crop", "horizontal_flip"], "emoji": ["random_crop"]}
+MODELS = {
+    "fashion-mnist": ("deep_cnn", "resnet20", "resnet20_projection"),
+    "emoji": ("deep_cnn", "resnet20", "resnet20_projection"),
+    "mnist1d": ("audio_cnn",),
+    "synthetic": ("deep_cnn",),
+}
+POINTS = ("weights=0.5", "weights=0.8", "weights=0.9", "weights=0.95", "channels=0.5", "channels=0.25", "channels=0.12")
+POINTS_OF_RESNETS = ("weights=0.8", "channels=0.5", "channels=0.25")  # without a GPU
+VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "default": (("weights", "channels"), {}),
+    "global": (("channels",), {"scope": "global"}),
+    "sensitivity": (("channels",), {"scope": "sensitivity"}),
+    "layer": (("weights",), {"scope": "layer"}),
+    "distilled": (("weights", "channels"), {"retrain": {"distillation": {}}}),
+    "round_to_1": (("channels",), {"round_to": 1}),
+    "global_round_to_1": (("channels",), {"scope": "global", "round_to": 1}),
+    "cubic": (("weights",), {"schedule": {"name": "cubic"}}),
+    "lamp": (("weights",), {"criterion": "lamp"}),
+    "erk": (("weights",), {"criterion": "erk"}),
+    "taylor": (("channels",), {"criterion": "taylor"}),
+    "taylor_global": (("channels",), {"criterion": "taylor", "scope": "global"}),
+    "fpgm": (("channels",), {"criterion": "fpgm"}),
+    "bn_scale": (("channels",), {"criterion": "bn_scale"}),
+    "random": (("weights", "channels"), {"criterion": "random"}),
+    "fine_tune": (("weights", "channels"), {"retrain": {"policy": "fine_tune"}}),
+    "none": (("weights", "channels"), {"retrain": {"policy": "none", "epochs": 0}}),
+}
+CONSTANT = {"constant 0.1": 0.1, "constant 0.01": 0.01}  # of the training's highest rate
+SCHEDULE = "our schedule"
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One data set and network, how it is trained, and from which seed."""
+
+    data: str
+    model: str
+    limit: int | None
+    epochs: int
+    retrain_epochs: int
+    seed: int
+
+    def spec(self, optimizations: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The job."""
+        shape = data_sets.SHAPES[self.data]
+        source: dict[str, Any] = {"dataset": self.data}
+        if self.data == "synthetic":
+            source = {"synthetic": data_sets.SYNTHETIC}
+        return {
+            "spec_version": 1,
+            "data": source | ({} if self.limit is None else {"limit": self.limit}),
+            "model": _model(self.model, shape, 9 if self.data == "emoji" else 10),
+            "training": {"epochs": self.epochs, "augmentation": AUGMENTATION.get(self.data, []), "seed": self.seed},
+            "optimizations": list(optimizations),
+        }
+
+    def key(self) -> Row:
+        """What names it in a row."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one point: `amount` is a sparsity of the weights, or the part of the MACs that channels keep."""
+
+    structure: str
+    amount: float
+    method: str
+    retrain: str
+
+    def key(self) -> Row:
+        """What names it in a row."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The trained network: its tensors, its scores on the test images."""
+
+    tensors: dict[str, Tensor]
+    scores: Scores
+
+
+def _model(name: str, shape: tuple[int, ...], classes: int) -> dict[str, Any]:
+    if name != "resnet20_projection":
+        return {"preset": name, "input_shape": list(shape)}
+    layers = preset_layers("resnet20", shape, classes)
+    for layer in layers:
+        if layer.get("shortcut") == "pad":
+            layer["shortcut"] = "projection"
+    return {"layers": layers, "input_shape": list(shape)}
+
+
+class Bench:
+    """Trains dense networks once, keeps them, and measures cells from them."""
+
+    def __init__(self, threads: int, device: str) -> None:
+        self.threads, self.device = threads, device
+        self._compared: set[Setting] = set()
+
+    def prepare(self, setting: Setting, optimizations: Sequence[dict[str, Any]], scratch: Path) -> preparation.Job:
+        """A job before its first stage."""
+        folder = data_sets.packed(setting.data, CACHE)
+        spec = setting.spec(optimizations)
+        task = preparation.Task("quality", 1, spec, folder, scratch, threads=self.threads, device=self.device)
+        return preparation.prepare(task, MemoryJournal(keep=False))
+
+    def dense(self, setting: Setting) -> Dense:
+        """The setting's trained network: from the disk, or trained now."""
+        text = json.dumps([setting.spec([]), torch.__version__, self.threads], sort_keys=True)
+        path = CACHE / "benchmarks" / "dense" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
+        about = path.with_suffix(".json")
+        if not about.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory() as scratch:
+                job = self.prepare(setting, [], Path(scratch))
+                stages.carry_out(job)
+                job.close()
+            baseline = job.reached.ledger.baseline
+            assert baseline is not None
+            save_file({name: tensor.contiguous().cpu() for name, tensor in snapshot(job.reached.network).items()}, path)
+            about.write_text(json.dumps(baseline.document()))
+        return Dense(load_file(path), Scores.from_document(json.loads(about.read_text())))
+
+    def measure(self, setting: Setting, dense: Dense, cell: Cell) -> Row:
+        """One result."""
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as scratch:
+            ours = cell.method.startswith("espalier ")
+            step = _step(setting, cell) if ours else _plain_step(setting, cell)
+            job = self.prepare(setting, [step], Path(scratch))
+            try:
+                if ours:
+                    found = _our_result(job, dense)
+                else:
+                    self._compare_starts(job, setting, dense)
+                    found = _peer_result(job, dense, setting, cell)
+            except peers.PeerFailed as failed:
+                found = {"error": str(failed)}
+            finally:
+                job.close()
+        return found | {"seconds": round(time.perf_counter() - began, 1)}
+
+    def _compare_starts(self, job: preparation.Job, setting: Setting, dense: Dense) -> None:
+        """Once a setting: the peers' network is the trained one, and both sides count alike."""
+        if setting not in self._compared:
+            network = peers.plain_network(job, dense.tensors)
+            assert abs(peers.accuracy(network, job) - dense.scores.accuracy) < 2e-3, "another network"
+            counted = peers.count_macs(network, job.plan.baseline.input_shape)
+            assert counted == job.plan.baseline_cost.macs, "MACs are counted otherwise"
+            self._compared.add(setting)
+
+
+def _plain_step(setting: Setting, cell: Cell) -> dict[str, Any]:
+    amount = {"sparsity": cell.amount} if cell.structure == "weights" else {"budget": {"macs": cell.amount}}
+    return {"type": "prune", "structure": cell.structure, **amount, "retrain": {"epochs": setting.retrain_epochs}}
+
+
+def _step(setting: Setting, cell: Cell) -> dict[str, Any]:
+    """The prune step of one of our variants."""
+    _, fields = VARIANTS[cell.method.removeprefix("espalier ")]
+    plain = _plain_step(setting, cell)
+    return plain | fields | {"retrain": plain["retrain"] | fields.get("retrain", {})}
+
+
+def _our_result(job: preparation.Job, dense: Dense) -> Row:
+    """Carry out the job's stages from the trained network on."""
+    reached = job.reached
+    put(reached.network, {name: tensor.to(job.precision.device) for name, tensor in dense.tensors.items()})
+    reached.kept["baseline"] = snapshot(reached.network)
+    reached.ledger.baseline = reached.ledger.latest = dense.scores
+    reached.stage = AFTER_TRAINING
+    stages.carry_out(job)
+    after, record = job.reached.ledger.latest, job.reached.ledger.steps[-1]
+    assert after is not None
+    network = job.reached.network
+    return {
+        "accuracy": after.accuracy,
+        "after_cut": record.rounds[-1]["after_recalibration"],
+        "macs": cost(network.graph).macs / job.plan.baseline_cost.macs,
+        "sparsity": peers.sparsity(network),
+        "widths": peers.widths(network),
+    }
+
+
+def _peer_result(job: preparation.Job, dense: Dense, setting: Setting, cell: Cell) -> Row:
+    step = job.plan.spec.optimizations[0]
+    assert isinstance(step, Prune)
+    network = peers.plain_network(job, dense.tensors)
+    shape, whole = job.plan.baseline.input_shape, job.plan.baseline_cost.macs
+    everywhere = cell.method.endswith(" global")
+    if cell.structure == "weights":
+        network = peers.zero_weights(network, cell.amount, everywhere=everywhere)
+    else:
+        network = peers.remove_channels(network, job, int(cell.amount * whole), everywhere=everywhere)
+    after_cut = peers.accuracy(network, job)
+    if cell.retrain == SCHEDULE:
+        rate = retrain_schedule(step, job.training)
+    else:
+        rate = functools.partial(_constant, job.training.optimizer.lr * CONSTANT[cell.retrain])
+    peers.retrain(network, job, epochs=setting.retrain_epochs, rate=rate)
+    return {
+        "accuracy": peers.accuracy(network, job),
+        "after_cut": after_cut,
+        "macs": peers.count_macs(network, shape) / whole,
+        "sparsity": peers.sparsity(network),
+        "widths": peers.widths(network),
+    }
+
+
+def _constant(rate: float, progress: float) -> float:
+    return rate
+
+
+def cells(points: Sequence[str], variants: Sequence[str], retrains: Sequence[str]) -> Iterator[Cell]:
+    """Every method at every point."""
+    for point in points:
+        structure, _, amount = point.partition("=")
+        for variant in variants:
+            if structure in VARIANTS[variant][0]:
+                yield Cell(structure, float(amount), f"espalier {variant}", "own")
+        library = {"weights": "torch.prune", "channels": "Torch-Pruning"}[structure]
+        for scope in ("global", "local"):
+            for retrain in retrains:
+                yield Cell(structure, float(amount), f"{library} {scope}", retrain)
+
+
+def run(options: argparse.Namespace, path: Path, say: Callable[[str], None]) -> None:
+    """Measure what the file does not have yet."""
+    done = {_identity(row) for row in records.rows(path)} if path.exists() else set()
+    records.append(path, records.about() | {"threads": options.threads, "command": " ".join(sys.argv[1:])})
+    bench = Bench(options.threads, options.device)
+    on_gpu = torch.cuda.is_available() and options.device != "cpu"
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
+        for data in options.data:
+            for model in options.models or MODELS[data]:
+                limit = options.limit if data == "fashion-mnist" else None
+                setting = Setting(data, model, limit, options.epochs, options.retrain_epochs, seed)
+                points = options.points or (POINTS if on_gpu or "resnet" not in model else POINTS_OF_RESNETS)
+                left = [
+                    cell
+                    for cell in cells(points, options.ours, options.retrains)
+                    if _identity(setting.key() | cell.key()) not in done
+                ]
+                if not left:
+                    continue
+                dense = bench.dense(setting)
+                say(f"seed {seed} {data} {model}: dense {dense.scores.accuracy:.4f}")
+                for cell in left:
+                    found = bench.measure(setting, dense, cell)
+                    records.append(path, setting.key() | cell.key() | {"dense": dense.scores.accuracy} | found)
+                    told = found.get("error") or f"{found['accuracy']:.4f}"
+                    say(
+                        f"  {cell.structure}={cell.amount} {cell.method}, {cell.retrain}: {told} ({found['seconds']} s)"
+                    )
+
+
+def _identity(row: Row) -> tuple[Any, ...]:
+    names = ("data", "model", "limit", "epochs", "retrain_epochs", "seed", "structure", "amount", "method", "retrain")
+    return tuple(row.get(name) for name in names)
+
+
+def main() -> None:
+    """Measure, or print the tables of what was measured."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--data", nargs="+", default=["fashion-mnist", "emoji", "mnist1d"], choices=data_sets.SHAPES)
+    parser.add_argument("--models", nargs="+", help="default: those that go with the data")
+    parser.add_argument("--points", nargs="+", help="such as weights=0.9 channels=0.25; default: the whole grid")
+    parser.add_argument("--ours", nargs="+", default=["default"], choices=VARIANTS, help="variants of our step")
+    parser.add_argument("--retrains", nargs="+", default=[*CONSTANT, SCHEDULE], choices=[*CONSTANT, SCHEDULE])
+    parser.add_argument("--seeds", type=int, default=5, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--limit", type=int, default=10_000, help="training images of Fashion-MNIST; 0: all")
+    parser.add_argument("--epochs", type=int, default=20, help="of the dense network")
+    parser.add_argument("--retrain-epochs", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--results", type=Path, help="default: results/<date>-quality.jsonl")
+    parser.add_argument("--resume", action="store_true", help="go on with the results that are there")
+    parser.add_argument("--short", action="store_true", help="a minute on images drawn from a seed: does it still run?")
+    parser.add_argument("--table", action="store_true", help="print the tables of the newest results and end")
+    options = parser.parse_args()
+    options.limit = options.limit or None
+    if options.short:
+        options.data, options.seeds, options.epochs, options.retrain_epochs = ["synthetic"], 1, 2, 1
+        options.points = options.points or ["weights=0.9", "channels=0.5"]
+    path = options.results or (records.latest("quality", ".jsonl") if options.table or options.resume else None)
+    path = path or records.dated("quality", ".jsonl")
+    if not options.table:
+        if path.exists() and not options.resume:
+            sys.exit(f"{path.name} is there already: --resume goes on with it, --results takes another file")
+        run(options, path, lambda line: print(line, flush=True))
+    print(quality_tables.document(list(records.rows(path))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""What the benchmarks write: dated results that say on what and with what they were measured."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("torch", "onnxruntime", "numpy", "torch-pruning")
+
+
+def about() -> dict[str, Any]:
+    """Date, processor and versions."""
+    return {
+        "date": today(),
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        },
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+    }
+
+
+def today() -> str:
+    """The date in UTC as YYYY-MM-DD."""
+    return f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
+
+
+def dated(name: str, suffix: str = ".json") -> Path:
+    """Where today's result of a benchmark stands."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    return RESULTS / f"{today()}-{name}{suffix}"
+
+
+def latest(name: str, suffix: str = ".json") -> Path | None:
+    """The newest result of a benchmark; None if there is none."""
+    return max(RESULTS.glob(f"????-??-??-{name}{suffix}"), default=None)
+
+
+def write(name: str, document: dict[str, Any]) -> Path:
+    """Store today's result, with what it was measured on; the file."""
+    path = dated(name)
+    path.write_text(json.dumps(about() | document, indent=1) + "\n")
+    return path
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Add one line to a file of JSON lines."""
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of such a file; one that a killed process left half written is passed over."""
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
+
+
+def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def mean_and_spread(values: Sequence[float], digits: int = 2) -> str:
+    """`mean ± standard deviation`; the mean alone of a single value."""
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def conditions(result: dict[str, Any]) -> str:
+    """One sentence: when, on what, with what."""
+    machine, versions = result["machine"], result["versions"]
+    listed = ", ".join(f"{name} {number}" for name, number in versions.items() if number)
+    place = machine["processor"] if machine["device"] == "cpu" else machine["device"]
+    return f"{result['date']}, {place} ({machine['cores']} cores, {machine['capability']}), {listed}."
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
