@@ -9,12 +9,11 @@ The same file sent twice by one tenant is packed and stored once: `packed_id` sa
 from __future__ import annotations
 
 import errno
-import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -395,7 +394,8 @@ def _materialize_upload(dataset_id: str, *, db: Database, storage: Storage, sett
 
     def build(partial: Path) -> None:
         for stored in storage.list(prefix):
-            _bring(storage, stored.key, partial / stored.key.removeprefix(prefix))
+            with suppress(ObjectNotFound):  # deleted meanwhile: the manifest, which is stored last, tells
+                storage.bring(stored.key, partial / stored.key.removeprefix(prefix))
         if not (partial / MANIFEST).exists():
             raise DataUnavailable(
                 f"the bytes of the data set {dataset_id} are gone from the object store",
@@ -404,28 +404,6 @@ def _materialize_upload(dataset_id: str, *, db: Database, storage: Storage, sett
             )
 
     return ensure_packed(folder, build)
-
-
-def _bring(storage: Storage, key: str, path: Path) -> None:
-    """The object as a file: a hard link on the same disk (objects are replaced, never changed), else a copy."""
-    try:
-        local = storage.local_path(key)
-        if local is not None:
-            with _link_refused_is_fine():
-                os.link(local, path)
-                return
-        storage.fetch(key, path)
-    except (ObjectNotFound, FileNotFoundError):
-        return  # deleted meanwhile: the manifest, which is stored last, tells
-
-
-@contextmanager
-def _link_refused_is_fine() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
-            raise
 
 
 def drop_deleted(db: Database, settings: Settings) -> list[str]:

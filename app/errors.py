@@ -18,6 +18,7 @@
     │   ├── TooManyStreams              429 too_many_streams
     │   ├── HeadersTooLarge             431 headers_too_large
     │   ├── InvalidSpec                 422 invalid_spec: faults with JSON pointers
+    │   ├── InvalidWeights              422 invalid_weights: faults with pointers into the file's header
     │   ├── InvalidParameter            422 invalid_parameter
     │   ├── InvalidCursor               422 invalid_cursor
     │   ├── NotFound                    404 not_found
@@ -216,6 +217,17 @@ class InvalidSpec(RequestError):
 
     def __init__(self, faults: Sequence[Fault], message: str | None = None) -> None:
         super().__init__(message or "; ".join(f"{f.pointer or 'the job'}: {f.message}" for f in faults[:3]), faults)
+
+
+class InvalidWeights(RequestError):
+    """The file is not one of weights that can be used: send safetensors with floating-point tensors."""
+
+    code = "invalid_weights"
+    status = 422
+    title = "Invalid weights"
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        super().__init__("; ".join(fault.message for fault in faults[:3]), faults)
 
 
 class InvalidParameter(RequestError):

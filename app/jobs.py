@@ -10,7 +10,7 @@ import base64
 import binascii
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Row, Select, and_, delete, exists, func, insert, or_, select, tuple_, update
 from sqlalchemy.orm import Session
 
-from app import outbox
+from app import outbox, sources
 from app.access import visible
 from app.artifacts import list_checkpoints
 from app.attempts import workers_alive
@@ -36,6 +36,8 @@ from app.errors import (
 from app.events import NewEvent, list_events, read_log, read_metrics, write_events
 from app.failpoints import failpoint
 from app.moves import allowed_verbs, clear_objects, move, purge, shown_state
+from app.spec.job import parse_job
+from app.spec.sources import Reference, references
 from app.tables import STATES, TERMINAL, IdempotencyKey, Job, JobLabel, new_id
 
 __all__ = [
@@ -126,11 +128,15 @@ def submit(
     idempotency: tuple[str, str] | None = None,
     retry_of: str | None = None,
     route: str = SUBMIT_ROUTE,
+    needs: Sequence[Reference] = (),
 ) -> tuple[JobView, bool]:
     """The new job and True; or, for a key that was used with the same body, the job of that time and False.
 
     `idempotency` is the request's key and the sha256 of its body's bytes, kept for 7 days per tenant and `route`. A
-    concurrent twin waits for the first. Raises IdempotencyMismatch if the key was used with another body.
+    concurrent twin waits for the first. `needs` are the networks that the spec refers to: they cannot be deleted before
+    the job is over.
+
+    Raises IdempotencyMismatch if the key was used with another body, InvalidSpec if a network was deleted meanwhile.
     """
     job_id = new_id("job")  # made before the transaction, so that an unknown commit can be looked up
 
@@ -140,6 +146,8 @@ def submit(
             if earlier is not None:
                 return earlier, False
         view = _insert_job(session, db, job_id, tenant, spec, name, dict(labels or {}), retry_of)
+        if needs:
+            sources.keep(session, tenant, job_id, needs)
         failpoint("submit_before_commit")
         return view, True
 
@@ -216,7 +224,7 @@ def retry_job(
 ) -> tuple[JobView, bool]:
     """A new job with the same spec, name and labels and True; False as in `submit`.
 
-    Raises JobNotFound, IllegalTransition.
+    Raises JobNotFound, IllegalTransition; InvalidSpec if a network that the spec refers to was deleted.
     """
     earlier = get_job(db, tenant, job_id)
     if not earlier.terminal:
@@ -230,6 +238,7 @@ def retry_job(
         idempotency=idempotency,
         retry_of=job_id,
         route=f"POST /v1/jobs/{job_id}/retry",
+        needs=references(parse_job(earlier.spec)),
     )
 
 
@@ -374,10 +383,12 @@ def resume_job(db: Database, tenant: str, job_id: str) -> JobView:
 def delete_job(db: Database, tenant: str, job_id: str) -> None:
     """Remove the job, its rows and its objects; a running one is hidden at once, cancelled, then removed.
 
-    Raises JobNotFound.
+    Raises JobNotFound; InUse while a job that has not finished needs its network.
     """
     with db.write() as session:
         job = _lock(session, tenant, job_id, "delete")
+        if job.state == "succeeded":
+            sources.check_unused(session, "job", job_id)
         if job.state != "running":
             purge(session, db, job_id)
             return

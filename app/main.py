@@ -23,6 +23,7 @@ from app.api import (
     pages,
     parameters,
     problems,
+    weights,
     workers,
 )
 from app.api.backends import Backends, Watch
@@ -80,7 +81,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.openapi = lambda: description.describe(app)  # type: ignore[method-assign]
     problems.install(app)
     app.add_middleware(Edge, settings=settings, observe=given.meters.observe)
-    for room in (jobs, events, artifacts, datasets, catalogue, workers, health, meters, description, pages):
+    for room in (jobs, events, artifacts, datasets, weights, catalogue, workers, health, meters, description, pages):
         app.include_router(room.router)
     return app
 

@@ -25,7 +25,7 @@ from app.errors import Unavailable
 from app.queue import Doorbell, open_bell
 from app.settings import Settings
 from app.storage import Storage, StoredObject
-from app.tables import TERMINAL, Artifact, Checkpoint, DatasetRow, IdempotencyKey, Job, Worker
+from app.tables import TERMINAL, Artifact, Checkpoint, DatasetRow, IdempotencyKey, Job, WeightsRow, Worker
 
 log = structlog.get_logger()
 
@@ -157,7 +157,8 @@ class Sweeper:
         before = datetime.now(UTC) - older_than
         old = [stored for stored in self._storage.list("jobs/") if stored.modified_at <= before]
         old_data = [stored for stored in self._storage.list("datasets/") if stored.modified_at <= before]
-        garbage = [*self._orphans(old), *self._data_orphans(old_data)]
+        old_weights = [stored for stored in self._storage.list("weights/") if stored.modified_at <= before]
+        garbage = [*self._orphans(old), *self._data_orphans(old_data), *self._weights_orphans(old_weights)]
         for key in garbage:
             self._storage.delete(key)
         if garbage:
@@ -183,9 +184,7 @@ class Sweeper:
                 yield from (key for attempt, key in by_job[job_id] if key not in named and (over or attempt < present))
 
     def _data_orphans(self, objects: Iterable[StoredObject]) -> Iterator[str]:
-        by_id: dict[str, list[str]] = {}
-        for stored in objects:
-            by_id.setdefault(stored.key.split("/")[1], []).append(stored.key)
+        by_id = _by_id(objects)
         for ids in _batches(sorted(by_id)):
             with self._db.read() as session:
                 alive = set[str | None]()
@@ -195,6 +194,21 @@ class Sweeper:
             for dataset_id in ids:
                 if dataset_id not in alive:
                     yield from by_id[dataset_id]
+
+    def _weights_orphans(self, objects: Iterable[StoredObject]) -> Iterator[str]:
+        by_id = _by_id(objects)
+        for ids in _batches(sorted(by_id)):
+            with self._db.read() as session:
+                alive = set(session.scalars(select(WeightsRow.id).where(WeightsRow.id.in_(ids))))
+            yield from (key for weights_id in ids if weights_id not in alive for key in by_id[weights_id])
+
+
+def _by_id(objects: Iterable[StoredObject]) -> dict[str, list[str]]:
+    """Keys of the form `<room>/<id>/...` by their id."""
+    found: dict[str, list[str]] = {}
+    for stored in objects:
+        found.setdefault(stored.key.split("/")[1], []).append(stored.key)
+    return found
 
 
 def _batches(ids: list[str]) -> Iterator[list[str]]:

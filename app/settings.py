@@ -76,7 +76,7 @@ class Settings(BaseSettings):
     )
     job_time_limit_s: float = Field(default=7 * 86400, gt=0, description="Seconds one attempt of a job may run.")
     max_spec_bytes: int = Field(default=MIB, gt=0, description="Largest job description.")
-    max_upload_bytes: int = Field(default=2048 * MIB, gt=0, description="Largest upload of a data set.")
+    max_upload_bytes: int = Field(default=2048 * MIB, gt=0, description="Largest upload of a data set or of weights.")
     max_unpacked_bytes: int = Field(
         default=20480 * MIB, gt=0, description="Largest sum of the members of an uploaded archive."
     )

@@ -38,6 +38,7 @@ STATES = ("queued", "running", "paused", "succeeded", "failed", "cancelled")
 TERMINAL = ("succeeded", "failed", "cancelled")
 WISHES = ("cancel", "stop", "pause")
 DATASET_STATES = ("checking", "ready", "rejected")
+SOURCE_KINDS = ("job", "weights")
 OUTBOX_KINDS = ("ring", "delete_prefix")
 
 
@@ -275,6 +276,21 @@ class JobLabel(Row):
     __table_args__ = (Index("job_labels_job", "job_id"),)  # the cascade of a deleted job
 
 
+class JobSource(Row):
+    """A finished job or uploaded weights that a job starts from or learns from: in use until the job is over."""
+
+    __tablename__ = "job_sources"
+
+    job_id: Mapped[str] = _job_key()
+    kind: Mapped[str] = mapped_column(String(16), primary_key=True)
+    source_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+
+    __table_args__ = (
+        CheckConstraint(_one_of("kind", SOURCE_KINDS), name="kind"),
+        Index("job_sources_source", "kind", "source_id"),
+    )
+
+
 class IdempotencyKey(Row):
     """A request that was carried out once: the same key and body again gives the same job."""
 
@@ -358,3 +374,19 @@ Index(
     postgresql_where=_SHOWN,
     sqlite_where=_SHOWN,
 )
+
+
+class WeightsRow(Row):
+    """Uploaded weights: a safetensors file that was checked, with `tensors` as the API shows them."""
+
+    __tablename__ = "weights"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(String(64))
+    name: Mapped[str] = mapped_column(Words)
+    tensors: Mapped[list[Any]] = mapped_column(Document)
+    size_bytes: Mapped[int]
+    sha256: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime]
+
+    __table_args__ = (Index("weights_newest", "tenant_id", "id"),)

@@ -28,6 +28,7 @@ from app.events import LOG_CAP_BYTES
 from app.failpoints import failpoint
 from app.settings import Settings
 from app.spec.job import parse_job
+from app.spec.sources import references
 from app.storage import Storage
 from worker.nursery import Nursery, TrainerProcess
 from worker.porter import CheckpointFiles, Porter
@@ -59,6 +60,15 @@ class Buffer:
     def filled(self) -> bool:
         """True if there is something to write."""
         return bool(self.events or self.metrics or self.progress)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Folders of one attempt: the packed data set, the checkpoint to resume from, the networks the job refers to."""
+
+    data: Path
+    resume: Path | None
+    sources: Path | None
 
 
 class JobRun:
@@ -147,7 +157,7 @@ class JobRun:
             self._tick()
         if self._leaving() is not None:
             return {"line": self._leaving()}
-        data, resume = gathering.result()
+        gathered = gathering.result()
         trainer = self._trainer = self._nursery.take()
         self._heard = time.monotonic()
         trainer.say(
@@ -155,9 +165,10 @@ class JobRun:
                 "job_id": self._claim.job_id,
                 "attempt": self._claim.attempt,
                 "spec": self._claim.spec,
-                "data": str(data),
+                "data": str(gathered.data),
                 "scratch": str(self._scratch),
-                "resume": str(resume) if resume else None,
+                "resume": str(gathered.resume) if gathered.resume else None,
+                "sources": str(gathered.sources) if gathered.sources else None,
                 "threads": self._settings.threads,
                 "device": self._settings.device,
                 "slot": self._slot,
@@ -188,8 +199,8 @@ class JobRun:
             return "cancelled"
         return "paused" if self._wish == "pause" or self._stopping() else None
 
-    def _gather(self) -> tuple[Path, Path | None]:
-        """The packed data set's folder and the folder of the checkpoint to resume from; in the porter's thread."""
+    def _gather(self) -> Gathered:
+        """Everything that the trainer reads, on this machine's disk; in the porter's thread."""
         spec = parse_job(self._claim.spec)
         data = self._porter.keep_trying(
             lambda: datasets.materialize(
@@ -200,6 +211,9 @@ class JobRun:
                 settings=self._settings,
             )
         )
+        sources = self._scratch / "sources" if (named := references(spec)) else None
+        if sources is not None:
+            self._porter.fetch_sources(named, sources)
         folder = self._scratch / "resume"
         folder.mkdir(exist_ok=True)
         resume, problems = self._porter.fetch_checkpoint(folder)
@@ -207,7 +221,7 @@ class JobRun:
             self._note("checkpoint.corrupt", problem, level="warn")
         if resume is not None:
             self._note("job.resumed_from_checkpoint", "the job goes on from its last checkpoint")
-        return data, resume
+        return Gathered(data, resume, sources)
 
     def _take(self, line: dict[str, Any]) -> None:
         """Put one line of the trainer where it belongs."""

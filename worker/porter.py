@@ -8,18 +8,20 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from app import attempts
+from app import attempts, sources
 from app.artifacts import artifact_key, checkpoint_key, latest_checkpoints, state_key
 from app.attempts import Claim
 from app.db import Database
-from app.errors import Unavailable
+from app.errors import SourceUnavailable, Unavailable
 from app.failpoints import failpoint
+from app.sources import SourceFile
+from app.spec.sources import Reference
 from app.storage import ObjectNotFound, Storage
 from worker.checkpoint import CheckpointRefused, check_checkpoint, file_digest, spec_digest
 
@@ -102,6 +104,27 @@ class Porter:
                 continue
             return folder, problems
         return None, problems
+
+    def fetch_sources(self, named: Sequence[Reference], folder: Path) -> None:
+        """The files of every network that the job refers to, in `folder`, each network under its key.
+
+        Raises SourceUnavailable: one was deleted, or its bytes are not what they were.
+        """
+        located = self.keep_trying(lambda: sources.locate(self._db, self._claim.tenant, named))
+        for reference in named:
+            for file in located[reference.key]:
+                self._fetch_source(reference, file, folder / reference.key / file.name)
+
+    def _fetch_source(self, reference: Reference, file: SourceFile, path: Path) -> None:
+        what = f"the network of job {reference.id}" if reference.kind == "job" else f"weights {reference.id}"
+        try:
+            self.keep_trying(lambda: self._storage.bring(file.key, path))
+        except ObjectNotFound as error:
+            message = f"{what}: {file.name} is gone from the object store"
+            raise SourceUnavailable(message, pointer=reference.pointer) from error
+        if file_digest(path) != file.sha256:
+            message = f"{what}: the bytes of {file.name} in the object store are not those that were stored"
+            raise SourceUnavailable(message, pointer=reference.pointer)
 
     def close(self) -> None:
         """Stop after the work at hand; what still waits is dropped."""

@@ -144,6 +144,7 @@ def _run(order: Mapping[str, Any], journal: LineJournal) -> int:
         data=Path(order["data"]),
         scratch=Path(order["scratch"]),
         resume=Path(order["resume"]) if order.get("resume") else None,
+        sources=Path(order["sources"]) if order.get("sources") else None,
         threads=order.get("threads"),
         device=_device_of_slot(order.get("device", "auto"), order.get("slot", 0)),
         checkpoint_interval_s=order.get("checkpoint_interval_s", 60.0),

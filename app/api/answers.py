@@ -185,6 +185,37 @@ class Datasets(Answer):
     items: list[Dataset]
 
 
+class Tensor(Answer):
+    """One tensor of uploaded weights."""
+
+    name: str
+    shape: list[int]
+    dtype: str = Field(description="float32, float16, bfloat16 or float64.")
+
+
+class WeightsHead(Answer):
+    """Uploaded weights without their tensors."""
+
+    id: str
+    name: str
+    sha256: str = _SHA256
+    size_bytes: int
+    created_at: str
+
+
+class Weights(WeightsHead):
+    """Uploaded weights."""
+
+    tensors: list[Tensor]
+
+
+class WeightsPage(Answer):
+    """A page of uploaded weights."""
+
+    items: list[WeightsHead]
+    next_cursor: str | None
+
+
 class Cost(Answer):
     """What a network costs; `bytes` is the size of its safetensors file."""
 
@@ -317,6 +348,9 @@ FILE = (
 DATASET = _gives(Dataset, "The data set.")
 UPLOADED = _gives(Dataset, "The data set; `checking` until its check is over.", 201, ("Location",))
 DATASETS = _gives(Datasets, "The data sets.")
+WEIGHTS = _gives(Weights, "The weights.")
+WEIGHTS_UPLOADED = _gives(Weights, "The weights, checked.", 201, ("Location",))
+WEIGHTS_PAGE = _gives(WeightsPage, "A page.")
 PRESETS = _gives(Presets, "The presets.")
 OPTIMIZATIONS = _gives(Optimizations, "The optimizations.")
 WORKERS = _gives(Workers, "The workers.")

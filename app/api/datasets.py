@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import errno
-import hashlib
-import tempfile
-import time
-from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Literal
 
 import structlog
 from fastapi import APIRouter, Query, Request
@@ -22,21 +14,18 @@ from starlette.responses import Response
 from app import datasets
 from app.api import answers
 from app.api.backends import Backends, pause
-from app.api.bodies import refuse_encoding
 from app.api.documents import Json
 from app.api.jobs import Given, Tenant
 from app.api.parameters import Cursor, DatasetId, Limit, check_id, is_id
+from app.api.uploads import receiving, staging, sweep_staging
 from app.datasets import DatasetView
-from app.errors import InvalidCursor, InvalidParameter, StorageFull, Unavailable
+from app.errors import InvalidCursor, Unavailable
 from app.spec.strict import Text
 
 log = structlog.get_logger("espalier.api")
 
 RECHECK_S = 300.0
 WAIT_S = 10.0  # how long an upload's answer waits for its check
-PIECE_BYTES = 1 << 20
-ABANDONED_S = 3600.0  # a living upload writes at least every 30 s
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 router = APIRouter(prefix="/v1/datasets", tags=["data sets"])
 
@@ -47,15 +36,6 @@ Format = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class Received:
-    """A whole upload in a file of this machine."""
-
-    path: Path
-    size_bytes: int
-    sha256: str
-
-
 @router.post(
     "", status_code=201, summary="Upload a data set", responses=answers.UPLOADED, openapi_extra=answers.UPLOAD_BODY
 )
@@ -63,8 +43,7 @@ async def upload_dataset(
     request: Request, given: Given, owner: Tenant, name: Name = "upload", kind: Format = "auto"
 ) -> Response:
     """The data set, whose file is the body: `ready`, `rejected`, or `checking` if that takes longer than 10 s."""
-    refuse_encoding(request)
-    async with _receiving(request, given) as received:
+    async with receiving(request, given) as received:
         view = await run_in_threadpool(
             datasets.register_upload,
             given.db,
@@ -123,7 +102,7 @@ async def keep_checking(given: Backends) -> None:
 
 
 def _resume_checks(given: Backends) -> None:
-    sweep_staging(_staging(given))
+    sweep_staging(staging(given))
     try:
         pending = datasets.list_pending(given.db)
     except Unavailable as error:
@@ -141,17 +120,6 @@ def _tell(check: Future[None]) -> None:
         log.error("check of an upload failed", error=repr(error))
 
 
-def sweep_staging(folder: Path) -> None:
-    """Remove the beginnings of uploads whose process was killed."""
-    for path in folder.glob("*.upload"):
-        if time.time() - path.stat().st_mtime > ABANDONED_S:
-            path.unlink(missing_ok=True)
-
-
-def _staging(given: Backends) -> Path:
-    return given.settings.home_folder / "uploads"
-
-
 def _retry(view: DatasetView) -> dict[str, str]:
     return {"Retry-After": "2"} if view.state == "checking" else {}
 
@@ -165,59 +133,3 @@ async def _first(check: asyncio.Future[None], stopping: asyncio.Event) -> None:
         stop.cancel()
     if check.done():
         check.result()
-
-
-@asynccontextmanager
-async def _receiving(request: Request, given: Backends) -> AsyncIterator[Received]:
-    """The body in a file that is gone afterwards, whatever happens. Never more of it in memory than a few pieces.
-
-    Raises StorageFull, InvalidParameter; TooLarge and RequestTimeout come from the edge.
-    """
-    with _disk():
-        file = await run_in_threadpool(_open, _staging(given))
-    path = Path(file.name)
-    try:
-        with _disk():
-            received = await _receive(request, file, path)
-        if received.size_bytes == 0:
-            raise InvalidParameter("the body is empty: send the file as the body (curl --data-binary @FILE)")
-        yield received
-    finally:
-        file.close()
-        path.unlink(missing_ok=True)
-
-
-async def _receive(request: Request, file: BinaryIO, path: Path) -> Received:
-    digest = hashlib.sha256()
-    size = 0
-    piece = bytearray()
-
-    def keep(content: bytes) -> None:
-        digest.update(content)
-        file.write(content)
-
-    async for chunk in request.stream():
-        piece += chunk
-        if len(piece) >= PIECE_BYTES:
-            size += len(piece)
-            await run_in_threadpool(keep, bytes(piece))
-            piece.clear()
-    size += len(piece)
-    await run_in_threadpool(keep, bytes(piece))
-    await run_in_threadpool(file.flush)
-    return Received(path, size, digest.hexdigest())
-
-
-def _open(folder: Path) -> Any:
-    folder.mkdir(parents=True, exist_ok=True)
-    return tempfile.NamedTemporaryFile(dir=folder, suffix=".upload", delete=False)
-
-
-@contextmanager
-def _disk() -> Iterator[None]:
-    try:
-        yield
-    except OSError as exc:
-        if exc.errno in FULL:
-            raise StorageFull("the disk for uploads is full: free space, then try again") from exc
-        raise

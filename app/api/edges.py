@@ -47,7 +47,7 @@ UPLOAD_BYTES_PER_S = 64 * 1024
 LINGER_S = 2.0  # a client that is still sending has this long to read its refusal before the connection is cut
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 HEAD = "espalier.head"  # scope key: a HEAD is answered as a GET; a response that streams may leave its body out
-UPLOADS = "/v1/datasets"
+UPLOADS = frozenset({"/v1/datasets", "/v1/weights"})
 _HOST = re.compile(rb"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?")
 _SPECS = frozenset({"/v1/jobs", "/v1/jobs/validate"})
 
@@ -210,7 +210,7 @@ class Edge:
         head = scope["method"] == "HEAD"
         scope = {**scope, HEAD: head, "method": "GET" if head else scope["method"]}
         scope["state"] = {**scope.get("state", {}), "request_id": (request_id := f"req_{secrets.token_hex(8)}")}
-        upload = scope["method"] == "POST" and scope["path"] == UPLOADS
+        upload = scope["method"] == "POST" and scope["path"] in UPLOADS
         small = self._settings.max_spec_bytes if scope["method"] == "POST" and scope["path"] in _SPECS else SMALL_BODY
         declared = any(
             name == b"transfer-encoding" or (name == b"content-length" and value.strip() != b"0")

@@ -34,6 +34,7 @@ from app.api.planning import plan_job
 from app.db import Database
 from app.jobs import JobView
 from app.spec.plan import plan_answer
+from app.spec.sources import references
 
 POLL_S = 2  # Retry-After of a job that is not over
 
@@ -58,6 +59,7 @@ def submit_job(
         name=plan.spec.name,
         labels=plan.spec.labels,
         idempotency=None if key is None else (key, hashlib.sha256(raw).hexdigest()),
+        needs=references(plan.spec),
     )
     return _made(given, view, created)
 
@@ -154,7 +156,10 @@ def resume_job(given: Given, owner: Tenant, job_id: JobId, if_match: IfMatch = N
 def retry_job(
     request: Request, given: Given, owner: Tenant, job_id: JobId, idempotency_key: IdempotencyKey = None
 ) -> Response:
-    """A new job with `retry_of` and the same spec, name and labels. The old one must be over."""
+    """A new job with `retry_of` and the same spec, name and labels. The old one must be over.
+
+    422 if a network that it starts from or learns from was deleted meanwhile.
+    """
     key = read_idempotency_key(request.headers)
     check_id("job", job_id)
     idempotency = None if key is None else (key, hashlib.sha256(b"").hexdigest())
@@ -164,7 +169,10 @@ def retry_job(
 
 @router.delete("/{job_id}", status_code=204, summary="Remove the job", responses=answers.REMOVED)
 def delete_job(given: Given, owner: Tenant, job_id: JobId, if_match: IfMatch = None) -> Response:
-    """Nothing. A running job is cancelled first; then its rows and its files go."""
+    """Nothing. A running job is cancelled first; then its rows and its files go.
+
+    409 while a job that has not finished starts from its network or learns from it.
+    """
     check_id("job", job_id)
     _check_match(given, owner, job_id, if_match)
     jobs.delete_job(given.db, owner, job_id)

@@ -34,6 +34,7 @@ _SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
 _ID = re.compile(r"[a-z]{2,8}_[0-9a-z]{26}")
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _BAD_PERCENT = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+_NO_SUCH = {"ds": "there is no such data set", "wt": "there are no such weights"}
 _LABEL = re.compile(rf"([^:]{{1,{TEXT_LENGTH}}}):(.{{0,{TEXT_LENGTH}}})", re.DOTALL)
 
 
@@ -60,6 +61,7 @@ WaitS = Annotated[
     Query(ge=0, le=LONGEST_WAIT_S, description="Hold the answer until the job changes, at most so many seconds."),
 ]
 JobId = Annotated[str, Path(description="The job's id.")]
+WeightsId = Annotated[str, Path(description="The id of the weights.")]
 DatasetId = Annotated[str, Path(description="The data set's id.")]
 IdempotencyKey = Annotated[
     str | None, Header(description="1 to 255 visible ASCII characters. Same key and body: the same job, for 7 days.")
@@ -97,7 +99,7 @@ async def refuse_unknown_query(request: Request) -> None:
 def check_id(kind: str, value: str) -> str:
     """`value` if it looks like an id we give out; else NotFound, as for any id that does not exist."""
     if not is_id(kind, value):
-        raise JobNotFound() if kind == "job" else NotFound("there is no such data set")
+        raise JobNotFound() if kind == "job" else NotFound(_NO_SUCH[kind])
     return value
 
 

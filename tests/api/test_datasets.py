@@ -16,7 +16,7 @@ from support.api import SPEC, Api, open_api, served_api
 from support.uploads import images, labels, npz
 
 from app import datasets as registry
-from app.api import answers, datasets
+from app.api import answers, datasets, uploads
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def test_the_beginnings_of_uploads_of_a_killed_process_are_swept(tmp_path):
     young.write_bytes(b"x")
     hours_ago = time.time() - 7200
     os.utime(old, (hours_ago, hours_ago))
-    datasets.sweep_staging(tmp_path)
+    uploads.sweep_staging(tmp_path)
     assert (old.exists(), young.exists()) == (False, True)
 
 
@@ -186,6 +186,6 @@ def test_a_full_disk_is_503_storage_full(api, monkeypatch):
     def full(folder: Path) -> object:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(datasets, "_open", full)
+    monkeypatch.setattr(uploads, "_open", full)
     answer = api.client.post("/v1/datasets", content=b"x")
     assert (answer.status_code, answer.json()["code"], answer.headers["retry-after"]) == (503, "storage_full", "60")
