@@ -35,6 +35,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from app.errors import EspalierError
 from app.spec.cost import cost
 from app.spec.presets import preset_layers
 from app.spec.pruning import Prune
@@ -179,17 +180,19 @@ class Bench:
         with tempfile.TemporaryDirectory() as scratch:
             ours = cell.method.startswith("espalier ")
             step = _step(setting, cell) if ours else _plain_step(setting, cell)
-            job = self.prepare(setting, [step], Path(scratch))
+            job = None
             try:
+                job = self.prepare(setting, [step], Path(scratch))
                 if ours:
                     found = _our_result(job, dense)
                 else:
                     self._compare_starts(job, setting, dense)
                     found = _peer_result(job, dense, setting, cell)
-            except peers.PeerFailed as failed:
+            except (peers.PeerFailed, EspalierError) as failed:
                 found = {"error": str(failed)}
             finally:
-                job.close()
+                if job is not None:
+                    job.close()
         return found | {"seconds": round(time.perf_counter() - began, 1)}
 
     def _compare_starts(self, job: preparation.Job, setting: Setting, dense: Dense) -> None:
