@@ -112,7 +112,12 @@ def channel_classes(graph: Graph) -> Classes:
     for node in graph.nodes:
         rule, inputs = RULES[node.layer.type], [raw[name] for name in node.inputs]
         raw[node.name] = rule.slots(node, inputs, ties)
-        axes += rule.axes(node, inputs, raw[node.name])
+        if node.shares is None:
+            axes += rule.axes(node, inputs, raw[node.name])
+        else:  # the axes of its tensors follow the slots of both places
+            owner = graph[node.shares]
+            ties.tie(raw[owner.inputs[0]], inputs[0])
+            ties.tie(raw[owner.name], raw[node.name])
         positions += len(raw[node.name].ids)
         if positions > MOST_POSITIONS:
             raise TooManyChannels

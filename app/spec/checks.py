@@ -246,7 +246,7 @@ def _initial_sums(graph: Graph) -> tuple[float, float]:
     """(sum of absolute weights, sum of squared weights) expected of freshly drawn ones: normal, variance 2 / fan_in."""
     absolute = squared = 0.0
     for node in graph.nodes:
-        if node.type in WEIGHTED:
+        if node.type in WEIGHTED and node.shares is None:
             weight = node.tensors["weight"]
             fan_in = max(1, weight.elements // weight.shape[0])
             absolute += weight.elements * math.sqrt(2 / fan_in) * math.sqrt(2 / math.pi)

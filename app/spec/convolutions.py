@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from app.spec.layer import Layer, check_stated
+from app.spec.layer import check_stated
 from app.spec.shapes import (
     LARGEST_WIDTH,
     ConvMargin,
@@ -25,18 +25,19 @@ from app.spec.shapes import (
     windows,
     written,
 )
+from app.spec.sharing import UNLESS_SHARED, Shareable, required_unless_shared
 
 Width = Annotated[int, Field(ge=1, le=LARGEST_WIDTH)]
 StatedWidth = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
-class _Convolution(Layer):
+class _Convolution(Shareable):
     """What convolutions and transposed convolutions share: geometry, groups, widths."""
 
     saves_inputs: ClassVar[bool] = True
 
-    out_channels: Width
-    kernel_size: Kernel
+    out_channels: Annotated[Width, UNLESS_SHARED] = required_unless_shared()
+    kernel_size: Annotated[Kernel, UNLESS_SHARED] = required_unless_shared()
     stride: Step = 1
     padding: ConvMargin = 0
     dilation: Step = 1
@@ -203,13 +204,13 @@ class ConvTranspose(_Convolution):
         )
 
 
-class Linear(Layer):
+class Linear(Shareable):
     """`linear`: torch.nn.Linear on a flat input."""
 
     saves_inputs: ClassVar[bool] = True
 
     type: Literal["linear"] = "linear"
-    out_features: Width
+    out_features: Annotated[Width, UNLESS_SHARED] = required_unless_shared()
     bias: bool = True
     in_features: StatedWidth | None = Field(default=None, description="Checked against the input when stated.")
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from app.spec.layer import Layer
 from app.spec.shapes import LARGEST_WIDTH, LayerFault, Shape, Tensor, spatial_axes
+from app.spec.sharing import UNLESS_SHARED, Shareable, required_unless_shared
+from app.spec.strict import fault
 
 Epsilon = Annotated[float, Field(gt=0, le=1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
@@ -26,6 +28,15 @@ class BatchNorm(Layer):
     eps: Epsilon = 1e-5
     momentum: Annotated[float, Field(gt=0, le=1)] = 0.1
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_its_own(cls, sent: Any) -> Any:
+        if isinstance(sent, dict) and "shares" in sent:
+            raise fault(
+                "batch norm cannot share: its running statistics are those of one place in the network", field="shares"
+            )
+        return sent
+
     def tensors(self, inputs: Sequence[Shape]) -> dict[str, Tensor]:
         """weight and bias, and the running mean and variance, all (channels)."""
         channels = inputs[0][:1]
@@ -37,14 +48,14 @@ class BatchNorm(Layer):
         }
 
 
-class GroupNorm(Layer):
+class GroupNorm(Shareable):
     """`group_norm`: torch.nn.GroupNorm."""
 
     saves_inputs: ClassVar[bool] = True
     behind_logits: ClassVar[str | None] = "it would take the scale out of the class scores"
 
     type: Literal["group_norm"] = "group_norm"
-    num_groups: Annotated[int, Field(ge=1, le=LARGEST_WIDTH)]
+    num_groups: Annotated[int, Field(ge=1, le=LARGEST_WIDTH), UNLESS_SHARED] = required_unless_shared()
     eps: Epsilon = 1e-5
 
     def output_shape(self, inputs: Sequence[Shape]) -> Shape:
@@ -64,7 +75,7 @@ class GroupNorm(Layer):
         return {"weight": Tensor(inputs[0][:1]), "bias": Tensor(inputs[0][:1])}
 
 
-class LayerNorm(Layer):
+class LayerNorm(Shareable):
     """`layer_norm`: over the channel axis at each position, weight and bias one per channel."""
 
     saves_inputs: ClassVar[bool] = True
@@ -171,7 +182,7 @@ class Softmax(Activation):
     type: Literal["softmax"] = "softmax"
 
 
-class PReLU(Activation):
+class PReLU(Activation, Shareable):
     """`prelu`: x where positive, else weight * x, one trained weight per channel."""
 
     saves_inputs: ClassVar[bool] = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +18,7 @@ from app.spec.names import INPUT, LONGEST_NAME, local_names, why_refused
 from app.spec.node import Limits, Node
 from app.spec.pooling import GlobalAvgPool, MaxPool
 from app.spec.shapes import LayerFault, Shape, written
+from app.spec.sharing import Shareable, as_at, disagreements
 
 MOST_FAULTS = 100
 _FEW_NAMES = 200  # with more, looking for a similar name takes longer than the rest
@@ -92,6 +93,7 @@ class Expansion:
         self._limits = limits
         self._shapes: dict[str, Shape | None] = {INPUT: tuple(input_shape)}
         self._outputs: dict[str, str] = {INPUT: INPUT}
+        self._nodes: dict[str, Node] = {}
         self._taken: dict[str, tuple[str, bool]] = {}
 
     @property
@@ -160,7 +162,10 @@ class Expansion:
 
     def _layer(self, layer: Layer, name: str, pointer: str, inputs: tuple[str, ...] | None, scope: Scope) -> str:
         if not isinstance(layer, Residual | SqueezeExcite | Repeat):
-            self._node(name, layer, inputs, pointer, layer)
+            complete = self._with_shared(layer, inputs, pointer, scope)
+            self._shapes[name] = None
+            if complete is not None:
+                self._node(name, complete, inputs, pointer, layer)
             return name
         if inputs is None:
             self._shapes[name] = None
@@ -214,14 +219,41 @@ class Expansion:
         known = tuple(name for name in found if name is not None)
         return known if len(known) == len(found) else None
 
-    def _find(self, name: str, scope: Scope, pointer: str) -> str | None:
-        """The node that `name` stands for where a layer of `scope` takes it, or None with a fault."""
+    def _with_shared(self, layer: Layer, inputs: tuple[str, ...] | None, pointer: str, scope: Scope) -> Layer | None:
+        """The layer with all fields of the one whose parameters it shares, if any; None with a fault."""
+        if not isinstance(layer, Shareable) or layer.shares is None:
+            return layer
+        at = f"{pointer}/shares"
+        if layer.shares == INPUT:
+            self._fault(at, "the network's input has no parameters: name an earlier layer", value=INPUT)
+            return None
+        found = self._find(layer.shares, scope, at, _shared_too_early)
+        owner = None if found is None else self._nodes.get(found)
+        if owner is None:
+            return None
+        shape = None if inputs is None else self._shapes[inputs[0]]
+        faults = list(disagreements(layer, owner, shape))
+        for fault in faults:
+            self._fault(f"{pointer}/{fault.field}", fault.message, fault.limit, fault.value)
+        return None if faults else as_at(layer, owner)
+
+    def _find(
+        self,
+        name: str,
+        scope: Scope,
+        pointer: str,
+        not_yet: Callable[[str, Scope, Scope], str] | None = None,
+    ) -> str | None:
+        """The node that `name` stands for where a layer of `scope` takes it, or None with a fault.
+
+        `not_yet` words it where the name is there, but not before the layer.
+        """
         here: Scope | None = scope
         while here is not None:
             if name in here.outputs:
                 return here.outputs[name]
             if name in here.positions:
-                self._fault(pointer, self._not_yet(name, here, scope))
+                self._fault(pointer, (not_yet or self._not_yet)(name, here, scope))
                 return None
             here = here.outer
         if name in self._outputs:
@@ -268,6 +300,7 @@ class Expansion:
         cleared: dict[str, Any] = dict.fromkeys(layer.widths(known), None)
         plain = layer.model_copy(update={"name": None, "inputs": None} | cleared)
         self.nodes.append(Node(name, plain, inputs, known, shape, pointer))
+        self._nodes.setdefault(name, self.nodes[-1])
         self._shapes[name] = shape
         return shape
 
@@ -310,6 +343,13 @@ class Expansion:
         for step in (GlobalAvgPool(), narrow, ReLU(), Conv(out_channels=shape[0], kernel_size=1), gate):
             weights = self._own(scope, step, (weights,), pointer, layer)
         return self._own(scope, Multiply(), (source, weights), pointer, layer)
+
+
+def _shared_too_early(name: str, holder: Scope, scope: Scope) -> str:
+    """Why the parameters of a layer that `holder` has cannot be shared yet."""
+    if holder is scope and holder.positions[name] == holder.position:
+        return f"'{name}' cannot share its own parameters: name an earlier layer"
+    return f"'{name}' comes later: a layer shares the parameters of a layer that stands before it"
 
 
 def shortcut_layers(kind: str, into: Shape, out: Shape) -> list[Layer]:

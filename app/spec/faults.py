@@ -134,7 +134,7 @@ def _locate(entry: Any, document: object) -> _Located:
     elif kind == "string_too_long":
         value = len(entry["input"])
     else:
-        value = echo(entry["input"])
+        value = None if kind == "missing" else echo(entry["input"])
     limit = (
         context.get("limit") if kind == "fault" else next((context[name] for name in _LIMITS if name in context), None)
     )

@@ -47,6 +47,13 @@ class Graph:
                 found[name].append(node)
         return {name: tuple(nodes) for name, nodes in found.items()}
 
+    @cached_property
+    def _places(self) -> dict[str, tuple[Node, ...]]:
+        found: dict[str, list[Node]] = {name: [] for name in self._by_name}
+        for node in self.nodes:
+            found[node.home].append(node)
+        return {name: tuple(nodes) for name, nodes in found.items()}
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Graph:
         """Itself: nothing in it changes. Copies of a network share it."""
         return self
@@ -70,6 +77,13 @@ class Graph:
             KeyError: there is no such node.
         """
         return self._consumers[name]
+
+    def places(self, name: str) -> tuple[Node, ...]:
+        """The nodes that use the tensors stored under the name of a node: itself and those that share them, in order.
+
+        Empty for a node that shares. Raises KeyError: there is no such node.
+        """
+        return self._places[name]
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by its key `<node>.<tensor>`, in the order of the nodes."""

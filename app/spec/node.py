@@ -8,6 +8,7 @@ from functools import cached_property
 
 from app.spec.layer import Layer
 from app.spec.shapes import LARGEST_WIDTH, Shape, Tensor
+from app.spec.sharing import Shareable
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,29 @@ class Node:
         """The layer's type."""
         return self.layer.type
 
+    @property
+    def shares(self) -> str | None:
+        """The node whose parameters it uses; None: it has its own, or none at all."""
+        return self.layer.shares if isinstance(self.layer, Shareable) else None
+
+    @property
+    def home(self) -> str:
+        """The node under whose name the tensors that it uses are stored: itself, unless it shares."""
+        return self.shares or self.name
+
     @cached_property
-    def tensors(self) -> dict[str, Tensor]:
-        """Its tensors by name: weight, bias, running_mean, running_var."""
+    def uses(self) -> dict[str, Tensor]:
+        """The tensors it computes with, by name: weight, bias, running_mean, running_var."""
         return self.layer.tensors(self.input_shapes)
 
     @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of `uses` that are stored under its name: all, or none where it shares another node's."""
+        return {} if self.shares is not None else self.uses
+
+    @property
     def params(self) -> int:
-        """Number of trained numbers."""
+        """Number of trained numbers that are stored under its name."""
         return sum(tensor.elements for tensor in self.tensors.values() if tensor.trainable)
 
     @property

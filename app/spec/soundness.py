@@ -72,6 +72,8 @@ def _width_pointer(graph: Graph, node: Node) -> str:
     made = node
     while made.type in {"global_avg_pool", "relu", "max_pool", "avg_pool", "batch_norm"} and made.inputs[0] in graph:
         made = graph[made.inputs[0]]
+    if made.shares is not None:
+        made = graph[made.shares]
     if isinstance(made.layer, Linear):
         return f"{made.pointer}/out_features"
     if isinstance(made.layer, Conv):

@@ -144,16 +144,17 @@ class Tally:
         owned = {(a.layer, a.tensor, a.axis): w for a, w in zip(classes.axes, self._width_of_axis, strict=True)}
         terms: dict[tuple[int, ...], _Term] = {}
         for node in graph.nodes:
-            for name, tensor in node.tensors.items():
-                axes = [(owned.get((node.name, name, axis)), size) for axis, size in enumerate(tensor.shape)]
-                self._shapes[f"{node.name}.{name}"] = axes
+            for name, tensor in node.uses.items():
+                axes = [(owned.get((node.home, name, axis)), size) for axis, size in enumerate(tensor.shape)]
                 widths = tuple(sorted(width for width, _ in axes if width is not None))
                 term = terms.setdefault(widths, _Term(widths))
                 fixed = 1
                 for width, size in axes:
                     fixed *= size if width is None else 1
-                term.stored += fixed
-                term.params += fixed if tensor.trainable else 0
+                if node.shares is None:
+                    self._shapes[f"{node.name}.{name}"] = axes
+                    term.stored += fixed
+                    term.params += fixed if tensor.trainable else 0
                 if name == "weight" and node.macs:
                     positions, rest = divmod(node.macs, tensor.elements)
                     assert rest == 0, f"{node.name}: every weight is used at a whole number of positions"
