@@ -15,6 +15,7 @@ from app.spec.channels import channel_classes
 from app.spec.compressions import Separable
 from app.spec.cost import Cost, cost
 from app.spec.graph import Graph, Node
+from app.spec.matrices import why_dense
 from app.spec.optimizations import Compression
 from app.spec.pruning import Prune
 from worker.averaging import put
@@ -186,9 +187,9 @@ def layer_rows(network: Network, before: Graph, step: Compression) -> list[dict[
 def _why_untouched(before: Node, after: Node, nonzero: int, step: Prune, pins: list[str | None] | None) -> str | None:
     """Why this step left the layer as it was; None if it did not."""
     if pins is None:
-        if before.name in step.exclude:
-            return "excluded"
-        return None if nonzero < before.tensors["weight"].elements else "no weight of it was among the weakest"
+        what = "block" if step.structure == "blocks" else "weight"
+        untouched = nonzero == before.tensors["weight"].elements
+        return why_dense(before, step) or (f"no {what} of it was among the weakest" if untouched else None)
     if before.shape[0] != after.shape[0]:
         return None
     if before.name in step.exclude:

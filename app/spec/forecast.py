@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,8 +18,9 @@ from app.spec.faults import MOST_FAULTS
 from app.spec.faults import pointer as pointer_to
 from app.spec.graph import Graph, Node
 from app.spec.optimizations import Optimization
-from app.spec.pruning import Budget, Prune, PruneOverride
+from app.spec.pruning import Budget, Prune, PruneOverride, Structure
 from app.spec.sensitivity import Sensitivity
+from app.spec.zeros import dense_layers, planned_zeros
 
 Action = Literal["narrow", "follow", "keep", "mask", "insert", "replace"]
 
@@ -27,6 +28,12 @@ Action = Literal["narrow", "follow", "keep", "mask", "insert", "replace"]
 MOST_CHOICES = 1_500_000  # channels over all steps of a job: nobody waits longer than this for a plan
 MOST_SIMULATED = 30_000  # channels over the rounds of an iterative schedule; with more only its end is worked out
 _CHANNEL_FIELDS = ("max_sparsity", "min_channels", "round_to")
+_FOREIGN_FIELDS: dict[Structure, tuple[str, ...]] = {  # of overrides
+    "weights": (*_CHANNEL_FIELDS, "pattern"),
+    "blocks": (*_CHANNEL_FIELDS, "pattern", "threshold"),
+    "n:m": (*_CHANNEL_FIELDS, "sparsity", "threshold"),
+    "channels": ("threshold", "pattern"),
+}
 _SIMILAR_AMONG = 200  # looking for a similar name among more takes longer than everything else
 
 
@@ -70,6 +77,8 @@ class Forecast:
     rows: list[LayerPlan] = field(default_factory=list)
     warnings: list[Fault] = field(default_factory=list)
     floor: Cost | None = None
+    guessed: set[str] = field(default_factory=set)
+    """Layers whose width, or number of zeros, is an estimate."""
     choices: int = 0
     """Channels of the layers' outputs, summed over the steps that choose among them."""
 
@@ -85,8 +94,6 @@ class Forecast:
         Raises InvalidSpec as `prune` does.
         """
         if isinstance(step, Prune):
-            if step.structure in ("n:m", "blocks") or (step.zeros and step.criterion in ("lamp", "erk")):
-                raise InvalidSpec([Fault(pointer, "n:m, blocks, lamp and erk of weights are not offered yet")])
             return self.prune(step, pointer)
         if isinstance(step, LowRank | Separable | Quantize):
             raise InvalidSpec([Fault(pointer, f"{step.type} is not offered by this release")])
@@ -125,22 +132,33 @@ class Forecast:
         return self._narrow(step, pointer)
 
     def _mask(self, step: Prune, pointer: str) -> None:
-        weights = {node.name: node.tensors["weight"].elements for node in _weighted(self.graph)}
-        prunable = {name: count for name, count in weights.items() if name not in step.exclude}
-        if not prunable:
-            message = "every layer with weights is excluded: nothing is left to prune"
-            raise InvalidSpec([Fault(f"{pointer}/exclude", message)])
-        zeros = _zeros(step, prunable, self.zeros)
-        own = {name: override for name, override in step.overrides.items() if name in prunable}
-        for name, count in weights.items():
-            before = count - self.zeros.get(name, 0)
-            if name not in prunable:
-                self.rows.append(LayerPlan(name, "keep", before, before, True, "excluded", pointer))
+        nodes = _weighted(self.graph)
+        dense = dense_layers(self.graph, step)
+        faults = [
+            Fault(pointer + pointer_to("overrides", name), dense[name]) for name in step.overrides if name in dense
+        ]
+        if len(dense) == len(nodes):
+            faults.append(_nothing_to_mask(step, dense, pointer))
+        if faults:
+            raise InvalidSpec(faults[:MOST_FAULTS])
+        found = planned_zeros([node for node in nodes if node.name not in dense], step, self.zeros, self.guessed)
+        if all(plan.exact and plan.zeros == self.zeros.get(name, 0) for name, plan in found.items()):
+            message = "removes nothing: what would go is zero already, or less than one weight or block"
+            self.warnings.append(Fault(pointer, message))
+        for node in nodes:
+            count = node.tensors["weight"].elements
+            before = count - self.zeros.get(node.name, 0)
+            if node.name in dense:
+                exact = node.name not in self.guessed
+                self.rows.append(LayerPlan(node.name, "keep", before, before, exact, dense[node.name], pointer))
                 continue
-            reason, exact = _mask_reason(step, own.get(name))
-            after = None if zeros[name] is None else count - (zeros[name] or 0)
-            self.rows.append(LayerPlan(name, "mask", before, after, exact, reason, pointer))
-        self.zeros.update({name: count for name, count in zeros.items() if count is not None})
+            zeros, exact, reason = found[node.name]
+            after = None if zeros is None else count - zeros
+            self.rows.append(LayerPlan(node.name, "mask", before, after, exact, reason, pointer))
+            if zeros is not None:
+                self.zeros[node.name] = zeros
+            if not exact:
+                self.guessed.add(node.name)
 
     def _narrow(self, sent: Prune, pointer: str) -> Prune:
         before = self.graph
@@ -158,6 +176,8 @@ class Forecast:
         # what may be left at the end of the job is what may be left after its last step
         self.floor = removals.floor
         exact = step.scope == "layer" and _is_simulated(before, step) and not measured
+        if not exact:
+            self.guessed.update(node.name for node in _weighted(before))
         reasons = why_kept(before, classes, step)
         self.rows += [
             _narrowed(node, after[node.name], step, exact, reasons, before, pointer) for node in _weighted(before)
@@ -233,44 +253,12 @@ def _weighted(graph: Graph) -> list[Node]:
     return [node for node in graph.nodes if node.type in WEIGHTED]
 
 
-def _zeros(step: Prune, prunable: Mapping[str, int], already: Mapping[str, int]) -> dict[str, int | None]:
-    """Zeros of each layer after a mask step, `already` those before it; None where a threshold decides.
-
-    Of a global ranking only the sum is known; each layer is given its share.
-    """
-    zeros: dict[str, int | None] = {}
-    shared: dict[str, int] = {}
-    for name, count in prunable.items():
-        override = step.overrides.get(name)
-        if override is not None and override.sparsity is not None:
-            zeros[name] = max(already.get(name, 0), round(override.sparsity * count))
-        elif step.sparsity is None or (override is not None and override.threshold is not None):
-            zeros[name] = None
-        elif step.scope == "layer":
-            zeros[name] = max(already.get(name, 0), round(step.sparsity * count))
-        else:
-            shared[name] = count
-    if shared and step.sparsity is not None:
-        total = sum(shared.values())
-        wanted = max(round(step.sparsity * total), sum(already.get(name, 0) for name in shared))
-        rest = wanted
-        for position, (name, count) in enumerate(shared.items()):
-            part = rest if position == len(shared) - 1 else min(rest, wanted * count // total)
-            zeros[name] = part
-            rest -= part
-    return zeros
-
-
-def _mask_reason(step: Prune, override: PruneOverride | None) -> tuple[str, bool]:
-    if override is not None and override.sparsity is not None:
-        return f"sparsity {override.sparsity} of its own", True
-    if override is not None and override.threshold is not None:
-        return f"threshold {override.threshold} of its own: depends on the trained weights", False
-    if step.threshold is not None:
-        return f"threshold {step.threshold}: depends on the trained weights", False
-    if step.scope == "layer":
-        return f"{step.criterion}, sparsity {step.sparsity} of each layer", True
-    return f"global {step.criterion}, sparsity {step.sparsity} over all layers; each layer's part is an estimate", False
+def _nothing_to_mask(step: Prune, dense: Mapping[str, str], pointer: str) -> Fault:
+    if set(dense.values()) == {"excluded"}:
+        return Fault(f"{pointer}/exclude", "every layer with weights is excluded: nothing is left to prune")
+    field = "pattern" if step.structure == "n:m" else "block"
+    held = ", ".join(f"{name} ({reason})" for name, reason in list(dense.items())[:_SIMILAR_AMONG])
+    return Fault(f"{pointer}/{field}", f"no layer can be pruned: {held}")
 
 
 def _narrowed(
@@ -372,7 +360,7 @@ def _named_faults(graph: Graph, step: Prune, pointer: str) -> list[Fault]:
 
 
 def _override_faults(step: Prune, override: PruneOverride, at: str) -> list[Fault]:
-    foreign: Sequence[str] = ("threshold",) if step.structure == "channels" else _CHANNEL_FIELDS
+    foreign = _FOREIGN_FIELDS[step.structure]
     faults = [
         Fault(f"{at}/{name}", f"has no meaning for structure {step.structure}", value=getattr(override, name))
         for name in foreign

@@ -52,6 +52,12 @@ def _known_pattern(pattern: str) -> str:
     return f"{kept}:{of}"
 
 
+def kept_of(pattern: str) -> tuple[int, int]:
+    """(N, M) of a pattern "N:M": at most N of M weights in a row stay."""
+    kept, of = pattern.split(":")
+    return int(kept), int(of)
+
+
 Pattern = Annotated[str, Field(max_length=7), AfterValidator(_known_pattern)]
 Side = Annotated[int, Field(ge=1, le=1024)]
 
@@ -208,6 +214,7 @@ class PruneOverride(Strict):
     round_to: Annotated[
         int | None, Field(ge=1, le=1024, description="Widths of this layer's group are multiples of this.")
     ] = None
+    pattern: Annotated[Pattern | None, Field(description="n:m: this layer's pattern.")] = None
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
@@ -304,8 +311,7 @@ class Prune(Strict):
     @property
     def kept_of(self) -> tuple[int, int]:
         """(N, M) of structure n:m: at most N of M weights in a row stay."""
-        kept, of = (self.pattern or "2:4").split(":")
-        return int(kept), int(of)
+        return kept_of(self.pattern or "2:4")
 
     @property
     def block_shape(self) -> tuple[int, int]:

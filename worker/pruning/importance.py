@@ -65,15 +65,17 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
 
 
 def weight_scores(name: str, weight: Tensor, criterion: Criterion, *, seed: int) -> npt.NDArray[Any]:
-    """The importance of each weight, flat, at least 0: its absolute value (`l1`, `l2`), or uniform (`random`).
+    """The importance of each weight, flat in row-major order, at least 0.
 
-    In the weight's own type, so that equal weights are ties; `random` comes from the seed and the name.
+    Its absolute value (`l1`, `l2`) in the weight's own type, so that equal weights are ties; uniform, from the seed and
+    the name (`random`); the square divided by the sum of the squares that are not smaller, of equal weights those from
+    itself on (`lamp`: Lee et al., arXiv 2010.07611), so that the last of the largest has exactly 1.
     """
     if criterion == "random":
         return _generator(seed, name).random(weight.numel())
-    assert criterion in ("l1", "l2"), f"{criterion} does not rank single weights"
+    assert criterion in ("l1", "l2", "lamp"), f"{criterion} does not rank single weights"
     scores: npt.NDArray[Any] = weight.detach().abs().cpu().numpy().ravel()
-    return scores
+    return _relative(np.square(scores, dtype=np.float64)) if criterion == "lamp" else scores
 
 
 def class_scores(
@@ -205,13 +207,22 @@ def _slices(rows: FloatArray, axis: OwnedAxis, group: Group) -> FloatArray:
 
 
 def _lamp(scores: FloatArray, classes: Classes) -> FloatArray:
-    """Each score divided by the sum of those in its group that are not weaker: the strongest of a group has 1."""
+    """Each score relative to those of its group."""
     relative = np.zeros_like(scores)
     for group in classes.groups:
-        values = scores[group.classes]
-        order = np.argsort(values, kind="stable")
-        rest = np.cumsum(values[order][::-1])[::-1]  # summed from the strong end: total - prefix would cancel
-        relative[group.classes[order]] = np.divide(values[order], rest, out=np.zeros_like(rest), where=rest > 0)
+        relative[group.classes] = _relative(scores[group.classes])
+    return relative
+
+
+def _relative(squares: FloatArray) -> FloatArray:
+    """Each number divided by the sum of those that are not smaller, in a stable order: the largest gives exactly 1.
+
+    Summed from the large end, in float64: total - prefix would cancel.
+    """
+    order = np.argsort(squares, kind="stable")
+    rest = np.cumsum(squares[order][::-1])[::-1]
+    relative = np.zeros_like(squares)
+    relative[order] = np.divide(squares[order], rest, out=np.zeros_like(rest), where=rest > 0)
     return relative
 
 

@@ -30,9 +30,13 @@ import torch
 from torch import Tensor
 
 from app.errors import LayerEmptied
-from app.spec.pruning import Prune, PruneOverride
+from app.spec.allocation import erk_kept
+from app.spec.matrices import erk_axes, pattern_of, weight_matrix, why_dense
+from app.spec.node import Node
+from app.spec.pruning import Criterion, Prune, PruneOverride
 from worker.network import Network
 from worker.pruning.importance import check_finite, prunable_weights, weight_scores
+from worker.pruning.semi_structured import BlockScores, blocks_keep, pattern_keep
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.floating]
@@ -128,39 +132,77 @@ class Masks:
 def weight_masks(
     network: Network, step: Prune, sparsity: float | None, *, seed: int, previous: Masks | None = None
 ) -> Masks:
-    """The masks that make `sparsity` (0 to 1) of the prunable weights zero; None: those below `step.threshold`.
+    """The masks that make `sparsity` (0 to 1) of the prunable weights zero; None: by `step.threshold` or a pattern.
 
     Exactly `round(sparsity * n)` zeros (half to even), of each layer or of all together as `step.scope` says; weakest
-    first, equal scores in the order of the layers and of their elements. What `previous` pruned stays pruned.
-    Excluded layers have no mask and leave `n`. Layers with an override count on their own; where `sparsity` is on its
-    way to `step.sparsity`, their own is as far. Every layer keeps its strongest weight, however sparse.
+    first, equal scores in the order of the layers and of their elements; `erk` gives each layer its share of them. With
+    blocks the count is the nearest that whole blocks allow (`semi_structured.py`). What `previous` pruned stays pruned.
+    Excluded layers, and those that a pattern or blocks do not fit, have no mask and leave `n`. Layers with an override
+    count on their own; where `sparsity` is on its way to `step.sparsity`, their own is as far. Every layer keeps its
+    strongest weight, or block, however sparse.
 
     Raises `Diverged` where a weight is not finite, `LayerEmptied` where a threshold leaves nothing of a layer.
     """
-    weights = {name: w for name, w in prunable_weights(network).items() if _layer(name) not in step.exclude}
+    weights = prunable_weights(network)
+    nodes = {name: network.graph[_layer(name)] for name in weights}
+    weights = {name: weight for name, weight in weights.items() if why_dense(nodes[name], step) is None}
     check_finite(weights)
+    dead = {
+        name: (previous[name] == 0).cpu().numpy().ravel() if previous is not None and name in previous else None
+        for name in weights
+    }
     keep: dict[str, BoolArray] = {}
-    shared: dict[str, FloatArray] = {}
+    shared: dict[str, Tensor] = {}
     for name, weight in weights.items():
         override = step.overrides.get(_layer(name), _NO_OVERRIDE)
         threshold = override.threshold if override.sparsity is None else None
         if threshold is None and override.sparsity is None and sparsity is None:
             threshold = step.threshold
-        dead = None if previous is None or name not in previous else (previous[name] == 0).cpu().numpy().ravel()
-        if threshold is not None:
-            keep[name] = _above(name, weight, threshold, dead)
-            continue
-        scores = weight_scores(name, weight, step.criterion, seed=seed)
-        if dead is not None:
-            scores[dead] = -1.0  # below every score, which is at least 0: pruned first
-        if override.sparsity is not None:
-            keep.update(_strongest({name: scores}, _on_the_way(override.sparsity, sparsity, step.sparsity)))
+        if step.structure == "n:m":
+            scores = weight_scores(name, weight, step.criterion, seed=seed)
+            kept, of = pattern_of(step, _layer(name))
+            keep[name] = pattern_keep(scores, weight_matrix(nodes[name]), kept, of, dead[name])
+        elif threshold is not None:
+            keep[name] = _above(name, weight, threshold, dead[name])
+        elif override.sparsity is not None:
+            own = _on_the_way(override.sparsity, sparsity, step.sparsity)
+            keep |= _weakest_gone({name: weight}, own, step, nodes, dead, seed)
         else:
-            shared[name] = scores
+            shared[name] = weight
     if shared and sparsity is not None:
-        for together in [shared] if step.scope == "global" else [{name: scores} for name, scores in shared.items()]:
-            keep.update(_strongest(together, sparsity))
+        together = [shared] if step.scope == "global" or step.criterion == "erk" else [{n: shared[n]} for n in shared]
+        for part in together:
+            keep |= _weakest_gone(part, sparsity, step, nodes, dead, seed)
     return Masks({name: _mask(keep[name], weight) for name, weight in weights.items() if name in keep})
+
+
+def _weakest_gone(
+    weights: Mapping[str, Tensor],
+    sparsity: float,
+    step: Prune,
+    nodes: Mapping[str, Node],
+    dead: Mapping[str, BoolArray | None],
+    seed: int,
+) -> dict[str, BoolArray]:
+    """Which weights stay when `sparsity` of these layers go: one ranking over them all, or by their shares (`erk`)."""
+    if step.structure == "blocks":
+        blocks = {}
+        for name, weight in weights.items():
+            values, matrix = weight_scores(name, weight, step.criterion, seed=seed), weight_matrix(nodes[name])
+            blocks[name] = BlockScores.of(values, matrix, step.block_shape, step.criterion, dead[name])
+        return blocks_keep(blocks, sparsity)
+    by_size: Criterion = "l2" if step.criterion == "erk" else step.criterion
+    scores = {name: weight_scores(name, weight, by_size, seed=seed) for name, weight in weights.items()}
+    for name, values in scores.items():
+        if (gone := dead[name]) is not None:
+            values[gone] = -1.0  # below every score, which is at least 0: pruned first
+    sizes = {name: values.size for name, values in scores.items()}
+    zeros = round(sparsity * sum(sizes.values()))
+    if step.criterion != "erk":
+        return _strongest(scores, zeros)
+    alive = {name: int(np.count_nonzero(values >= 0)) for name, values in scores.items()}
+    kept = erk_kept({name: erk_axes(nodes[name]) for name in scores}, alive, sum(sizes.values()) - zeros)
+    return {name: _strongest({name: scores[name]}, sizes[name] - kept[name])[name] for name in scores}
 
 
 _NO_OVERRIDE = PruneOverride.model_construct()
@@ -197,8 +239,8 @@ def _above(name: str, weight: Tensor, threshold: float, dead: BoolArray | None) 
     return keep
 
 
-def _strongest(scores: Mapping[str, FloatArray], sparsity: float) -> dict[str, BoolArray]:
-    """Which of the weights survive when the weakest `sparsity` of all of them go, exactly `round(sparsity * n)`.
+def _strongest(scores: Mapping[str, FloatArray], zeros: int) -> dict[str, BoolArray]:
+    """Which of the weights survive when the weakest `zeros` of all of them go.
 
     Selection, not sorting: everything below the k-th score goes, of the weights that equal it the first ones.
     """
@@ -208,7 +250,7 @@ def _strongest(scores: Mapping[str, FloatArray], sparsity: float) -> dict[str, B
         start += values.size
         flat[start - 1 - int(values[::-1].argmax())] = math.inf
     already = int(np.count_nonzero(flat < 0))
-    count = min(max(round(sparsity * flat.size), already), flat.size - len(scores))
+    count = min(max(zeros, already), flat.size - len(scores))
     keep = np.ones(flat.size, dtype=np.bool_)
     if count > 0:
         limit = np.partition(flat, count - 1)[count - 1]
