@@ -87,21 +87,21 @@ def measure_latency(
 
 
 class Stopwatch:
-    """Times of networks in onnxruntime, one image, one thread, each in turns with the dense network.
+    """Times of networks in onnxruntime, one thread, `batch_size` images, each in turns with the dense network.
 
     `dense_ms` is the median of the dense network. A time is the dense network's times the ratio of the medians of one
     measurement, so that a machine that is busy for a while slows both.
     """
 
-    def __init__(self, dense: Network, *, seconds: float = 0.4) -> None:
-        self._images = _noise((1, *dense.graph.input_shape))
+    def __init__(self, dense: Network, *, seconds: float = 0.4, batch_size: int = 1) -> None:
+        self._images = _noise((batch_size, *dense.graph.input_shape))
         self._seconds = seconds
         (maker,) = _onnx_runs((dense,), 1)
         self._dense = maker(self._images)
         self.dense_ms = float(np.median(_take_turns((self._dense, self._dense), seconds)[0]))
 
     def time_ms(self, network: Network, *, patience: float = 1.0) -> float:
-        """Milliseconds of one image; `patience` times the usual length of a measurement."""
+        """Milliseconds of one run; `patience` times the usual length of a measurement."""
         (maker,) = _onnx_runs((network,), 1)
         measured = _take_turns((self._dense, maker(self._images)), patience * self._seconds)
         dense, other = (float(np.median(milliseconds)) for milliseconds in measured)
