@@ -71,8 +71,8 @@ def put_weights(network: Network, reference: Reference, folder: Path | None, *, 
     """
     if folder is None:
         raise _unavailable(reference, "it was not sent to this worker")
-    own = {name: tensor for name, tensor in network.state_dict().items() if tensor.is_floating_point()}
-    wanted = [name for name in own if layer_of(name) not in fresh]
+    own = network.state_dict()
+    wanted = [name for name in network.graph.tensors() if layer_of(name) not in fresh]
     try:
         with safe_open(folder / reference.key / WEIGHTS, "pt") as file:
             for name in wanted:

@@ -69,7 +69,10 @@ def source_faults(
 
 
 def head_layers(graph: Graph) -> frozenset[str]:
-    """Names of the layers with tensors that give the class scores: the last layer with weights, and norms behind it."""
+    """Names of the layers with tensors that give the class scores: the last layer with weights, and norms behind it.
+
+    Of one that shares its parameters: the name under which they are stored.
+    """
     found: set[str] = set()
     seen, waiting = {INPUT}, [graph.output]
     while waiting:
@@ -77,8 +80,8 @@ def head_layers(graph: Graph) -> frozenset[str]:
         if name in seen:
             continue
         seen.add(name)
-        if graph[name].tensors:
-            found.add(name)
+        if graph[name].uses:
+            found.add(graph[name].home)
         if graph[name].type not in WEIGHTED:
             waiting.extend(graph[name].inputs)
     return frozenset(found)

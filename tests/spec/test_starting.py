@@ -125,6 +125,25 @@ def test_the_head_is_the_last_layer_with_weights_and_the_norms_behind_it() -> No
     assert plan.baseline["scale"].shape == (4, 28, 28)
 
 
+def test_a_head_that_uses_the_parameters_of_an_earlier_layer_is_fresh_where_they_are_stored() -> None:
+    layers = [
+        {"type": "global_avg_pool"},
+        {"type": "flatten"},
+        {"type": "linear", "name": "widen", "out_features": 10},
+        {"type": "linear", "name": "once", "out_features": 10},
+        {"type": "relu"},
+        {"type": "linear", "name": "again", "shares": "once"},
+    ]
+    source = source_of(layers)
+    plan = planned(GREY, {KEY: source}, model={"job": "j1", "head": "new"})
+    assert plan.start is not None
+    assert plan.start.fresh == ("once",)
+    (fault,) = faults_with(FEW, {KEY: source}, model={"job": "j1"})
+    assert fault.pointer == "/model/head"
+    frozen = planned(GREY, {KEY: source}, model={"job": "j1"}, training={"frozen": ["once"]})
+    assert frozen.frozen == {"once"}
+
+
 def test_a_head_that_cannot_have_another_width_is_a_fault_at_the_head() -> None:
     layers = [*pooled(5), {"type": "concat", "name": "twice", "inputs": ["head", "head"]}]
     (fault,) = faults_with(FEW, {KEY: source_of(layers)}, model={"job": "j1"})
