@@ -1,7 +1,8 @@
 """Graph -> torch network. Axes: N batch, C channels, x spatial (one to three), K classes.
 
 Every node becomes a sub-module of its own name, so that state_dict keys are `<node>.weight` and hooks can be set by
-name. Convolutions, linear layers and norms are torch.nn modules.
+name; a node that shares the parameters of another has none, the other's module is called again in its place
+(`Node.home`). Convolutions, linear layers and norms are torch.nn modules.
 """
 
 from __future__ import annotations
@@ -19,12 +20,16 @@ from app.spec.names import INPUT
 
 
 class Step(NamedTuple):
-    """One line of the forward pass: a chain of sub-modules on earlier outputs, and which outputs nobody needs then."""
+    """One line of the forward pass: a chain of sub-modules on earlier outputs, and which outputs nobody needs then.
+
+    `calls` are the nodes whose modules they are, in the same order.
+    """
 
     output: str
     chain: tuple[str, ...]
     inputs: tuple[str, ...]
     frees: tuple[str, ...]
+    calls: tuple[str, ...]
 
 
 class Network(nn.Module):
@@ -34,14 +39,15 @@ class Network(nn.Module):
         super().__init__()
         self.graph = graph
         for node in graph.nodes:
-            self.add_module(node.name, build_module(node))
+            if node.shares is None:
+                self.add_module(node.name, build_module(node))
         self._steps = forward_steps(graph)
 
     def forward(self, images_NCx: Tensor) -> Tensor:
         """The output of the last node for a batch."""
         modules = self._modules
         values = {INPUT: images_NCx}
-        for output, chain, inputs, frees in self._steps:
+        for output, chain, inputs, frees, _ in self._steps:
             first = modules[chain[0]]
             assert first is not None
             value = first(*[values[name] for name in inputs])
@@ -54,6 +60,10 @@ class Network(nn.Module):
             values[output] = value
         result: Tensor = values[self.graph.output]
         return result
+
+    def calls(self, name: str) -> tuple[str, ...]:
+        """The nodes that a forward pass computes with the module of node `name`, in the order of the calls."""
+        return tuple(call for step in self._steps for call in step.calls if self.graph[call].home == name)
 
 
 def build_network(graph: Graph, *, seed: int | None = None) -> Network:
@@ -103,7 +113,10 @@ def forward_steps(graph: Graph) -> tuple[Step, ...]:
     frees: list[list[str]] = [[] for _ in order]
     for name, position in last.items():
         frees[position].append(name)
-    return tuple(Step(*line, tuple(done)) for line, done in zip(order, frees, strict=True))
+    return tuple(
+        Step(output, tuple(graph[name].home for name in chain), inputs, tuple(done), chain)
+        for (output, chain, inputs), done in zip(order, frees, strict=True)
+    )
 
 
 # --- weights ---
@@ -118,6 +131,8 @@ def initialise(network: Network, generator: torch.Generator | None) -> None:
     adds = sum(node.type == "add" for node in network.graph.nodes)
     with torch.no_grad():
         for node in network.graph.nodes:
+            if node.shares is not None:
+                continue
             module: Any = network.get_submodule(node.name)
             if isinstance(node.layer, spec.Conv | spec.ConvTranspose | spec.Linear):
                 deviation = weight_gain(network.graph, node, adds) / math.sqrt(_fan_in(node))

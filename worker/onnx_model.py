@@ -32,12 +32,13 @@ def onnx_bytes(graph: Graph, tensors: Mapping[str, NDArray[np.float32]]) -> byte
     """The ONNX file of a network in eval mode, batch norm folded where it can be; same input, same bytes.
 
     Input `images`, float32 [batch, C, ...]; output `logits`, float32 [batch, K]; initializers are called as in the
-    safetensors file. The largest network that the job language allows (500 M parameters) stays below protobuf's 2 GiB.
+    safetensors file, one for all layers that share it. The largest network that the job language allows (500 M
+    parameters) stays below protobuf's 2 GiB.
     """
     graph, tensors = fold_batch_norms(graph, tensors)
     writer = _Writer(graph)
     for node in graph.nodes:
-        own = {name: tensors[f"{node.name}.{name}"] for name in node.tensors}
+        own = {name: tensors[f"{node.home}.{name}"] for name in node.uses}
         _RULES[type(node.layer)](writer, node, own)
     model = writer.model()
     onnx.checker.check_model(model, full_check=True)
@@ -62,6 +63,13 @@ class _Writer:
         """The name of an initializer `<layer>.<name>` with this content."""
         full = f"{node.name}.{name}"
         self._initializers[full] = numpy_helper.from_array(np.ascontiguousarray(array), full)
+        return full
+
+    def weight(self, node: Node, name: str, array: Array) -> str:
+        """The name of the initializer of one tensor: one for all nodes that share it."""
+        full = f"{node.home}.{name}"
+        if full not in self._initializers:
+            self._initializers[full] = numpy_helper.from_array(np.ascontiguousarray(array), full)
         return full
 
     def sizes(self, node: Node, name: str, sizes: Sequence[int]) -> str:
@@ -122,7 +130,7 @@ def _per_channel(node: Node, values_C: Array) -> Array:
 
 
 def _weights(writer: _Writer, node: Node, own: Own) -> list[str]:
-    return [writer.tensor(node, name, array) for name, array in own.items()]
+    return [writer.weight(node, name, array) for name, array in own.items()]
 
 
 def _conv(writer: _Writer, node: Node, own: Own) -> None:
@@ -177,8 +185,8 @@ def _group_norm(writer: _Writer, node: Node, own: Own) -> None:
     zeros = writer.tensor(node, "zeros", np.zeros(groups, np.float32))
     normal = writer.between(node, "InstanceNormalization", [apart, ones, zeros], epsilon=layer.eps)
     whole = writer.between(node, "Reshape", [normal, writer.sizes(node, "shape", [0, *node.shape])])
-    weight = writer.tensor(node, "weight", _per_channel(node, own["weight"]))
-    bias = writer.tensor(node, "bias", _per_channel(node, own["bias"]))
+    weight = writer.weight(node, "weight", _per_channel(node, own["weight"]))
+    bias = writer.weight(node, "bias", _per_channel(node, own["bias"]))
     writer.output(node, "Add", [writer.between(node, "Mul", [whole, weight]), bias])
 
 
@@ -196,7 +204,7 @@ def _layer_norm(writer: _Writer, node: Node, own: Own) -> None:
 
 
 def _prelu(writer: _Writer, node: Node, own: Own) -> None:
-    slope = writer.tensor(node, "weight", _per_channel(node, own["weight"]))
+    slope = writer.weight(node, "weight", _per_channel(node, own["weight"]))
     writer.output(node, "PRelu", [*writer.inputs(node), slope])
 
 

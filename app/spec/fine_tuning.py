@@ -62,8 +62,11 @@ def fine_tuning_warnings(training: Training, graph: Graph, start: Start | None) 
 
 
 def _why_nothing(form: re.Pattern[str], pattern: str, graph: Graph, *, advise: bool) -> str:
-    if any(form.match(node.name) for node in graph.nodes):
-        return "names only layers without parameters"
+    matched = [node for node in graph.nodes if form.match(node.name)]
+    if matched:
+        sharer = next((node for node in matched if node.shares is not None), None)
+        advice = "" if sharer is None else f" of their own: {sharer.name} shares those of {sharer.home}"
+        return f"names only layers without parameters{advice}"
     names = _trained(graph)
     similar = difflib.get_close_matches(pattern, names, n=MOST_NAMED) if advise and len(names) <= FEW_NAMES else []
     advice = f"; similar: {', '.join(similar)}" if similar else ""

@@ -24,6 +24,7 @@ from app.spec.optimizations import (
     Rewrite,
     SmallKernels,
 )
+from app.spec.sharing import unshared
 from app.spec.shortcuts import add_shortcuts
 
 LAST_LAYER = "gives the logits: nothing is inserted behind the last layer"
@@ -96,7 +97,8 @@ def _is_no_convolution(node: Node) -> str | None:
 def _batch_norm(graph: Graph, draft: Draft, optimization: InsertBatchNorm, narrowed: _Narrowed) -> None:
     """After each convolution, before its activation; the convolution's bias goes, since the normalisation has one.
 
-    Left alone: the last layer, and convolutions that are followed by a normalisation.
+    Left alone: the last layer, and convolutions that are followed by a normalisation. Convolutions that share their
+    parameters get one each, and lose the bias where all have one.
     """
     last = last_layers(graph)
 
@@ -107,8 +109,11 @@ def _batch_norm(graph: Graph, draft: Draft, optimization: InsertBatchNorm, narro
             return "is already followed by a normalisation"
         return _is_no_convolution(node)
 
-    for conv in narrowed.choose(graph.nodes, why_not):
-        draft.update(conv.name, bias=False)
+    chosen = narrowed.choose(graph.nodes, why_not)
+    normed = {conv.name for conv in chosen}
+    for conv in chosen:
+        if all(place.name in normed for place in graph.places(conv.home)):
+            draft.update(conv.name, bias=False)
         draft.insert_behind(conv.name, [(BatchNorm(), f"{conv.name}_bn")])
 
 
@@ -158,17 +163,24 @@ def _small_kernels(graph: Graph, draft: Draft, optimization: SmallKernels, narro
     """Each convolution with a kernel of 4 or more becomes a stack with the same receptive field and output shape.
 
     The last of the stack keeps the convolution's name, its width and its stride. The others come before it, with
-    copies of the normalisation and the activation that follow the convolution.
+    copies of the normalisation and the activation that follow the convolution. Convolutions that share their parameters
+    change together, and their stacks share theirs.
     """
+    named = None if optimization.layers is None else set(optimization.layers)
 
     def why_not(node: Node) -> str | None:
         if node.type != "conv":
             return f"is a {node.type} layer, not a convolution"
         assert isinstance(node.layer, Conv)
         axes = len(node.input_shapes[0]) - 1
-        return None if max(node.layer.kernel(axes)) >= 4 else "has no kernel of 4 or more"
+        if max(node.layer.kernel(axes)) < 4:
+            return "has no kernel of 4 or more"
+        others = [place.name for place in graph.places(node.home) if named is not None and place.name not in named]
+        return f"has its parameters in common with {', '.join(others)}: name all of them" if others else None
 
-    for node in narrowed.choose(graph.nodes, why_not):
+    stacks: dict[str, list[str]] = {}  # owner -> the inner convolutions of its stack
+    order = {node.name: position for position, node in enumerate(graph.nodes)}
+    for node in sorted(narrowed.choose(graph.nodes, why_not), key=lambda node: order[node.name]):
         conv = node.layer
         assert isinstance(conv, Conv)
         *inner, last = stack(conv, node.input_shapes[0])
@@ -176,20 +188,26 @@ def _small_kernels(graph: Graph, draft: Draft, optimization: SmallKernels, narro
         before = source
         for number, layer in enumerate(inner, 1):
             stem = f"{node.name}_k{number}"
-            chain = [(layer, stem), *_copies(block, stem, width=layer.out_channels)]
-            for part, name in chain:
+            if node.shares is None:
+                own: Layer = layer
+            else:
+                own = layer.model_copy(update={"shares": stacks[node.home][number - 1]})
+            before = draft.add_before(node.name, own, stem, [before])
+            stacks.setdefault(node.name, []).append(before)
+            for part, name in _copies(block, stem, width=layer.out_channels):
                 before = draft.add_before(node.name, part, name, [before])
         draft.update(node.name, kernel_size=last.kernel_size, padding=last.padding, in_channels=None)
         draft.redirect(node.name, source, before)
 
 
 def _copies(block: Block, stem: str, *, width: int) -> list[tuple[Layer, str]]:
-    """Copies of the normalisation and activation of `block` for `width` channels, with names."""
+    """Copies of the normalisation and activation of `block` for `width` channels, with names and their own parameters."""
     copies: list[tuple[Layer, str]] = []
     if block.norm is not None and (block.norm.type != "group_norm" or width == block.norm.shape[0]):
-        copies.append((block.norm.layer, f"{stem}_bn" if block.norm.type == "batch_norm" else f"{stem}_norm"))
+        name = f"{stem}_bn" if block.norm.type == "batch_norm" else f"{stem}_norm"
+        copies.append((unshared(block.norm.layer), name))
     if block.activation is not None:
-        copies.append((block.activation.layer, f"{stem}_{block.activation.type}"))
+        copies.append((unshared(block.activation.layer), f"{stem}_{block.activation.type}"))
     return copies
 
 

@@ -153,11 +153,10 @@ def job_graph(model: JobModel, source: Source, classes: int, limits: Limits) -> 
 
 def _with_classes(graph: Graph, classes: int, limits: Limits) -> Graph:
     changed = {}
-    for name in head_layers(graph):
-        layer = graph[name].layer
+    for place in [place for name in head_layers(graph) for place in graph.places(name)]:
         for field in ("out_features", "out_channels"):
-            if field in type(layer).model_fields:
-                changed[name] = layer.model_copy(update={field: classes})
+            if field in type(place.layer).model_fields:
+                changed[place.name] = place.layer.model_copy(update={field: classes})
     try:
         wider = graph.replace(changed, limits=limits)
         return build_graph(wider.layers(), wider.input_shape, classes=classes, limits=limits)

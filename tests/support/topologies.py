@@ -176,6 +176,43 @@ TOPOLOGIES: dict[str, tuple[tuple[int, ...], Layers]] = {
             *[layer("conv_transpose", out_channels=4, kernel_size=2, groups=2), layer("batch_norm"), *HEAD],
         ],
     ),
+    "shared": (
+        PICTURE,
+        [
+            *[conv(4, name="stem"), layer("prelu", name="bent")],
+            *[conv(6, name="one", bias=False), layer("batch_norm"), layer("relu"), layer("max_pool", kernel_size=2)],
+            *[conv(4, 1, name="back"), layer("prelu", shares="bent"), layer("conv", shares="one"), layer("batch_norm")],
+            *[layer("conv", shares="back", name="end"), layer("group_norm", num_groups=2, name="normal")],
+            *[conv(4, 3, name="wide", groups="depthwise"), layer("group_norm", shares="normal"), layer("sigmoid")],
+            *[layer("upsample", scale_factor=2), layer("conv", shares="wide"), layer("tanh"), *HEAD],
+        ],
+    ),
+    "shared in residuals": (
+        PICTURE,
+        [
+            conv(6, name="stem"),
+            layer("residual", layers=[conv(6, name="turn", groups=2), layer("batch_norm"), layer("relu")]),
+            layer("repeat", times=2, layers=[layer("residual", layers=[layer("conv", shares="residual1_turn")])]),
+            layer("relu"),
+            layer("residual", layers=[layer("conv", shares="stem", inputs=["input"]), layer("batch_norm")]),
+            layer("conv_transpose", out_channels=6, kernel_size=2, groups=2, name="up"),
+            layer("silu"),
+            layer("conv_transpose", shares="up", name="again"),
+            *HEAD,
+        ],
+    ),
+    "one head for two branches": (
+        (2, 6, 6),
+        [
+            *[conv(4, name="left"), layer("relu"), layer("max_pool", kernel_size=3), layer("flatten", name="a")],
+            *[layer("linear", out_features=5, name="hidden"), layer("layer_norm", name="normal"), layer("relu")],
+            *[layer("linear", out_features=CLASSES, name="head")],
+            *[conv(8, 2, padding=0, stride=2, inputs=["input"]), layer("batch_norm"), layer("avg_pool", kernel_size=2)],
+            *[layer("pad", padding=[0, 1]), layer("flatten"), layer("linear", shares="hidden")],
+            *[layer("layer_norm", shares="normal"), layer("tanh"), layer("linear", shares="head", name="other")],
+            layer("add", inputs=["head", "other"]),
+        ],
+    ),
 }
 
 

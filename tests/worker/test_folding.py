@@ -42,13 +42,21 @@ def test_the_folded_network_gives_the_same_logits_with_fewer_batch_norms(name: s
 
 
 def feeds_it_alone(graph: Graph, name: str) -> bool:
-    return graph[name].type in ("conv", "conv_transpose", "linear") and len(graph.consumers(name)) == 1
+    if graph[name].type not in ("conv", "conv_transpose", "linear") or len(graph.places(graph[name].home)) > 1:
+        return False
+    return len(graph.consumers(name)) == 1
 
 
 def test_a_convolution_that_something_else_reads_keeps_its_batch_norm() -> None:
     layers = [conv(3, name="a"), layer("batch_norm"), layer("add", inputs=["a", "batch_norm1"]), layer("flatten")]
     network = trained(build_graph(read_layers(layers), (2, 4, 4)))
     assert [node.type for node in folded(network).graph.nodes] == ["conv", "batch_norm", "add", "flatten"]
+
+
+def test_a_convolution_that_is_used_twice_keeps_the_batch_norms_behind_it() -> None:
+    layers = [conv(2, name="a"), layer("batch_norm"), layer("conv", shares="a"), layer("batch_norm"), layer("flatten")]
+    network = trained(build_graph(read_layers(layers), (2, 4, 4)))
+    assert folded(network).graph == network.graph
 
 
 def test_the_arguments_are_left_alone_and_the_folded_layer_keeps_its_name_and_gains_a_bias() -> None:

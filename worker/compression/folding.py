@@ -23,7 +23,8 @@ def fold_batch_norms(graph: Graph, tensors: Tensors) -> tuple[Graph, dict[str, N
     With running statistics, y = (x - mean) * a + beta, a = gamma / sqrt(var + eps): the layer's weights are multiplied
     by `a` on their output axis and its bias becomes (b - mean) * a + beta, computed in float64 (the result differs from
     two steps by float32's rounding, 5e-7 measured). Others stay: before a convolution (padding and activations are
-    between) and behind a concat. The folded layer keeps its name. Neither argument is changed.
+    between), behind a concat, and behind a layer whose parameters are used at another place too. The folded layer keeps
+    its name. Neither argument is changed.
     """
     folded = dict(tensors)
     taken_by: dict[str, str] = {}  # batch norm -> the layer that now gives its output
@@ -35,7 +36,7 @@ def fold_batch_norms(graph: Graph, tensors: Tensors) -> tuple[Graph, dict[str, N
             isinstance(node.layer, BatchNorm)
             and before is not None
             and isinstance(before.layer, Conv | ConvTranspose | Linear)
-            and len(graph.consumers(node.inputs[0])) == 1
+            and len(graph.consumers(node.inputs[0])) == len(graph.places(before.home)) == 1
         ):
             nodes[before.name] = replace(before, layer=before.layer.model_copy(update={"bias": True}))
             _fold(before, node.name, node.layer.eps, folded)

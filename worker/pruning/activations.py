@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,13 +20,15 @@ from worker.network import Network
 def mean_activations(network: Network, classes: Classes, batches: Iterable[tuple[Tensor, Tensor]]) -> FloatArray:
     """By class number: the mean over producers, images and positions of the absolute output, in eval mode.
 
-    The output of a producer (a convolution or linear layer) is taken behind the normalisation and the activation that
-    alone read it (`block_of`): what the layers behind it see. Molchanov et al., arXiv 1611.06440.
+    The output of a producer (a convolution or linear layer, at each place that it has in the network) is taken behind
+    the normalisation and the activation that alone read it (`block_of`): what the layers behind it see. Molchanov et
+    al., arXiv 1611.06440.
 
     Raises:
         Diverged: An output is not finite.
     """
-    producers = list(dict.fromkeys(axis.layer for axis in classes.axes if axis.role == "out"))
+    owners = dict.fromkeys(axis.layer for axis in classes.axes if axis.role == "out")
+    producers = [place.name for owner in owners for place in network.graph.places(owner)]
     totals: dict[str, Tensor] = {}
     images = 0
     hooks = [_watch(network, name, totals) for name in producers]
@@ -57,12 +60,15 @@ def _watch(network: Network, name: str, totals: dict[str, Tensor]) -> Any:
     block = block_of(network.graph, network.graph[name])
     last = block.norm or block.conv
     # applied here: the network may pool before it activates
-    apply = None if block.activation is None else network.get_submodule(block.activation.name)
+    apply = None if block.activation is None else network.get_submodule(block.activation.home)
+    turns = itertools.cycle(network.calls(last.home))  # a module that is shared is called once for each place
 
     def hook(module: nn.Module, inputs: Any, output_NCx: Tensor) -> None:
+        if next(turns) != last.name:
+            return
         answer_NCx = output_NCx if apply is None else apply.forward(output_NCx)
         found_C = answer_NCx.double().abs().flatten(2).mean(2) if answer_NCx.dim() > 2 else answer_NCx.double().abs()
         total_C = found_C.sum(0)
         totals[name] = totals[name] + total_C if name in totals else total_C
 
-    return network.get_submodule(last.name).register_forward_hook(hook)
+    return network.get_submodule(last.home).register_forward_hook(hook)

@@ -53,7 +53,7 @@ def prunable_weights(network: Network) -> dict[str, Tensor]:
     return {
         f"{node.name}.weight": parameters[f"{node.name}.weight"].detach()
         for node in network.graph.nodes
-        if node.type in PRUNABLE
+        if node.type in PRUNABLE and node.shares is None
     }
 
 
@@ -261,14 +261,19 @@ def _taylor(network: Network, classes: Classes, batches: Batches, loss: Loss) ->
 
 
 def _gates(network: Network, classes: Classes) -> list[OwnedAxis]:
-    """The axes whose parameters carry the derivative of a gate on each producer's output."""
+    """The axes whose parameters carry the derivative of a gate on each producer's output.
+
+    Of a producer at several places it is the sum over these: behind the batch norm of each, or behind the layer itself
+    where one of them has none.
+    """
     graph = network.graph
     gates = []
     producers = {axis.layer for axis in classes.axes if axis.role == "out"}
     for name in producers:
-        following = graph.consumers(name)
-        if len(following) == 1 and following[0].type == "batch_norm":
-            gates += [a for a in classes.axes if a.layer == following[0].name and a.tensor in ("weight", "bias")]
+        readers = [graph.consumers(place.name) for place in graph.places(name)]
+        if all(len(following) == 1 and following[0].type == "batch_norm" for following in readers):
+            norms = {following[0].name for following in readers}
+            gates += [a for a in classes.axes if a.layer in norms and a.tensor in ("weight", "bias")]
         else:
             gates += [a for a in classes.axes if a.layer == name and (a.role == "out" or a.tensor == "bias")]
     return gates
