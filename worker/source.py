@@ -1,7 +1,8 @@
 """`model.py`: a network as plain PyTorch to read, change and own; it needs torch and safetensors, nothing of ours.
 
-One pass over the graph: a node with tensors becomes an attribute in `__init__`, every node one line of `forward`. Text
-of users enters as JSON inside a string only; layer names are checked words (`app/spec/names.py`).
+One pass over the graph: a node with tensors becomes an attribute in `__init__`, every node one line of `forward`; one
+that shares another's parameters calls the other's attribute. Text of users enters as JSON inside a string only; layer
+names are checked words (`app/spec/names.py`).
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def _lines(start: str, arguments: Sequence[str], end: str, indent: str) -> list[
 def _init(graph: Graph) -> list[str]:
     lines = ["    def __init__(self) -> None:", "        super().__init__()"]
     for node in graph.nodes:
-        if node.layer.type in _MODULES:
+        if node.layer.type in _MODULES and node.shares is None:
             module, arguments = _MODULES[node.layer.type](node)
             lines += _lines(f"self.{node.name} = nn.{module}(", arguments, ")", INDENT)
     return lines
@@ -172,9 +173,9 @@ def _call(function: str, *arguments: str) -> Expression:
 def _expression(node: Node, inputs: Sequence[str]) -> Expression:
     layer, x, axes = node.layer, inputs[0], len(node.input_shapes[0]) - 1
     if isinstance(layer, spec.LayerNorm) and axes:  # over the channels, which nn.LayerNorm wants last
-        return Expression(f"self.{node.name}(", [f"{x}.movedim(1, -1)"], ").movedim(-1, 1)")
+        return Expression(f"self.{node.home}(", [f"{x}.movedim(1, -1)"], ").movedim(-1, 1)")
     if layer.type in _MODULES:
-        return _call(f"self.{node.name}", x)
+        return _call(f"self.{node.home}", x)
     if layer.type in _ELEMENTWISE:
         return _call(_ELEMENTWISE[layer.type], x)
     return _FUNCTIONALS[type(layer)](layer, inputs, node, axes)
