@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from app.errors import BudgetMissed
-from app.spec.budget import BudgetUnreachable, Removals, choose_removals
+from app.spec.budget import BLOCKS, BudgetUnreachable, Removals, choose_removals, settle, why_kept
 from app.spec.channels import channel_classes
 from app.spec.compressions import Separable
 from app.spec.cost import Cost, cost
@@ -110,13 +110,16 @@ def cut_channels(network: Network, step: Prune, stage: Stage, materials: Materia
             baseline=materials.baseline,
             fraction=fraction,
             losses=losses,
+            block=block,
         )
 
     try:
         if step.budget is not None and step.budget.latency_ms is not None:
+            block = BLOCKS[0]  # round_to is stated whenever it chooses
             stopwatch = Stopwatch(materials.dense_network())
             removals = removals_within_time(network, classes, step, choose, stopwatch, fraction=stage.fraction)
         else:
+            block, _ = settle(start, channel_classes(start), step, baseline=materials.baseline)
             removals = choose(step, stage.fraction)
     except BudgetUnreachable as exc:
         raise BudgetMissed(str(exc)) from exc
@@ -158,16 +161,18 @@ def check_budget(network: Network, step: Compression, materials: Materials) -> N
 
 @torch.no_grad()
 def layer_rows(network: Network, before: Graph, step: Compression) -> list[dict[str, Any]]:
-    """The report's `layers` of a step: each convolution and linear layer before and after, or why it was left alone."""
-    narrowed = isinstance(step, Prune) and not step.zeros
-    classes = channel_classes(before) if narrowed else None
+    """The report's `layers` of a step: each convolution and linear layer before and after, or why it was left alone.
+
+    A layer that shares its weights has none of its own: `shares` says whose they are, and the numbers are there.
+    """
+    kept = why_kept(before, channel_classes(before), step) if isinstance(step, Prune) and not step.zeros else None
     parameters = dict(network.named_parameters())
     rows = []
     for node in network.graph.nodes:
         if node.type not in LARGE:
             continue
-        weight = parameters[f"{node.name}.weight"]
-        count, nonzero = weight.numel(), int(torch.count_nonzero(weight))
+        weight = parameters[f"{node.home}.weight"]
+        count, nonzero = (weight.numel(), int(torch.count_nonzero(weight))) if node.shares is None else (0, 0)
         was = before[node.name]
         row: dict[str, Any] = {
             "name": node.name,
@@ -176,28 +181,27 @@ def layer_rows(network: Network, before: Graph, step: Compression) -> list[dict[
             "channels_after": node.shape[0],
             "weights": count,
             "nonzero": nonzero,
-            "sparsity": 1 - nonzero / count,
+            "sparsity": 1 - nonzero / count if count else 0.0,
         }
-        pins = None if classes is None else [classes.pins.get(int(s)) for s in classes.slots[node.name].ids]
-        reason = _why_untouched(was, node, nonzero, step, pins) if isinstance(step, Prune) else None
+        if node.shares is not None:
+            row["shares"] = node.shares
+        reason = _why_untouched(was, node, nonzero, step, kept) if isinstance(step, Prune) else None
         rows.append(row if reason is None else row | {"reason": reason})
     return rows
 
 
-def _why_untouched(before: Node, after: Node, nonzero: int, step: Prune, pins: list[str | None] | None) -> str | None:
-    """Why this step left the layer as it was; None if it did not."""
-    if pins is None:
+def _why_untouched(before: Node, after: Node, nonzero: int, step: Prune, kept: Mapping[str, str] | None) -> str | None:
+    """Why this step left the layer as it was; None if it did not. `kept` has the layers that no removal can narrow."""
+    if kept is None and after.shares is not None:
+        return f"uses the weights of {after.shares}"
+    if kept is None:
         what = "block" if step.structure == "blocks" else "weight"
         untouched = nonzero == before.tensors["weight"].elements
         return why_dense(before, step) or (f"no {what} of it was among the weakest" if untouched else None)
     if before.shape[0] != after.shape[0]:
         return None
-    if before.name in step.exclude:
-        return "excluded"
-    if pins and all(pins):
-        return pins[0]
-    if before.shape[0] <= step.alignment:
-        return f"not wider than round_to {step.alignment}"
+    if before.name in kept:
+        return kept[before.name]
     if before.input_shapes[0][0] != after.input_shapes[0][0]:
         return "only its inputs follow"
     return "the budget was met without it, or the layers it is tied to hold it"

@@ -5,8 +5,9 @@
 
 Channels leave in *quanta*: in each group the weakest classes first, so many at a time that the width lands on a
 multiple of `round_to` (the first quantum is the width modulo `round_to`); groups that are not wider than `round_to`
-are left alone. A group keeps at least `max(min_channels, ceil((1 - max_sparsity) * width))` channels, whatever its
-scores are. What is left is one order of quanta:
+are left alone. Where it is not stated each group has its own: 16, halved until the group has three steps, because
+kernels work on blocks of 8 or 16 channels and a width between two costs as much as the larger. A group keeps at least
+`max(min_channels, ceil((1 - max_sparsity) * width))` channels, whatever its scores are. What is left is one order of quanta:
 
 - scope `layer`: by the part of its group that is gone with it, so that all groups keep the same fraction;
 - scope `sensitivity`: by the accuracy that is lost when the group alone is cut as far, as measured (`losses`);
@@ -37,7 +38,8 @@ from app.spec.tally import Measure, Quantum, Tally
 COMPARABLE = ("taylor", "lamp")  # criteria whose scores can be compared between groups as they are
 
 
-ALIGNMENTS = (8, 4, 2, 1)  # channels that widths may be multiples of, where nothing else is said
+BLOCKS = (16, 8, 4, 2, 1)  # channels that widths may be multiples of, where nothing else is said
+STEPS = 3  # that a group has at least between its width and nothing
 CLOSE_ENOUGH = 0.9  # of what is asked for
 SHARE_OF_TIES = 1e-6  # of the part gone, where removals cost the same accuracy
 
@@ -116,6 +118,7 @@ def choose_removals(
     fraction: float = 1.0,
     only: int | None = None,
     losses: Mapping[int, Curve] | None = None,
+    block: int = BLOCKS[0],
 ) -> Removals:
     """The classes of `graph` that leave so that it meets the budget or sparsity of `step`.
 
@@ -131,11 +134,12 @@ def choose_removals(
         fraction: How far to go, in (0, 1]: stages of equal length keep the same part of what the one before left.
         only: Index of the one group that may be touched (default: all).
         losses: Scope `sensitivity`: for each group that may leave, what its removal costs. None: equal shares.
+        block: Where `round_to` is not stated: the largest block of channels, as `settle` finds it.
 
     Raises:
         BudgetUnreachable: The budget is below the floor, or nothing may be removed at all.
     """
-    rooms = _rooms(graph, classes, step, start or graph)
+    rooms = _rooms(graph, classes, step, start or graph, block)
     if only is not None:
         rooms = [
             room if room.group.index == only else replace(room, held=room.held or _NOT_LOOKED_AT) for room in rooms
@@ -170,33 +174,28 @@ def choose_removals(
     return Removals(_classes_of([*forced, *removed]), tally.cost(), floor, everything)
 
 
-def settle(graph: Graph, classes: Classes, step: Prune, *, baseline: Cost | None = None) -> tuple[Prune, Removals]:
-    """(`step` with its `round_to`, what leaves with equal shares).
+def settle(graph: Graph, classes: Classes, step: Prune, *, baseline: Cost | None = None) -> tuple[int, Removals]:
+    """(the largest block of channels, what leaves with equal shares).
 
-    Where it is not stated it is the largest of 8, 4, 2, 1 with which the removal comes within a tenth of what is asked
-    for, else the one that comes nearest: a network of narrow layers has no budget between two blocks of 8.
+    Where `round_to` is not stated it is the first of 16, 8, 4, 2, 1 with which the removal comes within a tenth of what
+    is asked for, else the one that comes nearest: a network of few or narrow layers may have no budget between blocks.
 
     Raises:
-        BudgetUnreachable: As `choose_removals` does; with `round_to` 1 where it is not stated.
+        BudgetUnreachable: As `choose_removals` does; with blocks of 1 where `round_to` is not stated.
     """
-    if step.round_to is not None:
-        return step, choose_removals(graph, classes, None, step, baseline=baseline)
-    best: tuple[float, Prune, Removals] | None = None
-    for alignment in ALIGNMENTS:
-        aligned = step.model_copy(update={"round_to": alignment})
+    found: list[tuple[float, int, Removals]] = []
+    for block in BLOCKS if step.round_to is None else BLOCKS[:1]:
         try:
-            removals = choose_removals(graph, classes, None, aligned, baseline=baseline)
+            removals = choose_removals(graph, classes, None, step, baseline=baseline, block=block)
         except BudgetUnreachable:
-            if alignment == ALIGNMENTS[-1] and best is None:
+            if not found and (step.round_to is not None or block == BLOCKS[-1]):
                 raise
             continue
-        reached = _share_reached(graph, classes, step, removals, baseline or cost(graph))
-        if best is None or reached > best[0]:
-            best = (reached, aligned, removals)
-        if reached >= CLOSE_ENOUGH:
+        found.append((_share_reached(graph, classes, step, removals, baseline or cost(graph)), block, removals))
+        if found[-1][0] >= CLOSE_ENOUGH:
             break
-    assert best is not None
-    return best[1], best[2]
+    _, block, removals = max(found, key=lambda entry: entry[0])  # the first of equals
+    return block, removals
 
 
 def _share_reached(graph: Graph, classes: Classes, step: Prune, removals: Removals, dense: Cost) -> float:
@@ -218,14 +217,14 @@ def prunable_groups(graph: Graph, classes: Classes, step: Prune) -> list[Group]:
     return [room.group for room in _rooms(graph, classes, step, graph) if room.held is None]
 
 
-def why_kept(graph: Graph, classes: Classes, step: Prune) -> dict[str, str]:
+def why_kept(graph: Graph, classes: Classes, step: Prune, block: int = BLOCKS[0]) -> dict[str, str]:
     """For each convolution and linear layer that `step` cannot make narrower, the reason as a phrase."""
-    rooms = _rooms(graph, classes, step, graph)
+    rooms = _rooms(graph, classes, step, graph, block)
     reasons: dict[str, str] = {}
     for layer, found in _rooms_of_layers(classes, rooms).items():
         held = [room.held for room in found if room.held is not None]
         if len(held) == len(found):
-            reasons[layer] = _for_layer(layer, held[0])
+            reasons |= {place.name: _for_layer(place.name, held[0]) for place in graph.places(layer)}
     return reasons
 
 
@@ -240,7 +239,7 @@ def _allowed(step: Prune, dense: Cost, fraction: float) -> int:
 # rooms: how far each group may go
 
 
-def _rooms(graph: Graph, classes: Classes, step: Prune, start: Graph) -> list[_Room]:
+def _rooms(graph: Graph, classes: Classes, step: Prune, start: Graph, block: int = BLOCKS[0]) -> list[_Room]:
     before = classes if start is graph else channel_classes(start)
     widths = {before.key(group): len(group.classes) for group in before.groups}
     excluded = {name: set(classes.slots[name].ids.tolist()) for name in step.exclude}
@@ -251,12 +250,18 @@ def _rooms(graph: Graph, classes: Classes, step: Prune, start: Graph) -> list[_R
         overrides = [step.overrides[name] for name, ids in overridden.items() if one in ids]
         width = widths.get(classes.key(group), len(group.classes))
         rounded = [o.round_to for o in overrides if o.round_to is not None]
-        together = _in_classes(math.lcm(*rounded) if rounded else step.alignment, group)
+        round_to = step.round_to or _block(width * group.channels, block)
+        together = _in_classes(math.lcm(*rounded) if rounded else round_to, group)
         least = min(len(group.classes), _least(step, overrides, group, width))
         own = [o.sparsity for o in overrides if o.sparsity is not None]
         held = classes.pins.get(one) or _excluded(excluded, one) or _too_narrow(group, least, together)
         rooms.append(_Room(group, width, least, together, min(own) if own else None, held))
     return rooms
+
+
+def _block(channels: int, largest: int) -> int:
+    """The largest block that a group of so many channels leaves in."""
+    return next((block for block in BLOCKS if block <= largest and STEPS * block <= channels), 1)
 
 
 def _in_classes(round_to: int, group: Group) -> int:
@@ -323,8 +328,9 @@ def _heaviest(smallest: Graph, graph: Graph, classes: Classes, rooms: Sequence[_
     rooms_of = _rooms_of_layers(classes, rooms)
     phrases = []
     for name in sorted(costs, key=lambda name: -costs[name])[:3]:
-        if costs[name] and name in rooms_of:
-            held = next((_for_layer(name, room.held) for room in rooms_of[name] if room.held is not None), None)
+        home = graph[name].home
+        if costs[name] and home in rooms_of:
+            held = next((_for_layer(name, room.held) for room in rooms_of[home] if room.held is not None), None)
             stay = f"{smallest[name].shape[0]} of {graph[name].shape[0]} channels stay"
             phrases.append(f"{name} has {costs[name] / whole:.0%} of it ({held or stay})")
     return phrases

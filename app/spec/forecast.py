@@ -42,8 +42,8 @@ class LayerPlan:
     """What one optimization does to one layer.
 
     `before` and `after` are widths (output channels or features); for `mask` non-zero weights; for `follow` input
-    widths. None: not known before training, or no layer on that side. `exact` is False where it depends on trained
-    weights.
+    widths. None: not known before training, no layer on that side, or no weights of its own. `exact` is False where it
+    depends on trained weights.
     """
 
     layer: str
@@ -88,16 +88,15 @@ class Forecast:
         whole = cost(self.graph)
         return Cost(whole.params, whole.params - sum(self.zeros.values()), whole.macs, whole.bytes)
 
-    def follow(self, step: Optimization, pointer: str) -> Optimization:
-        """Goes through one optimization, which stands at `pointer`, and gives it back with what the network decides.
+    def follow(self, step: Optimization, pointer: str) -> None:
+        """Goes through one optimization, which stands at `pointer`; those before the first compression change nothing.
 
         Raises InvalidSpec as `prune` does.
         """
         if isinstance(step, Prune):
-            return self.prune(step, pointer)
-        if isinstance(step, LowRank | Separable | Quantize):
+            self.prune(step, pointer)
+        elif isinstance(step, LowRank | Separable | Quantize):
             raise InvalidSpec([Fault(pointer, f"{step.type} is not offered by this release")])
-        return step
 
     def look(self, options: Sensitivity, pointer: str) -> None:
         """Checks that a table of sensitivities has something to look at, and says what stays whole.
@@ -118,8 +117,8 @@ class Forecast:
             why = reasons.get(node.name, "looked at")
             self.rows.append(LayerPlan(node.name, "keep", node.shape[0], node.shape[0], True, why, pointer))
 
-    def prune(self, step: Prune, pointer: str) -> Prune:
-        """Goes through one step of pruning, which stands at `pointer`, and gives it back with its `round_to`.
+    def prune(self, step: Prune, pointer: str) -> None:
+        """Goes through one step of pruning, which stands at `pointer`.
 
         Raises InvalidSpec if a named layer is unknown or unfit, nothing may be removed, or the budget is out of reach.
         """
@@ -128,12 +127,12 @@ class Forecast:
             raise InvalidSpec(faults)
         if step.zeros:
             self._mask(step, pointer)
-            return step
-        return self._narrow(step, pointer)
+        else:
+            self._narrow(step, pointer)
 
     def _mask(self, step: Prune, pointer: str) -> None:
-        nodes = _weighted(self.graph)
-        dense = dense_layers(self.graph, step)
+        nodes = [node for node in _weighted(self.graph) if node.shares is None]
+        dense = dense_layers(nodes, step)
         faults = [
             Fault(pointer + pointer_to("overrides", name), dense[name]) for name in step.overrides if name in dense
         ]
@@ -159,33 +158,37 @@ class Forecast:
                 self.zeros[node.name] = zeros
             if not exact:
                 self.guessed.add(node.name)
+        for node in _weighted(self.graph):
+            if node.shares is not None:
+                reason = f"uses the weights of {node.shares}"
+                self.rows.append(LayerPlan(node.name, "follow", None, None, True, reason, pointer))
 
-    def _narrow(self, sent: Prune, pointer: str) -> Prune:
+    def _narrow(self, step: Prune, pointer: str) -> None:
         before = self.graph
         self._count_choices(pointer)
         classes = self._classes(pointer)
-        budget = sent.budget
+        budget = step.budget
         measured = budget is not None and budget.latency_ms is not None
-        wanted = self._stand_in(sent, budget, classes, pointer) if budget is not None and measured else sent
+        if budget is not None and measured:
+            step = self._stand_in(step, budget, classes, pointer)
         try:
-            step, final = settle(before, classes, wanted, baseline=self.baseline)
+            block, final = settle(before, classes, step, baseline=self.baseline)
         except BudgetUnreachable as exc:
-            raise InvalidSpec([_unreachable(wanted, exc, pointer)]) from exc
-        removals, after = self._removals(step, classes, final)
+            raise InvalidSpec([_unreachable(step, exc, pointer)]) from exc
+        removals, after = self._removals(step, classes, final, block)
         self.graph = after
         # what may be left at the end of the job is what may be left after its last step
         self.floor = removals.floor
         exact = step.scope == "layer" and _is_simulated(before, step) and not measured
         if not exact:
             self.guessed.update(node.name for node in _weighted(before))
-        reasons = why_kept(before, classes, step)
+        reasons = why_kept(before, classes, step, block)
         self.rows += [
             _narrowed(node, after[node.name], step, exact, reasons, before, pointer) for node in _weighted(before)
         ]
         if not removals.dropped:
             self.warnings.append(Fault(pointer, f"removes nothing: {_why_nothing(step, cost(before), self.baseline)}"))
         self.warnings += _channel_warnings(before, step, pointer)
-        return sent if measured else step
 
     def _stand_in(self, step: Prune, budget: Budget, classes: Classes, pointer: str) -> Prune:
         """A step with a budget of MACs in the place of one of latency, which only the worker can measure.
@@ -220,7 +223,7 @@ class Forecast:
         except TooManyChannels as exc:
             raise InvalidSpec([Fault(pointer, str(exc), limit=exc.limit)]) from exc
 
-    def _removals(self, step: Prune, classes: Classes, final: Removals) -> tuple[Removals, Graph]:
+    def _removals(self, step: Prune, classes: Classes, final: Removals, block: int) -> tuple[Removals, Graph]:
         """What leaves, and the graph without it: round by round, as the worker does it, where the rounds are few.
 
         `final` is what leaves at once: it says that the budget can be reached.
@@ -233,7 +236,9 @@ class Forecast:
             return final, shrink_graph(start, final.dropped, classes)
         for fraction in fractions:
             now = channel_classes(graph)
-            taken = choose_removals(graph, now, None, step, start=start, baseline=self.baseline, fraction=fraction)
+            taken = choose_removals(
+                graph, now, None, step, start=start, baseline=self.baseline, fraction=fraction, block=block
+            )
             graph, dropped = shrink_graph(graph, taken.dropped, now), dropped | taken.dropped
         return Removals(dropped, cost(graph), final.floor, final.floor_dropped), graph
 
@@ -272,7 +277,8 @@ def _narrowed(
 ) -> LayerPlan:
     before_width, after_width = node.shape[0], after.shape[0]
     if after_width != before_width:
-        reason = f"{step.scope} {step.criterion}, round_to {step.alignment}" + ("" if exact else "; estimate")
+        rounded = "" if step.round_to is None else f", round_to {step.round_to}"
+        reason = f"{step.scope} {step.criterion}{rounded}" + ("" if exact else "; estimate")
         return LayerPlan(node.name, "narrow", before_width, after_width, exact, reason, pointer)
     inputs_before, inputs_after = node.input_shapes[0][0], after.input_shapes[0][0]
     kept = reasons.get(node.name, "within the budget as it is")
@@ -296,7 +302,7 @@ def _source(graph: Graph, node: Node) -> str | None:
 
 def _why_nothing(step: Prune, now: Cost, baseline: Cost) -> str:
     if step.budget is None:
-        return f"sparsity {step.sparsity} is less than half of round_to {step.alignment} in every group"
+        return f"sparsity {step.sparsity} is less than half of the smallest removal in every group (see round_to)"
     measure = step.budget.measure
     present, allowed = getattr(now, measure), step.budget.allowed(getattr(baseline, measure))
     return f"the network has {present} {measure} and the budget allows {allowed}"
@@ -309,12 +315,14 @@ def _channel_warnings(graph: Graph, step: Prune, pointer: str) -> list[Fault]:
             Fault(f"{pointer}/criterion", "there is no batch norm to score by: every layer is ranked by l2")
         )
     if step.budget is not None and step.budget.macs is not None:
-        nodes = _weighted(graph)
-        macs, params = sum(node.macs for node in nodes), sum(node.params for node in nodes)
-        heaviest = max(nodes, key=lambda node: node.macs)
-        if macs and heaviest.macs / macs - heaviest.params / params > 0.5:
+        owners = [node for node in _weighted(graph) if node.shares is None]
+        macs_of = {node.name: sum(place.macs for place in graph.places(node.name)) for node in owners}
+        macs, params = sum(macs_of.values()), sum(node.params for node in owners)
+        heaviest = max(owners, key=lambda node: macs_of[node.name])
+        of_macs, of_params = macs_of[heaviest.name] / max(1, macs), heaviest.params / max(1, params)
+        if of_macs - of_params > 0.5:
             message = (
-                f"{heaviest.name} has {heaviest.macs / macs:.0%} of the MACs but {heaviest.params / params:.0%} "
+                f"{heaviest.name} has {of_macs:.0%} of the MACs but {of_params:.0%} "
                 "of the parameters: MACs and bytes will not fall together"
             )
             warnings.append(Fault(pointer, message))
@@ -339,7 +347,7 @@ def _named_faults(graph: Graph, step: Prune, pointer: str) -> list[Fault]:
             faults.append(Fault(f"{pointer}/exclude/{position}", reason, value=name))
         if len(faults) >= MOST_FAULTS:
             return faults
-    last = last_layers(graph)
+    last = {graph[name].home for name in last_layers(graph)}
     for name, override in step.overrides.items():
         at = pointer + pointer_to("overrides", name)
         reason = _unfit(graph, name)
@@ -376,8 +384,10 @@ def _override_faults(step: Prune, override: PruneOverride, at: str) -> list[Faul
 def _unfit(graph: Graph, name: str) -> str | None:
     """Why `name` cannot be excluded or overridden; None if it can."""
     if name in graph:
-        kind = graph[name].type
-        return None if kind in WEIGHTED else f"is a {kind} layer: only convolutions and linear layers are pruned"
+        node = graph[name]
+        if node.type not in WEIGHTED:
+            return f"is a {node.type} layer: only convolutions and linear layers are pruned"
+        return None if node.shares is None else f"has the weights of {node.shares}, which it shares: name {node.shares}"
     names = [node.name for node in _weighted(graph)][:_SIMILAR_AMONG]
     similar = difflib.get_close_matches(name, names, n=1)
     hint = (

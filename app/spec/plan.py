@@ -132,10 +132,9 @@ def make_plan(
         *checks.memory_faults(spec, memory, bounds.training_bytes),
     ]
     forecast = Forecast(baseline, cost(baseline))
-    steps = list(spec.optimizations)
     for position, step in enumerate(spec.optimizations):
         try:
-            steps[position] = forecast.follow(step, f"/optimizations/{position}")
+            forecast.follow(step, f"/optimizations/{position}")
         except InvalidSpec as exc:
             faults += exc.faults
     if spec.sensitivity is not None:
@@ -146,7 +145,7 @@ def make_plan(
     if faults:
         raise InvalidSpec(faults[:MOST_FAULTS])
     return Plan(
-        spec=spec.model_copy(update={"optimizations": tuple(steps)}),
+        spec=spec,
         facts=facts,
         graphs=graphs,
         given_cost=cost(given),

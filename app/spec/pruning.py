@@ -284,8 +284,9 @@ class Prune(Strict):
         Field(
             ge=1,
             le=1024,
-            description="channels: widths become multiples of this, which fast kernels need. Default: 8, or less where "
-            "narrow layers would miss the wish by more than a tenth; with latency_ms the block of the worker's kernels.",
+            description="channels: widths become multiples of this, which fast kernels need. Default: 16 for wide layers, "
+            "less for narrow ones and where the wish would be missed by more than a tenth; with latency_ms the block "
+            "of the worker's kernels.",
         ),
     ] = None
     min_channels: Annotated[Count, Field(description="channels: fewest channels a group keeps.")] = 1
@@ -302,11 +303,6 @@ class Prune(Strict):
     def zeros(self) -> bool:
         """Whether it sets weights to zero; else the network gets smaller."""
         return self.structure != "channels"
-
-    @property
-    def alignment(self) -> int:
-        """What widths become multiples of, in channels."""
-        return 8 if self.round_to is None else self.round_to
 
     @property
     def kept_of(self) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from support.specs import COLOUR, GREY, misplanned, plan, preset_graph
 
-from app.spec.budget import choose_removals
+from app.spec.budget import choose_removals, settle
 from app.spec.channels import channel_classes, shrink_graph
 from app.spec.cost import cost
 from app.spec.plan import Plan
@@ -47,7 +47,8 @@ def test_the_plan_of_scope_layer_is_what_any_scores_give(preset: str, amount: di
     classes = channel_classes(planned.baseline)
     draw = random.Random(3)
     scores = {int(c): draw.random() for c in classes.all()}
-    removals = choose_removals(planned.baseline, classes, scores, step)
+    block, _ = settle(planned.baseline, classes, step)
+    removals = choose_removals(planned.baseline, classes, scores, step, block=block)
     assert removals.cost == planned.planned_cost
     shrunk = shrink_graph(planned.baseline, removals.dropped, classes)
     assert [node.shape for node in shrunk.nodes] == [node.shape for node in planned.planned.nodes]

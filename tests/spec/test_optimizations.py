@@ -28,7 +28,6 @@ def test_structure_and_scope_follow_from_how_much_is_said() -> None:
 def test_the_documented_defaults_of_pruning() -> None:
     step = prune(budget={"macs": 0.5})
     assert (step.criterion, step.round_to, step.min_channels, step.max_sparsity) == ("l2", None, 1, 0.9)
-    assert step.alignment == 8
     assert (step.schedule.name, step.exclude, step.overrides) == ("one_shot", (), {})
     assert step.retrain is not None
     assert (step.retrain.policy, step.retrain.epochs) == ("lr_rewind", 3)

@@ -126,7 +126,7 @@ def test_every_layer_that_was_left_alone_has_a_reason() -> None:
     assert rows["conv3"]["reason"].startswith("the budget was met without it")
     narrow = step_of(sparsity=0.5, structure="channels", round_to=16)
     rows = {row["name"]: row for row in layer_rows(network, network.graph, narrow)}
-    assert rows["conv3"]["reason"] == "not wider than round_to 16"
+    assert rows["conv3"]["reason"] == "8 channels, and round_to is 16"
 
 
 def test_weights_that_were_not_chosen_are_told_apart_from_excluded_ones() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from app.errors import BudgetMissed
-from app.spec.budget import ALIGNMENTS, BudgetUnreachable, Removals
+from app.spec.budget import BLOCKS, BudgetUnreachable, Removals
 from app.spec.channels import Classes
 from app.spec.cost import cost
 from app.spec.pruning import Budget, Prune
@@ -35,7 +35,7 @@ def alignments(step: Prune) -> tuple[int, ...]:
     if step.round_to is not None:
         return (step.round_to,)
     block = 16 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 8
-    return tuple(dict.fromkeys((block, *ALIGNMENTS)))
+    return tuple(smaller for smaller in BLOCKS if smaller <= block)
 
 
 def removals_within_time(
