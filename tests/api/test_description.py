@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from support.api import FILES, SPEC, Api, open_api
+from support.weights import good
 
 from app import attempts, errors
 from app.api import answers
@@ -63,6 +64,10 @@ def test_every_route_is_described_and_says_that_errors_are_problems(openapi):
         ("get", "/v1/datasets"),
         ("get", "/v1/datasets/{dataset_id}"),
         ("delete", "/v1/datasets/{dataset_id}"),
+        ("post", "/v1/weights"),
+        ("get", "/v1/weights"),
+        ("get", "/v1/weights/{weights_id}"),
+        ("delete", "/v1/weights/{weights_id}"),
         *(
             ("get", path)
             for path in ("/v1/presets", "/v1/optimizations", "/v1/workers", "/healthz", "/readyz", "/metrics")
@@ -129,6 +134,9 @@ def test_every_answer_fits_its_schema(api):
     answers.Job.model_validate_json(api.client.post("/v1/jobs", json=SPEC).content, strict=True)
     answers.Dataset.model_validate_json(api.client.post("/v1/datasets", content=b"x").content, strict=True)
     answers.Datasets.model_validate_json(api.client.get("/v1/datasets").content, strict=True)
+    weights = api.client.post("/v1/weights", content=good(head__weight=(2, 3)))
+    answers.Weights.model_validate_json(weights.content, strict=True)
+    answers.WeightsPage.model_validate_json(api.client.get("/v1/weights").content, strict=True)
     refused = api.client.post("/v1/jobs", json={"spec_version": 1, "name": "\0"})
     answers.Problem.model_validate_json(refused.content, strict=True)
 

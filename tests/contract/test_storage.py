@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import subprocess
@@ -250,3 +251,28 @@ def test_a_folder_that_cannot_be_made_is_refused_at_the_start(tmp_path: Path) ->
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StartupError, match="ESPALIER_HOME"):
         Storage.open((tmp_path / "file" / "objects").as_uri())
+
+
+def test_an_object_is_brought_as_a_file_that_outlives_it(storage: Storage, tmp_path: Path) -> None:
+    storage.put_bytes("a/b", b"first")
+    path = tmp_path / "deep" / "file"
+    storage.bring("a/b", path)
+    storage.put_bytes("a/b", b"second")
+    assert path.read_bytes() == b"first"
+    storage.bring("a/b", path)
+    storage.delete("a/b")
+    assert path.read_bytes() == b"second"
+    with pytest.raises(ObjectNotFound):
+        storage.bring("a/b", path)
+
+
+def test_where_links_are_refused_an_object_is_copied(
+    local_storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    local_storage.put_bytes("a/b", b"content")
+    monkeypatch.setattr(os, "link", refuse)
+    local_storage.bring("a/b", tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == b"content"

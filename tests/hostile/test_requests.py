@@ -68,6 +68,8 @@ def test_a_verb_on_an_id_that_cannot_be_is_404(served, verb):
         assert served.send(f"/v1/jobs/{bad}", method="DELETE").status == 404, bad
         assert served.send(f"/v1/datasets/{bad}", method="DELETE").status == 404, bad
         assert served.send(f"/v1/datasets/{bad}").status == 404, bad
+        assert served.send(f"/v1/weights/{bad}", method="DELETE").status == 404, bad
+        assert served.send(f"/v1/weights/{bad}").status == 404, bad
 
 
 BAD_NAMES = [
@@ -121,6 +123,7 @@ def test_a_cursor_that_was_not_given_out_is_refused(served, cursor):
     assert answer.status == 422
     assert answer.problem["code"] in ("invalid_cursor", "invalid_parameter")
     assert served.send(f"/v1/datasets?cursor={cursor}").status == 422
+    assert served.send(f"/v1/weights?cursor={cursor}").status == 422
     assert served.send(f"/?cursor={cursor}").status == 422
 
 
@@ -169,6 +172,7 @@ def test_the_largest_numbers_are_answered(served):
 GETS = ["/v1/jobs", "/v1/jobs/{done}", "/v1/jobs/{done}/events", "/v1/jobs/{done}/metrics", "/v1/jobs/{done}/logs"]
 GETS += ["/v1/jobs/{done}/report", "/v1/jobs/{done}/artifacts", "/v1/jobs/{done}/artifacts/model.py", "/v1/datasets"]
 GETS += ["/v1/jobs/{done}/checkpoints", "/v1/presets", "/v1/optimizations", "/v1/workers", "/healthz", "/readyz"]
+GETS += ["/v1/weights"]
 GETS += ["/metrics", "/openapi.json", "/docs", "/docs/errors", "/", "/jobs/{done}", "/assets/page.js"]
 
 
@@ -268,8 +272,9 @@ def test_a_key_belongs_to_its_route(served):
     "query", ["name=", "name=" + "n" * 201, "name=a%00b", "name=%E2%80%AEx", "format=zip", "format=", "x=1"]
 )
 def test_an_upload_has_a_sane_name_and_a_known_format(served, query):
-    answer = served.send(f"/v1/datasets?{query}", b"Content-Length: 1\r\n", "POST", b"x")
-    assert (answer.status, answer.problem["code"]) == (422, "invalid_parameter")
+    for path in ("/v1/datasets", "/v1/weights"):
+        answer = served.send(f"{path}?{query}", b"Content-Length: 1\r\n", "POST", b"x")
+        assert (answer.status, answer.problem["code"]) == (422, "invalid_parameter")
 
 
 def test_an_empty_or_a_compressed_upload_is_refused(served):

@@ -140,6 +140,14 @@ def test_a_deleted_data_set_fails_the_job(db: Database, nursery: Nursery, tmp_pa
     assert (job.error["code"], job.error["pointer"]) == ("data_unavailable", "/data/dataset")
 
 
+def test_a_deleted_network_that_the_job_needs_fails_it(db: Database, nursery: Nursery, tmp_path: Path) -> None:
+    model = {"job": "job_" + "0" * 26, "input_shape": [1, 8, 8]}
+    job = run_one(db, nursery, tmp_path, spec={**SPEC, "model": model})
+    assert job.error is not None
+    assert (job.error["code"], job.error["pointer"]) == ("source_unavailable", "/model/job")
+    assert "submit the job again" in job.error["hint"]
+
+
 def test_a_trainer_that_cannot_be_started_counts_as_a_crash(db: Database, nursery: Nursery, tmp_path: Path) -> None:
     job = run_one(db, nursery, tmp_path)
     assert (job.state, job.crashes) == ("queued", 1)
