@@ -180,6 +180,36 @@ def test_the_delivered_architecture_is_the_next_job(service: Service, delivered:
     assert answer.json()["given"]["params"] == json.loads((folder / "report.json").read_text())["final"]["params"]
 
 
+def test_a_job_goes_on_from_the_network_of_another_or_from_uploaded_weights_to_the_bit(
+    service: Service, delivered: tuple[dict[str, Any], Path]
+) -> None:
+    job, folder = delivered
+    file = (folder / "pruned.safetensors").read_bytes()
+    architecture = json.loads((folder / "architecture.json").read_text())
+    weights = service.client.post("/v1/weights?name=stripes", content=file).json()
+    assert weights["sha256"] == hashlib.sha256(file).hexdigest()
+    seen = {name: architecture["preprocessing"][name] for name in ("mean", "std")}
+    common = {"spec_version": 1, "data": job["spec"]["data"], "training": {"epochs": 0}, "exports": ["safetensors"]}
+    written = {"input_shape": architecture["input_shape"], "layers": architecture["layers"]}
+    prune = {"type": "prune", "budget": {"macs": 0.7}, "retrain": {"epochs": 1, "distillation": {"teacher": job["id"]}}}
+    started = [
+        service.submit(common | {"model": written | {"weights": weights["id"], "preprocessing": seen}}),
+        service.submit(common | {"model": {"job": job["id"]}, "optimizations": [prune]}),
+    ]
+    for path, user in ((f"/v1/weights/{weights['id']}", started[0]), (f"/v1/jobs/{job['id']}", started[1])):
+        refused = service.client.delete(path)
+        assert (refused.status_code, refused.json()["code"]) == (409, "in_use")
+        assert user in refused.json()["detail"]
+    for job_id in started:
+        summary = service.finish(job_id)["summary"]
+        assert service.client.get(f"/v1/jobs/{job_id}/artifacts/baseline.safetensors").content == file
+        for measure in ("accuracy", "loss", "params", "macs"):
+            assert summary["baseline"][measure] == job["summary"]["final"][measure]
+    assert summary["final"]["macs"] <= 0.7 * summary["baseline"]["macs"]
+    assert service.client.delete(f"/v1/weights/{weights['id']}").status_code == 204
+    assert service.client.post(f"/v1/jobs/{started[0]}/retry").json()["errors"][0]["pointer"] == "/model/weights"
+
+
 def read_stream(service: Service, job_id: str, *, last_event_id: int | None = None) -> list[dict[str, Any]]:
     """Every event of the stream until the server closes it."""
     headers = {"Accept": "text/event-stream"}
