@@ -90,20 +90,28 @@ class Stopwatch:
     """Times of networks in onnxruntime, one thread, `batch_size` images, each in turns with the dense network.
 
     `dense_ms` is the median of the dense network. A time is the dense network's times the ratio of the medians of one
-    measurement, so that a machine that is busy for a while slows both.
+    measurement, so that a machine that is busy for a while slows both. `clock` counts seconds; `time.thread_time`
+    leaves out those in which others had the processor.
     """
 
-    def __init__(self, dense: Network, *, seconds: float = 0.4, batch_size: int = 1) -> None:
+    def __init__(
+        self,
+        dense: Network,
+        *,
+        seconds: float = 0.4,
+        batch_size: int = 1,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._images = _noise((batch_size, *dense.graph.input_shape))
-        self._seconds = seconds
+        self._seconds, self._clock = seconds, clock
         (maker,) = _onnx_runs((dense,), 1)
         self._dense = maker(self._images)
-        self.dense_ms = float(np.median(_take_turns((self._dense, self._dense), seconds)[0]))
+        self.dense_ms = float(np.median(_take_turns((self._dense, self._dense), seconds, clock)[0]))
 
     def time_ms(self, network: Network, *, patience: float = 1.0) -> float:
         """Milliseconds of one run; `patience` times the usual length of a measurement."""
         (maker,) = _onnx_runs((network,), 1)
-        measured = _take_turns((self._dense, maker(self._images)), patience * self._seconds)
+        measured = _take_turns((self._dense, maker(self._images)), patience * self._seconds, self._clock)
         dense, other = (float(np.median(milliseconds)) for milliseconds in measured)
         return self.dense_ms * other / dense
 
@@ -152,7 +160,9 @@ def _onnx_runs(networks: Sequence[Network], threads: int) -> list[Runner]:
     return [maker(network) for network in networks]
 
 
-def _take_turns(pair: Sequence[Run], seconds: float) -> tuple[list[float], list[float]]:
+def _take_turns(
+    pair: Sequence[Run], seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> tuple[list[float], list[float]]:
     """Milliseconds of each run of the two, taken in turns, after a warm-up of a fifth of the time."""
     start = time.perf_counter()
     for count in range(WARM_UP_RUNS):
@@ -164,9 +174,9 @@ def _take_turns(pair: Sequence[Run], seconds: float) -> tuple[list[float], list[
     measured: tuple[list[float], list[float]] = ([], [])
     while len(measured[0]) < MOST_RUNS:
         for run, milliseconds in zip(pair, measured, strict=True):
-            before = time.perf_counter()
+            before = clock()
             run()
-            milliseconds.append((time.perf_counter() - before) * 1e3)
+            milliseconds.append((clock() - before) * 1e3)
         allowed = seconds if len(measured[0]) >= FEWEST_RUNS else PATIENCE * seconds
         if time.perf_counter() - start >= allowed:
             break
