@@ -197,10 +197,7 @@ def test_a_worker_drops_what_was_deleted_when_it_needs_something_new(
 
 def test_a_full_disk_is_said_to_be_full(db: Database, settings: Settings, upload: Path, tmp_path: Path) -> None:
     class NoSpace(LocalStorage):
-        def local_path(self, key: str) -> Path | None:
-            return None if "/packed/" in key else super().local_path(key)
-
-        def fetch(self, key: str, path: Path) -> None:
+        def bring(self, key: str, path: Path) -> None:
             raise StorageFull
 
     storage = NoSpace(tmp_path / "objects")
