@@ -18,7 +18,7 @@ from worker.latency import measure_latency
 from worker.network import Network, build_network
 from worker.preparation import Job
 from worker.proof import compute_logits, prove
-from worker.report import class_rows, compressed_bytes, environment, measures, step_rows
+from worker.report import class_rows, compressed_bytes, environment, measures, sparse_row, step_rows
 from worker.sensitivity import table_document
 
 REPORT = "report.json"
@@ -87,6 +87,8 @@ def _deliver(job: Job, stopped_early: bool) -> Delivered:
     job.watch.look_to_leave()
     folder = job.task.scratch / "export"
     names, formats = job.dataset.class_names, job.plan.spec.exports
+    masks = job.reached.masks
+    sparse = masks is not None and masks.zeros() > 0
     files: list[Path] = []
     for stem, network in (("pruned", pruned), ("baseline", dense)):
         files += export_network(
@@ -96,6 +98,7 @@ def _deliver(job: Job, stopped_early: bool) -> Delivered:
             class_names=names,
             preprocessing=job.preprocessing,
             formats=formats,
+            sparse=sparse,
         )
     test = job.splits.test
     proof = prove(
@@ -125,7 +128,8 @@ def _deliver(job: Job, stopped_early: bool) -> Delivered:
         **({} if job.plan.spec.sensitivity is None else {"sensitivity": table_document(job)}),
         "verification": proof.document(),
         "latency": dict(latency.conditions),
-        "compressed_bytes": compressed_bytes([folder / "baseline.safetensors", folder / "pruned.safetensors"]),
+        "compressed_bytes": compressed_bytes([path for path in files if path.suffix == ".safetensors"]),
+        **sparse_row(folder),
         "data": _data(job),
         "environment": environment(job.precision) | {"seed": job.training.seed},
         "seconds": round(job.reached.ledger.seconds, 3),

@@ -18,6 +18,7 @@ from app.spec.architecture import Preprocessing, architecture_document
 from app.spec.cost import SAFETENSORS_METADATA
 from worker.network import Network, build_network
 from worker.source import model_source
+from worker.sparse_file import SPARSE_WEIGHTS, save_sparse
 
 Stem = Literal["pruned", "baseline"]
 MANIFEST_VERSION = 1
@@ -60,12 +61,14 @@ def export_network(
     class_names: Sequence[str],
     preprocessing: Preprocessing,
     formats: Collection[str] = ("safetensors", "onnx", "pytorch"),
+    sparse: bool = False,
 ) -> list[Path]:
     """The files written for one network, in the order in which they are listed.
 
     `<stem>.safetensors` and its architecture are always written: they are the result, and other jobs start from them.
-    The pruned network also gets `model.py` (format "pytorch") and `pruned.onnx` (format "onnx"). Weights are written as
-    contiguous float32 from the CPU, whatever precision and memory format the training used.
+    The pruned network also gets `model.py` (format "pytorch") and `pruned.onnx` (format "onnx"); with `sparse` the file
+    without zeros too (format "safetensors", `worker/sparse_file.py`). Weights are written as contiguous float32 from
+    the CPU, whatever precision and memory format the training used.
     """
     from worker.onnx_model import onnx_bytes  # not before an export: importing onnx takes 0.3 s
 
@@ -75,8 +78,12 @@ def export_network(
     write_whole(weights, lambda path: save_file(tensors, path, metadata=SAFETENSORS_METADATA))
     write_json(architecture, architecture_document(network.graph, class_names, preprocessing))
     written = [weights, architecture]
+    sparse = sparse and stem == "pruned" and "safetensors" in formats
+    if sparse:
+        write_whole(folder / SPARSE_WEIGHTS, lambda path: save_sparse(tensors, path))
+        written.insert(1, folder / SPARSE_WEIGHTS)
     if stem == "pruned" and "pytorch" in formats:
-        source = model_source(network.graph, class_names, preprocessing)
+        source = model_source(network.graph, class_names, preprocessing, sparse=sparse)
         write_whole(folder / MODEL_SOURCE, lambda path: path.write_text(source, encoding="utf-8"))
         written.append(folder / MODEL_SOURCE)
     if stem == "pruned" and "onnx" in formats:

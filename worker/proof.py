@@ -30,6 +30,7 @@ from worker.evaluation import score
 from worker.export import MODEL_SOURCE, Stem, architecture_name, portable_network
 from worker.network import Network
 from worker.source import model_source
+from worker.sparse_file import SPARSE_WEIGHTS
 
 SCRIPT = Path(__file__).with_name("proof_script.py")
 SAME_RUNTIME = 1e-5  # of the largest logit: it is 0 with a reference from the CPU; another layout's rounding fits
@@ -82,7 +83,10 @@ class Verification:
 
 @dataclass(frozen=True)
 class _Check:
-    """One run of one file: what is loaded, where its logits go, which names it proves."""
+    """One run of one file: what is loaded, where its logits go, which names it proves.
+
+    `twin` is a second file of the same weights: it is proven by having the same bits.
+    """
 
     stem: Stem
     proves: tuple[str, ...]
@@ -91,11 +95,13 @@ class _Check:
     logits: Path
     bound: float
     model: Path | None = None
+    twin: Path | None = None
 
     def order(self) -> dict[str, str | None]:
         return {
             "model": None if self.model is None else str(self.model),
             "weights": str(self.weights),
+            "twin": None if self.twin is None else str(self.twin),
             "architecture": str(self.architecture),
             "logits": str(self.logits),
         }
@@ -261,10 +267,12 @@ def _checks(folder: Path, scratch: Path, stems: Sequence[Stem]) -> tuple[list[_C
         for path in (weights, architecture):
             if not path.is_file():
                 raise VerificationFailed(f"{path.name} was not written")
-        source = model_source(*read_architecture(json.loads(architecture.read_text())))
+        sparse = folder / SPARSE_WEIGHTS
+        twin = sparse if stem == "pruned" and sparse.is_file() else None
+        source = model_source(*read_architecture(json.loads(architecture.read_text())), sparse=twin is not None)
         graphs.append(read_architecture(json.loads(architecture.read_text()))[0])
         model = folder / MODEL_SOURCE
-        proves: tuple[str, ...] = (weights.name,)
+        proves: tuple[str, ...] = (weights.name,) if twin is None else (weights.name, twin.name)
         if stem == "pruned" and model.is_file():
             if model.read_text() != source:
                 raise VerificationFailed(f"{model.name} is not the network that {architecture.name} describes")
@@ -273,7 +281,7 @@ def _checks(folder: Path, scratch: Path, stems: Sequence[Stem]) -> tuple[list[_C
             model = scratch / f"{stem}_model.py"
             model.write_text(source)
         torch_checks.append(
-            _Check(stem, proves, weights, architecture, scratch / f"{stem}.torch.npy", SAME_RUNTIME, model)
+            _Check(stem, proves, weights, architecture, scratch / f"{stem}.torch.npy", SAME_RUNTIME, model, twin)
         )
         onnx = folder / f"{stem}.onnx"
         if onnx.is_file():

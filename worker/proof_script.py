@@ -5,7 +5,8 @@ onnxruntime; nothing of Espalier is imported, so that what is proven is what the
 
     {"parent": pid, "runtime": "torch" | "onnxruntime", "threads": n, "batch_size": n, "result": path,
      "images": {"path": raw pictures as .npy, "layout": "channels_first" | "channels_last" | "no_channels"},
-     "runs": [{"model": model.py, "weights": .safetensors or .onnx, "architecture": .json, "logits": path}]}
+     "runs": [{"model": model.py, "weights": .safetensors or .onnx, "twin": None or another .safetensors of the same
+               weights, "architecture": .json, "logits": path}]}
 
 The result is `{"sha256": {file name: digest}}` of every file as it was read.
 """
@@ -39,8 +40,11 @@ def sha256(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def torch_network(model: str, weights: str, threads: int) -> Callable[[Any], Any]:
-    """The network of a delivered `model.py` with delivered weights: pictures in, logits out, both numpy."""
+def torch_network(model: str, weights: str, twin: str | None, threads: int) -> Callable[[Any], Any]:
+    """The network of a delivered `model.py` with delivered weights: pictures in, logits out, both numpy.
+
+    Raises ValueError if `twin` gives a network with other bits.
+    """
     import torch
 
     torch.set_num_threads(threads)
@@ -49,7 +53,13 @@ def torch_network(model: str, weights: str, threads: int) -> Callable[[Any], Any
         raise ImportError(f"{model} is not a Python module")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    network = module.load(weights).to(memory_format=torch.channels_last)  # twice as fast on a CPU: layout only
+    network = module.load(weights)
+    if twin is not None:
+        found, wanted = module.load(twin).state_dict(), network.state_dict()
+        other = [name for name in wanted if found[name].numpy().tobytes() != wanted[name].numpy().tobytes()]
+        if other:
+            raise ValueError(f"{Path(twin).name} holds other weights than {Path(weights).name}: {', '.join(other[:5])}")
+    network = network.to(memory_format=torch.channels_last)  # twice as fast on a CPU: layout only
     layout = {4: torch.channels_last}
 
     def logits(images_NCx: Any) -> Any:
@@ -111,10 +121,10 @@ def main(order_path: str) -> None:
     images = channels_first(np.load(order["images"]["path"], mmap_mode="r"), order["images"]["layout"])
     digests: dict[str, str] = {}
     for run in order["runs"]:
-        for path in (run["weights"], run["architecture"], *([run["model"]] if run["model"] else [])):
+        for path in filter(None, (run["weights"], run["twin"], run["architecture"], run["model"])):
             digests[Path(path).name] = sha256(path)
         if order["runtime"] == "torch":
-            network = torch_network(run["model"], run["weights"], order["threads"])
+            network = torch_network(run["model"], run["weights"], run["twin"], order["threads"])
         else:
             network = onnx_network(run["weights"], order["threads"])
         run_over(images, json.loads(Path(run["architecture"]).read_text()), network, order["batch_size"], run["logits"])

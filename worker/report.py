@@ -18,6 +18,7 @@ from worker.evaluation import Scores
 from worker.ledger import Ledger, StepRecord
 from worker.network import Network
 from worker.precision import Precision
+from worker.sparse_file import SPARSE_WEIGHTS
 
 LARGEST_TO_COMPRESS = 64 << 20  # gzip reads about 30 MB/s
 
@@ -124,6 +125,15 @@ def compressed_bytes(files: Sequence[Path]) -> dict[str, int]:
         if path.stat().st_size <= LARGEST_TO_COMPRESS:
             sizes[path.name] = len(gzip.compress(path.read_bytes(), compresslevel=6, mtime=0))
     return sizes
+
+
+def sparse_row(folder: Path) -> dict[str, Any]:
+    """`{"sparse": ...}` with the size of the file without zeros beside that of the same weights with them; or nothing."""
+    sparse = folder / SPARSE_WEIGHTS
+    if not sparse.is_file():
+        return {}
+    sizes = {"size_bytes": sparse.stat().st_size, "dense_bytes": (folder / "pruned.safetensors").stat().st_size}
+    return {"sparse": {"name": sparse.name, **sizes}}
 
 
 def environment(precision: Precision) -> dict[str, Any]:

@@ -61,7 +61,9 @@ def build() -> Network:
     """The network with fresh weights, in eval mode; call `.train()` to train it."""
     return Network().eval()
 
+'''
 
+_LOAD = '''
 def load(path: str | os.PathLike[str]) -> Network:
     """The network with the weights of a safetensors file, in eval mode, on the CPU."""
     network = build()
@@ -69,11 +71,34 @@ def load(path: str | os.PathLike[str]) -> Network:
     return network
 '''
 
+_LOAD_SPARSE = '''
+def load(path: str | os.PathLike[str]) -> Network:
+    """The network with the weights of a safetensors file, in eval mode, on the CPU.
 
-def model_source(graph: Graph, class_names: Sequence[str], preprocessing: Preprocessing) -> str:
+    `pruned.sparse.safetensors` leaves zeros out: of a tensor with many of them it has
+    `<key>.mask`, one bit for each element in row-major order (the lowest bit of a byte
+    first), and `<key>.values`, the elements whose bit is 1.
+    """
+    network = build()
+    weights = load_file(path)
+    for key, tensor in network.state_dict().items():
+        if f"{key}.mask" in weights:
+            bits = weights.pop(f"{key}.mask")[:, None] >> torch.arange(8) & 1
+            stored = bits.flatten()[: tensor.numel()].view(tensor.shape) == 1
+            weights[key] = torch.zeros(tensor.shape)
+            weights[key][stored] = weights.pop(f"{key}.values")
+    network.load_state_dict(weights)
+    return network
+'''
+
+
+def model_source(
+    graph: Graph, class_names: Sequence[str], preprocessing: Preprocessing, *, sparse: bool = False
+) -> str:
     """The text of `model.py` for a graph: `build()`, `load(path)`, `preprocess(images)`, CLASSES.
 
-    Formatted as ruff does it; state_dict keys and results are those of `worker.network.Network`.
+    Formatted as ruff does it; state_dict keys and results are those of `worker.network.Network`. With `sparse` its
+    `load` reads files of `worker/sparse_file.py` too.
     """
     total = cost(graph)
     head = _HEADER.format(
@@ -92,7 +117,8 @@ def model_source(graph: Graph, class_names: Sequence[str], preprocessing: Prepro
     per_channel = ", ".join(["-1", *["1"] * (len(graph.input_shape) - 1)])
     about = f'    """Images N x {_by(graph.input_shape)} -> logits N x {_by(graph[graph.output].shape)}."""'
     body = ["", "", "class Network(nn.Module):", about, "", *_init(graph), "", *_forward(graph)]
-    return head + "\n".join([*constants, *body]) + "\n" + _FUNCTIONS.format(per_channel=per_channel)
+    functions = _FUNCTIONS.format(per_channel=per_channel) + (_LOAD_SPARSE if sparse else _LOAD)
+    return head + "\n".join([*constants, *body]) + "\n" + functions
 
 
 def _quoted_json(value: object) -> str:

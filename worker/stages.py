@@ -182,8 +182,12 @@ def _remove(job: Job, step: Compression, removal: Removal, record: StepRecord) -
     """Take away what this removal takes: masks, channels, or ranks."""
     reached = job.reached
     if isinstance(step, Prune) and step.zeros:
-        rewind = _rewind_weights(job, step)
+        rewind, before = _rewind_weights(job, step), 0 if reached.masks is None else reached.masks.zeros()
         reached.masks = cut_weights(reached.network, step, removal, reached.masks, job.materials, rewind)
+        if removal.ramp is None and reached.masks.zeros() == before:
+            reached.ledger.note(
+                f"/optimizations/{record.position}: no further weight became zero; the rows of its layers say why"
+            )
     elif isinstance(step, Prune):
         reached.network = cut_channels(reached.network, step, removal, job.materials, start=_start(job, record))
 

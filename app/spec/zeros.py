@@ -6,8 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from app.spec.allocation import blocks_to_remove, erk_kept
-from app.spec.draft import WEIGHTED
-from app.spec.graph import Graph
 from app.spec.matrices import WeightMatrix, erk_axes, pattern_of, weight_matrix, why_dense
 from app.spec.node import Node
 from app.spec.pruning import Prune, PruneOverride
@@ -23,9 +21,9 @@ class LayerZeros(NamedTuple):
     reason: str
 
 
-def dense_layers(graph: Graph, step: Prune) -> dict[str, str]:
-    """The layers with weights that the step leaves as they are -> the reason."""
-    reasons = {node.name: why_dense(node, step) for node in graph.nodes if node.type in WEIGHTED}
+def dense_layers(nodes: Sequence[Node], step: Prune) -> dict[str, str]:
+    """Those of the layers that the step leaves as they are -> the reason."""
+    reasons = {node.name: why_dense(node, step) for node in nodes}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 

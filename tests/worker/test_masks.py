@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -11,11 +12,12 @@ from support.topologies import HEAD, PICTURE, conv, layer, topology, trained
 from torch import Tensor
 
 from app.errors import Diverged, LayerEmptied
+from app.spec.allocation import erk_kept
 from app.spec.graph import build_graph
 from app.spec.layers import read_layers
 from app.spec.pruning import Prune, PruneOverride
 from worker.network import Network
-from worker.pruning.importance import prunable_weights
+from worker.pruning.importance import prunable_weights, weight_scores
 from worker.pruning.masks import Masks, weight_masks
 
 
@@ -38,7 +40,18 @@ def masks_of(network: Network, sparsity: float | None, previous: Masks | None = 
     return weight_masks(network, prune(**fields), sparsity, seed=0, previous=previous)
 
 
-@pytest.mark.parametrize("criterion", ["l1", "l2", "random"])
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "global": {"sparsity": 0.8},
+    "layer": {"sparsity": 0.8, "scope": "layer"},
+    "lamp": {"sparsity": 0.8, "criterion": "lamp"},
+    "erk": {"sparsity": 0.8, "criterion": "erk"},
+    "random": {"sparsity": 0.8, "criterion": "random"},
+    "blocks": {"structure": "blocks", "block": (2, 2), "sparsity": 0.8},
+    "n:m": {"structure": "n:m", "pattern": "1:3"},
+}
+
+
+@pytest.mark.parametrize("criterion", ["l1", "l2", "lamp", "random"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.123, 0.5, 0.9])
 def test_the_global_scope_prunes_exactly_the_rounded_count_of_all_weights(criterion: str, sparsity: float) -> None:
     network = network_of()
@@ -66,6 +79,86 @@ def test_half_counts_are_rounded_to_even() -> None:
     masks = masks_of(network, 0.5, scope="layer")
     assert int((masks["a.weight"] == 0).sum()) == 2  # of 2.5
     assert int((masks["linear1.weight"] == 0).sum()) == 8  # of 7.5
+
+
+@pytest.mark.parametrize("criterion", ["l2", "lamp", "erk"])
+@pytest.mark.parametrize("sparsity", [0.05, 0.5, 0.77, 0.95])
+def test_the_count_is_exact_with_ties_and_with_zeros_from_before(criterion: str, sparsity: float) -> None:
+    network = network_of()
+    with torch.no_grad():
+        for weight in prunable_weights(network).values():
+            weight.mul_(8).round_().div_(8)  # few values, many of them zero
+    earlier = masks_of(network, 0.4, scope="layer", exclude=("b",))
+    earlier.apply(network)
+    masks = masks_of(network, sparsity, earlier, criterion=criterion)
+    assert masks.zeros() == max(round(sparsity * len(flat(network))), earlier.zeros())
+    for name in earlier:
+        assert not bool(((earlier[name] == 0) & (masks[name] == 1)).any())
+    assert all(int(masks[name].sum()) >= 1 for name in masks)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_pruning_twice_is_pruning_once_whatever_the_form_of_the_zeros(name: str) -> None:
+    network, step = network_of(), prune(**STRUCTURES[name])
+    once = weight_masks(network, step, step.sparsity, seed=0)
+    once.apply(network)
+    again = weight_masks(network, step, step.sparsity, seed=0, previous=once)
+    assert list(once) == list(again)
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+@pytest.mark.parametrize("name", [name for name in STRUCTURES if name != "n:m"])
+def test_masks_that_grow_never_give_a_weight_back_and_end_where_one_cut_of_the_same_weights_ends(name: str) -> None:
+    network, step = network_of(), prune(**STRUCTURES[name])
+    masks: Masks | None = None
+    for sparsity in (0.0, 0.3, 0.55, 0.7, 0.8):
+        grown = weight_masks(network, step, sparsity, seed=0, previous=masks)
+        for key in masks or ():
+            assert masks is not None
+            assert not bool(((masks[key] == 0) & (grown[key] == 1)).any())
+        masks = grown
+        masks.apply(network)
+    assert masks is not None
+    assert masks.zeros() == weight_masks(network_of(), step, 0.8, seed=0).zeros()
+
+
+def test_lamp_is_the_square_over_the_sum_of_those_that_are_not_smaller_and_the_largest_has_exactly_one() -> None:
+    network = network_of()
+    for name, weight in prunable_weights(network).items():
+        scores = weight_scores(name, weight, "lamp", seed=0)
+        squares = [value**2 for value in weight.abs().flatten().double().tolist()]
+        order = sorted(range(len(squares)), key=lambda place: squares[place])
+        for rank, place in enumerate(order):
+            assert scores[place] == pytest.approx(squares[place] / math.fsum(squares[v] for v in order[rank:]))
+        assert scores.max() == 1.0
+    large = torch.linspace(1e-3, 1.0, 500_000)
+    assert weight_scores("a", large, "lamp", seed=0)[-1] == 1.0
+    assert not weight_scores("a", torch.zeros(5), "lamp", seed=0).any()
+
+
+def test_lamp_spares_a_layer_of_small_weights_and_inside_a_layer_it_is_magnitude() -> None:
+    network = network_of()
+    with torch.no_grad():
+        network.get_parameter("b.weight").mul_(1e-3)
+    by_size, by_lamp = masks_of(network, 0.6), masks_of(network, 0.6, criterion="lamp")
+    assert int(by_size["b.weight"].sum()) < 5
+    assert float(by_lamp["b.weight"].mean()) > 0.2
+    for name, weight in prunable_weights(network).items():
+        size = weight.abs()
+        assert size[by_lamp[name] == 0].max() <= size[by_lamp[name] == 1].min()
+
+
+def test_erk_gives_each_layer_its_share_and_prunes_it_by_size() -> None:
+    network = network_of()
+    masks = masks_of(network, 0.7, criterion="erk")
+    kept = {name: int(masks[name].sum()) for name in masks}
+    shapes = {"a.weight": (6, 3, 3, 3), "b.weight": (5, 6, 3, 3), "linear1.weight": (3, 5)}
+    sizes = {name: masks[name].numel() for name in masks}
+    assert kept == erk_kept(shapes, sizes, sum(sizes.values()) - round(0.7 * sum(sizes.values())))
+    assert kept["linear1.weight"] / 15 > kept["a.weight"] / 162 > kept["b.weight"] / 270
+    for name, weight in prunable_weights(network).items():
+        if kept[name] < weight.numel():
+            assert weight[masks[name] == 0].abs().max() <= weight[masks[name] == 1].abs().min()
 
 
 def test_ties_go_in_the_order_of_layers_and_elements_and_the_count_stays_exact() -> None:
@@ -184,7 +277,8 @@ def optimizer_of(name: str, network: Network) -> torch.optim.Optimizer:
 class Trainer:
     """The order of one step as the module says it, on random data."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, structure: str = "global") -> None:
+        self.structure = STRUCTURES[structure]
         self.network = network_of().train()
         self.optimizer = optimizer_of(name, self.network)
         self.average = {name: p.detach().clone() for name, p in self.network.named_parameters()}
@@ -192,7 +286,8 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(1)
 
     def prune(self, sparsity: float) -> Masks:
-        self.masks = masks_of(self.network, sparsity, self.masks)
+        step = prune(**self.structure | ({} if "pattern" in self.structure else {"sparsity": sparsity}))
+        self.masks = weight_masks(self.network, step, step.sparsity, seed=0, previous=self.masks)
         self.masks.apply(self.network)
         self.masks.mask_optimizer(self.optimizer, self.network)
         self.masks.mask_tensors(self.average)
@@ -217,10 +312,16 @@ class Trainer:
             self.masks.mask_tensors(self.average)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
-def test_zeros_stay_plus_zero_over_fifty_steps(name: str, autocast: bool) -> None:
-    trainer = Trainer(name)
+@pytest.mark.parametrize(
+    ("name", "autocast", "structure"),
+    [
+        *[(name, autocast, "global") for name in ("sgd", "adam", "adamw") for autocast in (False, True)],
+        *[("sgd", False, structure) for structure in ("lamp", "erk", "blocks", "n:m")],
+        *[("adamw", True, structure) for structure in ("blocks", "n:m")],
+    ],
+)
+def test_zeros_stay_plus_zero_over_fifty_steps(name: str, autocast: bool, structure: str) -> None:
+    trainer = Trainer(name, structure)
     for _ in range(5):
         trainer.step(autocast=autocast)
     masks = trainer.prune(0.8)
@@ -230,7 +331,7 @@ def test_zeros_stay_plus_zero_over_fifty_steps(name: str, autocast: bool) -> Non
         trainer.step(autocast=autocast)
         assert is_plus_zero(pruned_of(masks, dict(trainer.network.named_parameters())))
         assert is_plus_zero(pruned_of(masks, trainer.average))
-    assert int((flat(trainer.network) == 0).sum()) == masks.zeros()
+    assert int((flat(trainer.network) == 0).sum()) == masks.zeros() > 0
     for parameter_name, parameter in trainer.network.named_parameters():
         for value in trainer.optimizer.state[parameter].values():
             if parameter_name in masks and value.shape == parameter.shape:
@@ -259,8 +360,9 @@ def test_without_the_masked_state_momentum_brings_pruned_weights_back() -> None:
     assert bool((pruned_of(masks, dict(trainer.network.named_parameters())) != 0).any())
 
 
-def test_a_weight_does_not_jump_when_its_mask_opens() -> None:
-    trainer = Trainer("sgd")
+@pytest.mark.parametrize("structure", ["global", "blocks", "n:m"])
+def test_a_weight_does_not_jump_when_its_mask_opens(structure: str) -> None:
+    trainer = Trainer("sgd", structure)
     for _ in range(5):
         trainer.step()
     masks = trainer.prune(0.8)

@@ -55,6 +55,7 @@ def test_every_file_is_there_with_the_size_and_digest_it_says(delivered: tuple[D
     names = [artifact.name for artifact in outcome.artifacts]
     assert names == [
         "pruned.safetensors",
+        "pruned.sparse.safetensors",
         "architecture.json",
         "model.py",
         "pruned.onnx",
@@ -94,6 +95,26 @@ def test_half_of_the_prunable_weights_are_zero_to_the_count(delivered: tuple[Del
     assert zeros == round(0.5 * sum(weight.numel() for weight in weights))
     rows = outcome.report["steps"][2]["layers"]
     assert sum(row["weights"] - row["nonzero"] for row in rows) == zeros
+
+
+def test_the_file_without_zeros_is_listed_proven_and_its_size_is_in_the_report(
+    delivered: tuple[Delivered, MemoryJournal],
+) -> None:
+    outcome, _ = delivered
+    dense, sparse = outcome.artifacts[:2]
+    assert (sparse.name, sparse.kind, sparse.media_type) == (
+        "pruned.sparse.safetensors",
+        "weights",
+        "application/octet-stream",
+    )
+    report = outcome.report
+    assert report["sparse"] == {"name": sparse.name, "size_bytes": sparse.size_bytes, "dense_bytes": dense.size_bytes}
+    assert sparse.size_bytes < dense.size_bytes == report["final"]["bytes"]
+    assert report["verification"][sparse.name] == report["verification"][dense.name]
+    assert set(report["compressed_bytes"]) == {dense.name, sparse.name, "baseline.safetensors"}
+    listed = {entry["name"]: entry for entry in json.loads(outcome.artifacts[-1].path.read_text())["files"]}
+    assert listed[sparse.name]["kind"] == "weights"
+    assert listed[sparse.name]["verification"]["max_abs_difference"] == 0
 
 
 def test_the_report_has_each_step_before_and_after(delivered: tuple[Delivered, MemoryJournal]) -> None:

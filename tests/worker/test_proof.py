@@ -21,10 +21,12 @@ from support.topologies import topology, trained
 from app.errors import VerificationFailed
 from app.spec.architecture import Preprocessing
 from app.spec.cost import SAFETENSORS_METADATA
+from app.spec.pruning import Prune
 from worker import proof_script
-from worker.export import export_network
+from worker.export import export_network, file_sha256
 from worker.network import Network
 from worker.proof import Verification, compare, compute_logits, prove
+from worker.pruning.masks import weight_masks
 
 PREPROCESSING = Preprocessing(1 / 255, (0.5, 0.25, 0.125), (0.25, 0.5, 0.75))
 COUNT = 300  # more than one batch
@@ -100,6 +102,39 @@ def test_one_changed_weight_is_found(folder: Path, network: Network, images: np.
         proven(folder, network, images)
     assert "accuracy" in caught.value.message
     assert caught.value.document()["code"] == "verification_failed"
+
+
+@pytest.fixture
+def sparse_folder(tmp_path: Path) -> tuple[Path, Network]:
+    """A network with nine of ten weights zero, with and without them."""
+    network = trained(topology("residual"))
+    weight_masks(network, Prune(sparsity=0.9), 0.9, seed=0).apply(network)
+    about: dict[str, Any] = {"class_names": ("a", "b", "c"), "preprocessing": PREPROCESSING}
+    export_network(network, tmp_path / "out", stem="pruned", formats=("safetensors", "pytorch"), sparse=True, **about)
+    return tmp_path / "out", network
+
+
+def test_the_file_without_zeros_is_proven_by_the_bits_that_the_source_reads_from_it(
+    sparse_folder: tuple[Path, Network], images: np.ndarray[Any, Any]
+) -> None:
+    folder, network = sparse_folder
+    found = proven(folder, network, images)
+    assert set(found.files) == {"pruned.safetensors", "pruned.sparse.safetensors", "model.py"}
+    assert found.files["pruned.sparse.safetensors"].max_abs_difference == 0
+    assert found.sha256["pruned.sparse.safetensors"] == file_sha256(folder / "pruned.sparse.safetensors")
+
+
+def test_one_changed_bit_in_the_file_without_zeros_is_found(
+    sparse_folder: tuple[Path, Network], images: np.ndarray[Any, Any]
+) -> None:
+    folder, network = sparse_folder
+    path = folder / "pruned.sparse.safetensors"
+    stored = load_file(path)
+    key = next(key for key in stored if key.endswith(".values"))
+    stored[key].view(torch.int32)[0] ^= 1  # the last bit of one weight: no logit would show it
+    save_file(stored, path)
+    with pytest.raises(VerificationFailed, match=r"pruned\.sparse\.safetensors holds other weights than .*: conv1"):
+        proven(folder, network, images)
 
 
 def test_a_changed_onnx_file_is_found_though_the_weights_are_right(
