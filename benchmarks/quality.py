@@ -282,7 +282,7 @@ def cells(points: Sequence[str], variants: Sequence[str], retrains: Sequence[str
 def run(options: argparse.Namespace, path: Path, say: Callable[[str], None]) -> None:
     """Measure what the file does not have yet."""
     done = {_identity(row) for row in records.rows(path)} if path.exists() else set()
-    records.append(path, records.about() | {"threads": options.threads, "command": " ".join(sys.argv[1:])})
+    records.append(path, records.about() | {"threads": options.threads})
     bench = Bench(options.threads, options.device)
     on_gpu = torch.cuda.is_available() and options.device != "cpu"
     for seed in range(options.first_seed, options.first_seed + options.seeds):
