@@ -22,6 +22,8 @@ class _Draw:
         self.layers: list[dict[str, Any]] = []
         self.made: list[Made] = [("input", self.input_shape[0])]
         self.used: set[str] = set()
+        self.owners: list[tuple[str, int, int]] = []
+        """(name, input channels, output channels) of convolutions, whose parameters others may use."""
 
     def add(self, kind: str, inputs: list[str], channels: int, **fields: Any) -> Made:
         made = (f"n{len(self.layers)}", channels)
@@ -33,12 +35,23 @@ class _Draw:
     def conv(self, source: Made, channels: int, kernel: int = 3, **fields: Any) -> Made:
         bias = self.random.random() < 0.5
         same = {"out_channels": channels, "kernel_size": kernel, "padding": "same", "bias": bias}
-        return self.add("conv", [source[0]], channels, **same, **fields)
+        made = self.add("conv", [source[0]], channels, **same, **fields)
+        self.owners.append((made[0], source[1], channels))
+        return made
+
+    def share(self, source: Made) -> None:
+        """Uses a convolution of the input width of `source` once more, brought about if there is none."""
+        fitting = [owner for owner in self.owners if owner[1] == source[1]]
+        if not fitting:
+            self.conv(source, self.random.choice((2, 4, 6)))
+            fitting = self.owners[-1:]
+        name, _, channels = self.random.choice(fitting)
+        self.add("conv", [source[0]], channels, shares=name)
 
     def step(self) -> None:
         """Adds one to four layers behind one or two of the last ones."""
         name, channels = source = self.random.choice(self.made[-4:])
-        match self.random.randrange(12):
+        match self.random.randrange(13):
             case 0 | 1:
                 made = self.conv(source, self.random.choice((2, 4, 6)))
                 norm = self.add("batch_norm", [made[0]], made[1])
@@ -75,6 +88,8 @@ class _Draw:
             case 11 if channels % 2 == 0:
                 taps = {"kernel_size": 3, "padding": 1, "groups": self.random.choice((1, 2))}
                 self.add("conv_transpose", [name], 4, out_channels=4, **taps)
+            case 12:
+                self.share(source)
             case _:
                 self.add("batch_norm", [name], channels)
 

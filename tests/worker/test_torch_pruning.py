@@ -52,6 +52,10 @@ RIGHT: dict[str, Layers] = {
         layer("concat", inputs=["stem", "one"], name="both"),
         *[layer("batch_norm"), layer("relu"), conv(8), *HEAD],
     ],
+    "shared": [
+        *[conv(8), layer("batch_norm"), layer("relu"), conv(8, name="twice"), layer("relu")],
+        *[layer("conv", shares="twice"), layer("relu"), conv(6), *HEAD],
+    ],
 }
 # what Torch-Pruning does wrong on it, with our own network as the measure
 WRONG: dict[str, tuple[Layers, str]] = {
@@ -109,7 +113,7 @@ def by_us(network: Network) -> tuple[Pruned, float]:
     with torch.no_grad():
         logits = smaller(images).numpy()
         masked = masked_reference(double, classes, removals.dropped)(images).numpy()
-    weighted = [node for node in smaller.graph.nodes if node.type in ("conv", "linear")]
+    weighted = [node for node in smaller.graph.nodes if node.type in ("conv", "linear") and node.shares is None]
     return Pruned({node.name: node.shape[0] for node in weighted}, logits), float(np.abs(masked - logits).max())
 
 
