@@ -140,6 +140,7 @@ def order_faults(spec: JobSpec) -> Iterator[Fault]:
     """What is wrong with the order of the optimizations, with the reason."""
     first: int | None = None
     masked: int | None = None
+    reshaped: int | None = None
     quantized: int | None = None
     compressions = 0
     for position, step in enumerate(spec.optimizations):
@@ -170,8 +171,13 @@ def order_faults(spec: JobSpec) -> Iterator[Fault]:
                 what = "channels go" if isinstance(step, Prune) else f"{step.type} goes"
                 message = f"{what} before weights: the zeros of /optimizations/{masked} belong to the network before it"
                 yield Fault(pointer, message)
+            if reshaped is not None and step.retrain is not None and step.retrain.policy == "weight_rewind":
+                message = f"weight_rewind goes back to weights from before /optimizations/{reshaped}, which changes shapes"
+                yield Fault(f"{pointer}/retrain/policy", message, value="weight_rewind")
             if zeros:
                 masked = position if masked is None else masked
+            elif reshaped is None:
+                reshaped = position
         elif isinstance(step, Quantize):
             quantized = position
 

@@ -114,6 +114,14 @@ def test_a_wrong_order_is_refused_with_the_reason(
     assert reason in fault.message
 
 
+def test_rewinding_to_weights_from_before_the_shapes_changed_is_refused() -> None:
+    rewind = PRUNE | {"retrain": {"policy": "weight_rewind"}}
+    (fault,) = misplanned(optimizations=[CHANNELS, rewind])
+    assert fault.pointer == "/optimizations/1/retrain/policy"
+    assert "from before /optimizations/0, which changes shapes" in fault.message
+    assert not misplanned(optimizations=[PRUNE, rewind])
+
+
 @pytest.mark.parametrize(
     "optimizations",
     [

@@ -44,6 +44,25 @@ JOBS: dict[str, dict[str, Any]] = {
         dropout=0.3,
         training={"ema_decay": 0.9, "augmentation": ["random_crop", "cutout"], "gradient_clipping": 1.0},
     ),
+    # every form of zeros: a pattern, then blocks in two rounds, then lamp along a cubic
+    "zeros": tiny_spec(
+        {"type": "prune", "pattern": "2:4", "retrain": {"epochs": 1}},
+        {
+            "type": "prune",
+            "sparsity": 0.6,
+            "block": [2, 2],
+            "schedule": {"name": "iterative", "steps": 2},
+            "retrain": {"epochs": 1, "policy": "weight_rewind"},
+        },
+        {
+            "type": "prune",
+            "sparsity": 0.8,
+            "criterion": "lamp",
+            "schedule": {"name": "cubic"},
+            "retrain": {"epochs": 1, "policy": "fine_tune"},
+        },
+        training={"ema_decay": 0.9, "optimizer": {"name": "adam", "lr": 0.01}},
+    ),
     # surgery in two rounds, a teacher, early stopping, AdamW
     "channels": tiny_spec(
         PRUNE_CHANNELS,

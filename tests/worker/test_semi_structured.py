@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.ao.pruning import WeightNormSparsifier
 
 from app.errors import Diverged
+from app.spec.draft import WEIGHTED
 from app.spec.graph import Graph, build_graph
 from app.spec.layers import read_layers
 from app.spec.matrices import WeightMatrix, weight_matrix, why_dense
 from app.spec.pruning import Prune, PruneOverride
+from app.spec.zeros import dense_layers, planned_zeros
 from worker.network import Network
 from worker.pruning.importance import prunable_weights
 from worker.pruning.masks import Masks, weight_masks
@@ -242,6 +244,33 @@ def test_the_scores_do_not_depend_on_the_memory_layout(step: Prune) -> None:
     one, other = (weight_masks(network, step, step.sparsity, seed=0) for network in (plain, last))
     assert isinstance(one, Masks)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("name", ["chain", "residual", "depthwise", "shuffle", "transposed", "video", "shared"])
+def test_what_the_dry_run_counts_as_exact_is_what_the_masks_have(name: str) -> None:
+    network = trained(wide(name))
+    owners = [node for node in network.graph.nodes if node.type in WEIGHTED and node.shares is None]
+    exact = 0
+    for step in (
+        *[pattern(text) for text in ("2:4", "1:4", "3:8")],
+        *[blocks(sparsity, shape, scope="layer") for sparsity in (0.3, 0.85) for shape in ((4, 4), (3, 2))],
+        *[Prune(sparsity=sparsity, criterion="erk") for sparsity in (0.3, 0.85, 0.97)],
+        Prune(sparsity=0.5, scope="layer", overrides={"linear1": PruneOverride(sparsity=0.25)}),
+    ):
+        dense = dense_layers(owners, step)
+        found = planned_zeros([node for node in owners if node.name not in dense], step, {}, ())
+        masks = weight_masks(network, step, step.sparsity, seed=0)
+        assert {f"{key}.weight" for key in found} == set(masks)
+        for name_of_layer, plan in found.items():
+            mask = masks[f"{name_of_layer}.weight"]
+            zeros = int((mask == 0).sum())
+            assert plan.zeros is not None
+            if plan.exact:
+                exact += 1
+                assert plan.zeros == zeros, (name_of_layer, step)
+            else:
+                assert abs(plan.zeros - zeros) <= 0.5 * mask.numel()
+    assert exact > 10
 
 
 def test_a_dead_layer_keeps_a_weight_in_each_row_and_one_block() -> None:
