@@ -146,13 +146,13 @@ def _model(name: str, shape: tuple[int, ...], classes: int) -> dict[str, Any]:
 class Bench:
     """Trains dense networks once, keeps them, and measures cells from them."""
 
-    def __init__(self, threads: int, device: str) -> None:
-        self.threads, self.device = threads, device
+    def __init__(self, threads: int, device: str, cache: Path = CACHE) -> None:
+        self.threads, self.device, self.cache = threads, device, cache
         self._compared: set[Setting] = set()
 
     def prepare(self, setting: Setting, optimizations: Sequence[dict[str, Any]], scratch: Path) -> preparation.Job:
         """A job before its first stage."""
-        folder = data_sets.packed(setting.data, CACHE)
+        folder = data_sets.packed(setting.data, self.cache)
         spec = setting.spec(optimizations)
         task = preparation.Task("quality", 1, spec, folder, scratch, threads=self.threads, device=self.device)
         return preparation.prepare(task, MemoryJournal(keep=False))
@@ -160,7 +160,7 @@ class Bench:
     def dense(self, setting: Setting) -> Dense:
         """The setting's trained network: from the disk, or trained now."""
         text = json.dumps([setting.spec([]), torch.__version__, self.threads], sort_keys=True)
-        path = CACHE / "benchmarks" / "dense" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
+        path = self.cache / "benchmarks" / "dense" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
         about = path.with_suffix(".json")
         if not about.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
