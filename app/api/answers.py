@@ -295,6 +295,7 @@ class Optimization(Answer):
     description: str
     schema_: dict[str, Any] = Field(alias="schema")
     example: dict[str, Any]
+    examples: list[dict[str, Any]]
 
 
 class Optimizations(Answer):

@@ -62,3 +62,9 @@ def blocks_to_remove(weights: Sequence[int] | IntArray, zeros: int, wanted: int)
     """
     reached = zeros + np.concatenate([[0], np.cumsum(np.asarray(weights, dtype=np.int64))])
     return int(np.abs(reached - wanted).argmin())
+
+
+def equal_blocks_to_remove(blocks: int, size: int, wanted: int) -> int:
+    """What `blocks_to_remove` gives for so many blocks of `size` weights, none of them zero yet."""
+    whole, rest = divmod(wanted, size)
+    return min(blocks, whole + (2 * rest > size))

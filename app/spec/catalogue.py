@@ -47,10 +47,21 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
         "retrain": {"epochs": 3, "policy": "lr_rewind"},
     },
 }
+_MORE_EXAMPLES: dict[str, list[dict[str, Any]]] = {
+    "prune": [
+        {"type": "prune", "sparsity": 0.9, "criterion": "lamp", "schedule": {"name": "cubic"}},
+        {"type": "prune", "sparsity": 0.9, "criterion": "erk", "overrides": {"conv1": {"sparsity": 0.5}}},
+        {"type": "prune", "structure": "n:m", "pattern": "2:4"},
+        {"type": "prune", "structure": "blocks", "block": [4, 4], "sparsity": 0.5},
+    ],
+}
 
 
 def optimization_catalogue() -> list[dict[str, Any]]:
-    """One `{type, title, description, schema, example}` for each optimization, in the order in which they apply."""
+    """One `{type, title, description, schema, example, examples}` for each optimization, in the order they apply in.
+
+    `examples` has `example` and, where one is not enough, further ones.
+    """
     return deepcopy(_optimizations())
 
 
@@ -67,7 +78,8 @@ def _optimizations() -> list[dict[str, Any]]:
         schema = part.model_json_schema()
         description = schema.pop("description")
         entry = {"type": kind, "title": _TITLES[kind], "description": description, "schema": schema}
-        entries.append({**entry, "example": _EXAMPLES[kind]})
+        example = _EXAMPLES[kind]
+        entries.append({**entry, "example": example, "examples": [example, *_MORE_EXAMPLES.get(kind, [])]})
     return entries
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from app.spec.allocation import blocks_to_remove, erk_kept
+from app.spec.allocation import equal_blocks_to_remove, erk_kept
 from app.spec.matrices import WeightMatrix, erk_axes, pattern_of, weight_matrix, why_dense
 from app.spec.node import Node
 from app.spec.pruning import Prune, PruneOverride
@@ -90,7 +90,7 @@ def _of_sparsity(node: Node, step: Prune, sparsity: float, already: int, reason:
     size = matrix.equal_blocks(*step.block_shape)
     if size is None or already:
         return LayerZeros(max(already, wanted), False, f"{reason}; as near as whole blocks come")
-    count = blocks_to_remove([size] * (_blocks(matrix, step) - 1), 0, wanted)
+    count = equal_blocks_to_remove(_blocks(matrix, step) - 1, size, wanted)
     return LayerZeros(count * size, True, f"{reason}: {count} of {_blocks(matrix, step)} blocks")
 
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from app.spec.allocation import blocks_to_remove, erk_kept
+from app.spec.allocation import blocks_to_remove, equal_blocks_to_remove, erk_kept
 
 VGG_LIKE = {"a": (64, 3, 3, 3), "b": (128, 64, 3, 3), "c": (256, 128, 3, 3), "d": (512, 4096), "e": (10, 512)}
 
@@ -80,6 +80,13 @@ def test_as_many_blocks_go_as_come_nearest_and_of_two_that_are_equally_near_the_
 def test_zeros_that_are_there_count_and_blocks_without_a_living_weight_cost_nothing() -> None:
     assert blocks_to_remove([0, 0, 4, 4], 8, 12) == 3
     assert blocks_to_remove([4, 4], 9, 8) == 0
+
+
+def test_equal_blocks_are_counted_without_a_list_of_them() -> None:
+    for blocks in (0, 1, 2, 7):
+        for size in (1, 2, 3, 8):
+            for wanted in range(blocks * size + 3):
+                assert equal_blocks_to_remove(blocks, size, wanted) == blocks_to_remove([size] * blocks, 0, wanted)
 
 
 def test_every_count_is_within_half_a_block() -> None:

@@ -38,9 +38,11 @@ def test_every_example_is_a_job_that_can_be_planned(entry: dict[str, Any]) -> No
         {"type": "flatten"},
         {"type": "linear", "out_features": 10},
     ]
-    planned = plan(COLOUR, model={"layers": layers}, optimizations=[entry["example"]])
-    changes = planned.baseline != planned.given or planned.planned != planned.baseline
-    assert changes or entry["type"] == "regularization"
+    assert entry["examples"][0] == entry["example"]
+    for example in entry["examples"]:
+        planned = plan(COLOUR, model={"layers": layers}, optimizations=[example])
+        changes = planned.baseline != planned.given or planned.planned_cost != planned.baseline_cost
+        assert changes or entry["type"] == "regularization"
 
 
 @pytest.mark.parametrize("entry", preset_catalogue(), ids=lambda entry: entry["name"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -146,6 +147,15 @@ def test_what_fits_no_layer_or_means_nothing_is_refused(step: dict[str, Any], po
     ((found, message),) = faults_of(**step)
     assert found == f"/optimizations/0{pointer}"
     assert words in message
+
+
+def test_the_size_of_the_network_costs_the_dry_run_nothing() -> None:
+    layers = [{"type": "flatten"}, {"type": "linear", "out_features": 20_000}, {"type": "linear", "out_features": 10}]
+    step = {"type": "prune", "sparsity": 0.5, "block": [1, 1], "scope": "layer"}
+    start = time.perf_counter()
+    found = plan(COLOUR, model={"layers": layers}, training={"batch_size": 2}, optimizations=[step])
+    assert rows(found)["linear1"] == ("mask", 61_440_000, 30_720_000, True)
+    assert time.perf_counter() - start < 2
 
 
 def test_a_step_that_sets_nothing_to_zero_is_warned_of() -> None:
