@@ -173,8 +173,9 @@ BRANCHING = (
     ),
     Preset(
         "squeezenet",
-        "version 1.1: eight fire modules (1 x 1, then 1 x 1 beside 3 x 3), no batch norm, a 1 x 1 convolution and a "
-        "global average for the classes; below 64 on a side the first two of four halvings are left out",
+        "version 1.1: eight fire modules (1 x 1, then 1 x 1 beside 3 x 3), a 1 x 1 convolution and a global average for "
+        "the classes; no batch norm, so that it hardly learns with high rates unless the optimization batch_norm inserts "
+        "it; below 64 on a side the first two of four halvings are left out",
         "Iandola et al. 2016, arXiv 1602.07360, in version 1.1 of its authors",
         PICTURES,
         6,
