@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/quality.py [--data emoji] [--models deep_cnn] [--points channels=0.25 weights=0.9] ...
     .venv/bin/python benchmarks/quality.py --resume [the same options]        # go on where a broken run stopped
-    .venv/bin/python benchmarks/quality.py --table                            # the tables, from the newest results
+    .venv/bin/python benchmarks/quality.py --table [--write]                  # the tables of what is there; store it
 
 For each seed one dense network is trained, by a job's own stages. Ours goes on from it through the stages of a real job:
 score, choose, mask or cut, recalibrate, retrain. The peers take the same weights in plain PyTorch, zero weights of all
@@ -329,22 +329,26 @@ def main() -> None:
     parser.add_argument("--retrain-epochs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--results", type=Path, help="default: results/<date>-quality.jsonl")
+    parser.add_argument("--results", type=Path, help="where lines are gathered; default: var/benchmarks/quality.jsonl")
     parser.add_argument("--resume", action="store_true", help="go on with the results that are there")
+    parser.add_argument("--write", action="store_true", help="store what was gathered in benchmarks/results")
     parser.add_argument("--short", action="store_true", help="a minute on images drawn from a seed: does it still run?")
-    parser.add_argument("--table", action="store_true", help="print the tables of the newest results and end")
+    parser.add_argument("--table", action="store_true", help="print the tables of what is there and end")
     options = parser.parse_args()
     options.limit = options.limit or None
     if options.short:
         options.data, options.seeds, options.epochs, options.retrain_epochs = ["synthetic"], 1, 2, 1
         options.points = options.points or ["weights=0.9", "channels=0.5"]
-    path = options.results or (records.latest("quality", ".jsonl") if options.table or options.resume else None)
-    path = path or records.dated("quality", ".jsonl")
+    path = options.results or records.unfinished("quality")
+    if options.table and not path.exists():
+        path = records.latest("quality", ".jsonl") or sys.exit("no results yet")
     if not options.table:
         if path.exists() and not options.resume:
             sys.exit(f"{path.name} is there already: --resume goes on with it, --results takes another file")
         run(options, path, lambda line: print(line, flush=True))
     print(quality_tables.document(list(records.rows(path))))
+    if options.write:
+        print(f"\n{records.store('quality', path).name}")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,20 @@ def latest(name: str, suffix: str = ".json") -> Path | None:
     return max(RESULTS.glob(f"????-??-??-{name}{suffix}"), default=None)
 
 
+def unfinished(name: str) -> Path:
+    """Where a benchmark that takes hours gathers its lines until they are stored."""
+    path = ROOT / "var" / "benchmarks" / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def store(name: str, path: Path) -> Path:
+    """Copy gathered lines to today's result; the file."""
+    target = dated(name, ".jsonl")
+    target.write_text("".join(json.dumps(row) + "\n" for row in rows(path)))
+    return target
+
+
 def write(name: str, document: dict[str, Any]) -> Path:
     """Store today's result, with what it was measured on; the file."""
     path = dated(name)
