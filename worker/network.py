@@ -61,9 +61,11 @@ class Network(nn.Module):
         result: Tensor = values[self.graph.output]
         return result
 
-    def calls(self, name: str) -> tuple[str, ...]:
-        """The nodes that a forward pass computes with the module of node `name`, in the order of the calls."""
-        return tuple(call for step in self._steps for call in step.calls if self.graph[call].home == name)
+
+def calls_of(network: Network, name: str) -> tuple[str, ...]:
+    """The nodes that a forward pass computes with the module of node `name`, in the order of the calls."""
+    calls = (call for step in network._steps for call in step.calls)
+    return tuple(call for call in calls if network.graph[call].home == name)
 
 
 def build_network(graph: Graph, *, seed: int | None = None) -> Network:

@@ -28,7 +28,7 @@ from worker.export import export_network, portable_tensors
 from worker.freezing import freeze
 from worker.journal import MemoryJournal
 from worker.losses import Penalty
-from worker.network import Network, build_network
+from worker.network import Network, build_network, calls_of
 from worker.onnx_model import onnx_bytes
 from worker.pipeline import Delivered, run
 from worker.pruning.importance import class_scores
@@ -92,10 +92,10 @@ def test_the_gradient_of_a_shared_weight_is_the_sum_over_its_places() -> None:
     torch.testing.assert_close(found, total, rtol=1e-12, atol=1e-14)
 
 
-def test_calls_names_the_places_of_a_module_in_the_order_in_which_they_run() -> None:
+def test_the_calls_name_the_places_of_a_module_in_the_order_in_which_they_run() -> None:
     network = network_of(NORMED)
-    assert network.calls("a") == ("a", "b")
-    assert network.calls("one") == ("one",)
+    assert calls_of(network, "a") == ("a", "b")
+    assert calls_of(network, "one") == ("one",)
     assert "b" not in dict(network.named_children())
 
 
@@ -113,7 +113,7 @@ def test_a_shared_layer_is_frozen_and_penalised_once() -> None:
 
 def gate_of(network: Network, behind: str, factors: Tensor) -> Any:
     """A hook that multiplies the channels of one node's output, also where its module is called at other places."""
-    turns = iter(network.calls(network.graph[behind].home))
+    turns = iter(calls_of(network, network.graph[behind].home))
 
     def scale(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         return output * factors.view(1, -1, 1, 1) if next(turns) == behind else output

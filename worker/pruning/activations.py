@@ -14,7 +14,7 @@ from app.errors import Diverged
 from app.spec.channel_rules import FloatArray
 from app.spec.channels import Classes
 from app.spec.draft import block_of
-from worker.network import Network
+from worker.network import Network, calls_of
 
 
 def mean_activations(network: Network, classes: Classes, batches: Iterable[tuple[Tensor, Tensor]]) -> FloatArray:
@@ -61,7 +61,7 @@ def _watch(network: Network, name: str, totals: dict[str, Tensor]) -> Any:
     last = block.norm or block.conv
     # applied here: the network may pool before it activates
     apply = None if block.activation is None else network.get_submodule(block.activation.home)
-    turns = itertools.cycle(network.calls(last.home))  # a module that is shared is called once for each place
+    turns = itertools.cycle(calls_of(network, last.home))  # a module that is shared is called once for each place
 
     def hook(module: nn.Module, inputs: Any, output_NCx: Tensor) -> None:
         if next(turns) != last.name:
