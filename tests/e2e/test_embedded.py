@@ -151,7 +151,7 @@ def test_the_manifest_names_every_file(delivered: tuple[dict[str, Any], Path]) -
     for file in manifest["files"]:
         assert hashlib.sha256((folder / file["name"]).read_bytes()).hexdigest() == file["sha256"]
     expected = {"pruned.safetensors", "architecture.json", "model.py", "pruned.onnx", "baseline.safetensors",
-                "baseline.architecture.json", "report.json"}  # fmt: skip
+                "baseline.architecture.json", "report.json", "pruned.sparse.safetensors"}  # fmt: skip
     assert expected <= {file["name"] for file in manifest["files"]}
 
 
