@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import runpy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from app.settings import Settings
+from app.spec.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
+SCRIPT: dict[str, Any] = runpy.run_path(str(ROOT / "script" / "docs.py"))
+
+
+@pytest.mark.parametrize("name", SCRIPT["PAGES"])
+def test_every_generated_page_is_what_the_script_writes_today(name: str) -> None:
+    pages: dict[str, Callable[[], str]] = SCRIPT["PAGES"]
+    assert (ROOT / "docs" / name).read_text() == pages[name](), f"docs/{name} is old: run script/docs.py"
+
+
+def test_the_zoo_shows_every_preset_and_its_published_figures() -> None:
+    text = (ROOT / "docs" / "zoo.md").read_text()
+    for name in PRESETS:
+        assert text.count(f"`{name}`") >= 2
 
 
 def test_every_setting_is_documented_with_its_description() -> None:

@@ -10,7 +10,7 @@ from app.spec.presets.preset import Layers
 _ALIGNMENT = 8  # kernels work on blocks of 8 channels; narrower layers are rounded to the nearest integer
 _LEAST_FOR_STEM = 64  # below, five halvings leave less than 2 x 2 positions
 
-SMALL_NOTE = "below 64 on a side the first two of five halvings are left out, as is usual for CIFAR"
+SMALL_NOTE = "below 64 on a side the first two of five halvings are left out"
 
 
 def scaled(channels: int, width: float) -> int:
