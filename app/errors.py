@@ -33,7 +33,7 @@
     │       └── StorageFull             503 storage_full
     ├── JobError                        ends a job: `failed` with code, sentence, hint
     │   ├── BudgetMissed, DataInvalid, DataUnavailable, DiskFull, Diverged, LayerEmptied, OutOfMemory,
-    │   └── Poisoned, SourceUnavailable, TimeLimit, VerificationFailed, WeightsInvalid
+    │   └── Poisoned, QuantizationFailed, SourceUnavailable, TimeLimit, VerificationFailed, WeightsInvalid
     ├── ObjectExists                    the object store has this key already
     ├── LostOwnership                   another worker owns the job now: stop, write nothing
     └── StartupError                    a process cannot start: one sentence that says what to do
@@ -403,6 +403,13 @@ class Poisoned(JobError):
 
     code = "poison"
     hint = "the log's last lines say how it ended; a retry starts from the beginning"
+
+
+class QuantizationFailed(JobError):
+    """The network could not be quantized."""
+
+    code = "quantization_failed"
+    hint = "submit the job again without quantize, or with the layers in exclude that hold large or broken values"
 
 
 class TimeLimit(JobError):

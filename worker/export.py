@@ -23,6 +23,7 @@ from worker.sparse_file import SPARSE_WEIGHTS, save_sparse
 Stem = Literal["pruned", "baseline"]
 MANIFEST_VERSION = 1
 MODEL_SOURCE = "model.py"
+INT8_MODEL = "pruned.int8.onnx"
 KINDS = {".safetensors": "weights", ".onnx": "onnx", ".py": "source", ".json": "document"}
 KINDS_BY_NAME = {
     "architecture.json": "architecture",

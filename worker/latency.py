@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -36,12 +36,17 @@ Change = Literal["smaller", "zeros", "none"]
 
 @dataclass(frozen=True)
 class Latency:
-    """`latency_ms` of both networks (`{runtime: {"batch_1": {"p50", "p95"}, ...}}`), notes, and how it was measured."""
+    """`latency_ms` of both networks (`{runtime: {"batch_1": {"p50", "p95"}, ...}}`), notes, and how it was measured.
+
+    `int8` and `int8_notes` are those of an 8-bit file, in onnxruntime only; empty where there is none.
+    """
 
     dense: Timings
     pruned: Timings
     notes: tuple[str, ...]
     conditions: Mapping[str, JsonValue]
+    int8: Timings = field(default_factory=dict)
+    int8_notes: tuple[str, ...] = ()
 
 
 def measure_latency(
@@ -49,6 +54,7 @@ def measure_latency(
     pruned: Network,
     *,
     threads: int = 1,
+    int8: bytes | None = None,
     seconds: float = 4.0,
     batch_sizes: Sequence[int] = BATCH_SIZES,
     waiting: Callable[[], None] | None = None,
@@ -58,32 +64,35 @@ def measure_latency(
     Args:
         dense, pruned: networks of the same input shape; they are copied, not touched.
         threads: of either runtime; torch's own setting is put back afterwards.
+        int8: the 8-bit ONNX file of the pruned network, which takes turns with the two in onnxruntime.
         seconds: of measuring in total, shared by all runtimes and batch sizes. A large network is given up to four
             times that for five runs, and at least one.
         batch_sizes: examples per run.
         waiting: called between the measurements; may raise to give up.
     """
     share = seconds / (2 * len(batch_sizes))
-    timings: tuple[Timings, Timings] = ({}, {})
+    timings: tuple[Timings, Timings, Timings] = ({}, {}, {})
     runs: dict[str, JsonValue] = {}
     notes: list[str] = []
     change = _change(dense, pruned)
     with _torch_threads(threads):
         for runtime, runner in (("torch", _torch_runs), ("onnxruntime", _onnx_runs)):
             prepared = runner((dense, pruned), threads)
+            if int8 is not None and runtime == "onnxruntime":
+                prepared.append(_session_runs(int8, threads))
             for batch_size in batch_sizes:
                 images = _noise((batch_size, *dense.graph.input_shape))
-                pair = [run(images) for run in prepared]
-                measured = _take_turns(pair, share)
+                measured = _take_turns([run(images) for run in prepared], share)
                 key = f"batch_{batch_size}"
                 runs[f"{runtime}.{key}"] = len(measured[0])
-                for one, milliseconds in zip(timings, measured, strict=True):
+                for one, milliseconds in zip(timings, measured, strict=False):
                     one.setdefault(runtime, {})[key] = _percentiles(milliseconds)
                 if waiting is not None:
                     waiting()
             notes += _notes(runtime, timings[0][runtime], timings[1][runtime], change)
     conditions: dict[str, JsonValue] = {"device": "cpu", "threads": threads, "runs": runs}
-    return Latency(timings[0], timings[1], tuple(notes), conditions)
+    int8_notes = tuple(_int8_notes(timings[2], timings[1]))
+    return Latency(timings[0], timings[1], tuple(notes), conditions, timings[2], int8_notes)
 
 
 class Stopwatch:
@@ -138,42 +147,48 @@ def _torch_runs(networks: Sequence[Network], threads: int) -> list[Runner]:
 
 def _onnx_runs(networks: Sequence[Network], threads: int) -> list[Runner]:
     """One maker of runs per network, in a session of the graph as it is exported."""
-    import onnxruntime  # not before it is needed: a trainer starts without it
-
     from worker.onnx_model import onnx_bytes
 
-    def maker(network: Network) -> Runner:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        tensors = {name: tensor.numpy() for name, tensor in portable_tensors(network).items()}
-        model = onnx_bytes(network.graph, tensors)
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return [
+        _session_runs(
+            onnx_bytes(network.graph, {name: tensor.numpy() for name, tensor in portable_tensors(network).items()}),
+            threads,
+        )
+        for network in networks
+    ]
 
-        def run_on(images: NDArray[np.float32]) -> Run:
-            return lambda: session.run(["logits"], {"images": images})
 
-        return run_on
+def _session_runs(model: bytes, threads: int) -> Runner:
+    """A maker of runs of one ONNX file."""
+    import onnxruntime  # not before it is needed: a trainer starts without it
 
-    return [maker(network) for network in networks]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+    def run_on(images: NDArray[np.float32]) -> Run:
+        return lambda: session.run(["logits"], {"images": images})
+
+    return run_on
 
 
 def _take_turns(
-    pair: Sequence[Run], seconds: float, clock: Callable[[], float] = time.perf_counter
-) -> tuple[list[float], list[float]]:
-    """Milliseconds of each run of the two, taken in turns, after a warm-up of a fifth of the time."""
+    turns: Sequence[Run], seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> list[list[float]]:
+    """Milliseconds of each run of each of them, taken in turns, after a warm-up of a fifth of the time."""
     start = time.perf_counter()
     for count in range(WARM_UP_RUNS):
-        for run in pair:
+        for run in turns:
             run()
         elapsed = time.perf_counter() - start
         if elapsed > seconds or (count and elapsed > seconds / 5):
             break
-    measured: tuple[list[float], list[float]] = ([], [])
+    measured: list[list[float]] = [[] for _ in turns]
     while len(measured[0]) < MOST_RUNS:
-        for run, milliseconds in zip(pair, measured, strict=True):
+        for run, milliseconds in zip(turns, measured, strict=True):
             before = clock()
             run()
             milliseconds.append((clock() - before) * 1e3)
@@ -192,13 +207,9 @@ def _notes(
     runtime: str, dense: Mapping[str, Mapping[str, float]], pruned: Mapping[str, Mapping[str, float]], change: Change
 ) -> Iterator[str]:
     """One sentence for a runtime in which the pruned network is not faster; none where nothing was pruned."""
-    slow = [key for key in dense if pruned[key]["p50"] > NO_GAIN * dense[key]["p50"]]
-    if not slow or change == "none":
+    figures = _slow(pruned, dense)
+    if not figures or change == "none":
         return
-    figures = ", ".join(
-        f"{pruned[key]['p50']:.3g} ms against {dense[key]['p50']:.3g} ms at batch {key.removeprefix('batch_')}"
-        for key in slow
-    )
     if change == "zeros":
         yield (
             f"zeros alone do not make {runtime} faster: {figures}; they make the compressed file smaller. "
@@ -209,6 +220,23 @@ def _notes(
             f"the smaller network is not faster in {runtime}: {figures}; at this size the time goes into starting each "
             "layer or into widths that the runtime pads (see round_to)."
         )
+
+
+def _int8_notes(int8: Timings, floating: Timings) -> Iterator[str]:
+    """One sentence where the 8-bit file is not faster than the float32 file of the same network."""
+    if int8 and (figures := _slow(int8["onnxruntime"], floating["onnxruntime"])):
+        yield (
+            f"8 bits are not faster than float32 in onnxruntime on this processor: {figures}; they make the file smaller"
+        )
+
+
+def _slow(found: Mapping[str, Mapping[str, float]], before: Mapping[str, Mapping[str, float]]) -> str:
+    """The figures of the batch sizes at which `found` brings no gain over `before`; empty where it does at all."""
+    return ", ".join(
+        f"{found[key]['p50']:.3g} ms against {before[key]['p50']:.3g} ms at batch {key.removeprefix('batch_')}"
+        for key in before
+        if found[key]["p50"] > NO_GAIN * before[key]["p50"]
+    )
 
 
 def _change(dense: Network, pruned: Network) -> Change:

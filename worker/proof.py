@@ -27,7 +27,7 @@ from app.spec.architecture import Preprocessing, read_architecture
 from app.spec.cost import cost
 from app.spec.graph import Graph
 from worker.evaluation import score
-from worker.export import MODEL_SOURCE, Stem, architecture_name, portable_network
+from worker.export import INT8_MODEL, MODEL_SOURCE, Stem, architecture_name, portable_network
 from worker.network import Network
 from worker.source import model_source
 from worker.sparse_file import SPARSE_WEIGHTS
@@ -42,6 +42,7 @@ SLOWEST_MACS_PER_S = 2e8  # a machine that needs longer than this is taken for h
 START_ALLOWANCE_S = 300.0  # import of torch from a cold disk on a busy machine
 
 Logits = NDArray[np.float32]
+NetworkKey = Stem | Literal["int8"]
 Layout = Literal["channels_first", "channels_last", "no_channels"]
 
 
@@ -70,10 +71,10 @@ class FileProof:
 
 @dataclass(frozen=True)
 class Verification:
-    """The proofs of all files, the logits that the delivered files gave (by stem), and the sha256 of what was read."""
+    """The proofs of all files, the logits that the delivered files gave (by network), and the sha256 of what was read."""
 
     files: Mapping[str, FileProof]
-    logits: Mapping[Stem, Logits]
+    logits: Mapping[NetworkKey, Logits]
     sha256: Mapping[str, str]
 
     def document(self) -> dict[str, JsonValue]:
@@ -88,7 +89,7 @@ class _Check:
     `twin` is a second file of the same weights: it is proven by having the same bits.
     """
 
-    stem: Stem
+    network: NetworkKey
     proves: tuple[str, ...]
     weights: Path
     architecture: Path
@@ -212,7 +213,7 @@ def prove(
     *,
     images: NDArray[Any],
     labels: NDArray[np.int64],
-    reference_logits: Mapping[Stem, Logits],
+    reference_logits: Mapping[NetworkKey, Logits],
     threads: int,
     waiting: Callable[[], None] | None = None,
     timeout_s: float | None = None,
@@ -223,7 +224,8 @@ def prove(
         folder: where `export_network` wrote `pruned.*` and, if `reference_logits` has it, `baseline.*`.
         images: raw test images `N x C x ...`; a plain view of a `.npy` opened with `mmap_mode` is not copied.
         labels: N class numbers.
-        reference_logits: `N x K` of the trained network on the CPU (`compute_logits`), by stem ("pruned", "baseline").
+        reference_logits: `N x K` of the trained network on the CPU (`compute_logits`), by stem ("pruned", "baseline");
+            of "int8" those that its file gave when it was made, in the settings of the clean process.
         threads: of each process; the reference's count gives the same bits.
         waiting: called a few times per second; may raise to give up.
         timeout_s: of the processes; default by the work there is.
@@ -259,10 +261,16 @@ def prove(
         return _judge([*torch_checks, *onnx_checks], reference_logits, labels, sha256)
 
 
-def _checks(folder: Path, scratch: Path, stems: Sequence[Stem]) -> tuple[list[_Check], list[_Check], Graph]:
+def _checks(folder: Path, scratch: Path, networks: Sequence[NetworkKey]) -> tuple[list[_Check], list[_Check], Graph]:
     """What has to be loaded, per runtime, and the largest graph among it (the baseline's, if there is one)."""
     torch_checks, onnx_checks, graphs = [], [], []
-    for stem in stems:
+    for stem in networks:
+        if stem == "int8":
+            file, architecture = folder / INT8_MODEL, folder / architecture_name("pruned")
+            if not file.is_file():
+                raise VerificationFailed(f"{file.name} was not written")
+            onnx_checks.append(_Check(stem, (file.name,), file, architecture, scratch / "int8.npy", SAME_RUNTIME))
+            continue
         weights, architecture = folder / f"{stem}.safetensors", folder / architecture_name(stem)
         for path in (weights, architecture):
             if not path.is_file():
@@ -324,19 +332,19 @@ def _start(
 
 def _judge(
     checks: Sequence[_Check],
-    reference_logits: Mapping[Stem, Logits],
+    reference_logits: Mapping[NetworkKey, Logits],
     labels: NDArray[np.int64],
     sha256: Mapping[str, str],
 ) -> Verification:
     """The proofs of all checks that ended."""
     files: dict[str, FileProof] = {}
-    logits: dict[Stem, Logits] = {}
+    logits: dict[NetworkKey, Logits] = {}
     for check in checks:
         found = np.load(check.logits)
         for name in check.proves:
-            files[name] = compare(name, found, reference_logits[check.stem], labels, check.bound)
-        if check.model is not None:
-            logits[check.stem] = found
+            files[name] = compare(name, found, reference_logits[check.network], labels, check.bound)
+        if check.model is not None or check.network == "int8":
+            logits[check.network] = found
     return Verification(files, logits, sha256)
 
 

@@ -11,8 +11,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from app.spec.folding import folded_norms
 from app.spec.graph import Graph, Node
-from app.spec.layers import BatchNorm, Conv, ConvTranspose, Linear
+from app.spec.layers import BatchNorm, ConvTranspose
 
 Tensors = Mapping[str, NDArray[np.float32]]
 
@@ -27,22 +28,16 @@ def fold_batch_norms(graph: Graph, tensors: Tensors) -> tuple[Graph, dict[str, N
     its name. Neither argument is changed.
     """
     folded = dict(tensors)
-    taken_by: dict[str, str] = {}  # batch norm -> the layer that now gives its output
+    taken_by = folded_norms(graph)
     nodes: dict[str, Node] = {}
     for node in graph.nodes:
-        inputs = tuple(taken_by.get(name, name) for name in node.inputs)
-        before = nodes.get(inputs[0])
-        if (
-            isinstance(node.layer, BatchNorm)
-            and before is not None
-            and isinstance(before.layer, Conv | ConvTranspose | Linear)
-            and len(graph.consumers(node.inputs[0])) == len(graph.places(before.home)) == 1
-        ):
+        if node.name in taken_by:
+            assert isinstance(node.layer, BatchNorm)
+            before = nodes[taken_by[node.name]]
             nodes[before.name] = replace(before, layer=before.layer.model_copy(update={"bias": True}))
             _fold(before, node.name, node.layer.eps, folded)
-            taken_by[node.name] = before.name
         else:
-            nodes[node.name] = replace(node, inputs=inputs)
+            nodes[node.name] = replace(node, inputs=tuple(taken_by.get(name, name) for name in node.inputs))
     return Graph(graph.input_shape, tuple(nodes.values())), folded
 
 

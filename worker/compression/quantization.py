@@ -1,0 +1,393 @@
+"""Static 8-bit quantization of an ONNX file through ONNX Runtime, and which layers are left in float32 for its accuracy.
+
+Activations are uint8 with a zero point, one range per tensor; weights int8, symmetric, one scale per output channel;
+biases int32; written as QuantizeLinear / DequantizeLinear pairs (Jacob et al., arXiv 1712.05877; Krishnamoorthi,
+arXiv 1806.08342, section 3). The runtime turns them into integer kernels. The logits stay in float32.
+
+Axes: N batch, C channels, x spatial, K classes.
+"""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from io import StringIO
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from app.errors import EspalierError, QuantizationFailed
+from app.spec.architecture import Preprocessing
+from app.spec.cost import cost
+from app.spec.graph import Graph
+from app.spec.quantization import integer_layers
+from worker.data import Part
+from worker.onnx_model import OUTPUT_NAME
+from worker.proof_script import onnx_network
+
+WEIGHTED = frozenset({"Conv", "Gemm"})
+HEAVY = WEIGHTED | {"ConvTranspose"}
+BETWEEN = frozenset({"Add", "Mul", "Concat", "GlobalAveragePool", "LeakyRelu", "Sigmoid"})
+"""Computed in 8 bits where layers before and behind are; with a constant operand they stay in float32."""
+FOLLOWING = frozenset({"Relu", "Clip", "MaxPool", "AveragePool", "Flatten", "Reshape", "Transpose", "Slice"})
+"""Computed in 8 bits where what they read is."""
+CALIBRATION_BATCH = 32
+PERCENTILE = 99.999  # of the values of a tensor: 99.99 cuts pixels off, and trebles the error of a small network
+MOST_LOOKED_AT = 64  # layers, or runs of neighbours where there are more, whose error is measured one by one
+LOOKED_AT_MACS = 5e10  # spent on each of them
+FEWEST_IMAGES, MOST_IMAGES = 8, 256  # that an error is measured on
+VNNI = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
+
+Calibration = Literal["min_max", "percentile"]
+Images = NDArray[np.float32]
+Logits = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Examples of one part as the network takes them: float32 images in batches, and N labels."""
+
+    part: Part
+    preprocessing: Preprocessing
+    batch_size: int
+
+    def __len__(self) -> int:
+        """Batches."""
+        return -(-len(self.part) // self.batch_size)
+
+    def batch(self, number: int) -> Images:
+        """The images N x C x ... of one batch, preprocessed."""
+        start = number * self.batch_size
+        return self.preprocessing.apply(self.part.read(np.arange(start, min(start + self.batch_size, len(self.part)))))
+
+    def first(self, count: int) -> Sample:
+        """The first `count` of them, or all if there are fewer."""
+        return Sample(self.part.take(np.arange(min(count, len(self.part)))), self.preprocessing, self.batch_size)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """An 8-bit file: how it was made, and how it does on the sample that it was chosen on.
+
+    `in_float` has the layers that were left in float32 for the accuracy, each with its error: the root mean square by
+    which the logits move when it alone is quantized, in standard deviations of the logits. `drop` is the loss of
+    accuracy against float32 on the sample, `tries` the number of files that were compared.
+    """
+
+    file: Path
+    calibration: Calibration
+    in_float: Mapping[str, float]
+    drop: float
+    rmse: float
+    tries: int = 1
+
+
+def saturates(cpuinfo: Path = Path("/proc/cpuinfo"), machine: str | None = None) -> bool:
+    """Whether sums of two 8-bit products overflow on this processor: x86 without VNNI adds them up in 16 bits.
+
+    There weights get 7 bits ("reduce_range"), as ONNX Runtime advises.
+    """
+    if (machine or platform.machine()).lower() not in ("x86_64", "amd64", "i686", "x86"):
+        return False
+    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
+    return VNNI.isdisjoint(flags)
+
+
+def logits_of(model: Path, sample: Sample, *, threads: int, waiting: Callable[[], None] | None = None) -> Logits:
+    """Logits `N x K` that an ONNX file gives for the sample, in the settings in which files are proven.
+
+    `waiting` is called between batches; it may raise to give up.
+    """
+    with _translated():
+        network = onnx_network(str(model), threads)
+    parts = []
+    for number in range(len(sample)):
+        images_NCx = sample.batch(number)
+        with _translated():
+            parts.append(network(images_NCx))
+        if waiting is not None:
+            waiting()
+    return np.concatenate(parts)
+
+
+def agreement(found_NK: Logits, wanted_NK: Logits) -> float:
+    """The part of the examples (0 to 1) for which both give the same class."""
+    return float((found_NK.argmax(axis=1) == wanted_NK.argmax(axis=1)).mean())
+
+
+def rmse_ratio(found_NK: Logits, wanted_NK: Logits) -> float:
+    """Root mean square difference, in standard deviations of `wanted`; 0 where both are the same constant."""
+    difference = float(np.sqrt(np.square(found_NK.astype(np.float64) - wanted_NK).mean()))
+    return difference / max(float(wanted_NK.astype(np.float64).std()), 1e-12)
+
+
+@dataclass
+class Quantizer:
+    """Makes 8-bit files of one float32 ONNX file, `model`, of the network `graph`.
+
+    Ranges are measured once for each calibration, on `calibration`. `folder` takes files that are needed meanwhile.
+    """
+
+    model: bytes
+    graph: Graph
+    calibration: Sample
+    folder: Path
+    reduce_range: bool
+    threads: int
+    waiting: Callable[[], None] | None = None
+    files: int = field(default=0, init=False)
+
+    @cached_property
+    def source(self) -> Path:
+        """The float32 file, marked as what ONNX Runtime's own pre-processing gives: shapes known, norms folded."""
+        model = onnx.load_from_string(self.model)
+        model.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
+        path = self.folder / "float32.onnx"
+        onnx.save(model, path)
+        return path
+
+    @cached_property
+    def operators(self) -> Any:
+        """The file's graph of operators."""
+        return onnx.load(self.source).graph
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The layers that may be quantized, by the name under which their weights are stored, in order."""
+        return tuple(dict.fromkeys(node.home for node in integer_layers(self.graph)))
+
+    def file(self, in_float: Collection[str], calibration: Calibration = "min_max") -> Path:
+        """The 8-bit file that leaves the layers `in_float` as they are.
+
+        Raises:
+            QuantizationFailed: ONNX Runtime does not manage it.
+            OSError: the disk is full.
+        """
+        from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+
+        self.files += 1
+        made, path = self.folder / "made.onnx", self.folder / f"int8-{self.files}.onnx"
+        left_out = self._left_out(in_float)
+        methods = {"min_max": CalibrationMethod.MinMax, "percentile": CalibrationMethod.Percentile}
+        with _translated(), _temporary_files_in(self.folder), redirect_stdout(StringIO()):
+            quantize_static(
+                self.source,
+                made,
+                _Reader(self.calibration, self.waiting),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=sorted(WEIGHTED | BETWEEN | FOLLOWING),
+                nodes_to_exclude=left_out,
+                per_channel=True,
+                reduce_range=self.reduce_range,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                calibrate_method=methods[calibration],
+                calibration_cache_path=self.folder / f"ranges-{calibration}.json",
+                extra_options={"CalibStridedMinMax": 1, "CalibPercentile": PERCENTILE},  # 1: batch by batch
+            )
+            path.write_bytes(_tidied(onnx.load(made)))
+        return path
+
+    def logits(self, file: Path, sample: Sample) -> Logits:
+        """Logits `N x K` of a file."""
+        return logits_of(file, sample, threads=self.threads, waiting=self.waiting)
+
+    def errors(self) -> dict[str, float]:
+        """Of each layer, worst first: how far the logits move when it alone is quantized (see `Quantized`).
+
+        Of more than 64 layers, neighbours are looked at together.
+        """
+        affordable = int(LOOKED_AT_MACS / max(1, cost(self.graph).macs))
+        sample = self.calibration.first(max(FEWEST_IMAGES, min(MOST_IMAGES, affordable)))
+        wanted_NK = self.logits(self.source, sample)
+        errors: dict[str, float] = {}
+        for run in _runs(self.names, MOST_LOOKED_AT):
+            file = self.file([name for name in self.names if name not in run])
+            errors |= dict.fromkeys(run, rmse_ratio(self.logits(file, sample), wanted_NK))
+            file.unlink()
+        return dict(sorted(errors.items(), key=lambda item: -item[1]))
+
+    def _left_out(self, in_float: Collection[str]) -> list[str]:
+        """The operators that are not quantized: those of the layers, and what has such a layer before or behind it."""
+        operators, of_layer = self.operators.node, {node.name: node.home for node in self.graph.nodes}
+        constants = {tensor.name for tensor in self.operators.initializer}
+        live = {node.name for node in operators if node.op_type in WEIGHTED and of_layer[node.name] not in in_float}
+        before, behind = _reach(operators, live), _reach([_turned(node) for node in reversed(operators)], live)
+        return [
+            node.name
+            for node in operators
+            if (node.op_type in WEIGHTED and node.name not in live)
+            or (
+                node.op_type in BETWEEN
+                and not (node.name in before and node.name in behind and constants.isdisjoint(node.input))
+            )
+        ]
+
+
+def quantize(quantizer: Quantizer, sample: Sample, *, most_drop: float, exclude: Collection[str] = ()) -> Quantized:
+    """The 8-bit file that loses at most `most_drop` of the accuracy on `sample` with the fewest layers in float32.
+
+    In order: every layer, ranges from the smallest to the largest value; ranges without the outermost values; then
+    layers are left in float32, those with the largest error first, and their number is found by bisection. If nothing
+    is enough, the file that loses least.
+
+    Args:
+        quantizer: of the network.
+        sample: what is chosen on: never the test part.
+        most_drop: part of 1.
+        exclude: layers that stay in float32 whatever happens.
+
+    Raises:
+        QuantizationFailed: ONNX Runtime does not manage it, or nothing is left to quantize.
+        OSError: the disk is full.
+    """
+    labels_N = sample.part.labels
+    wanted_NK = quantizer.logits(quantizer.source, sample)
+    right = int((wanted_NK.argmax(axis=1) == labels_N).sum())
+    kept = set(exclude)
+    if kept.issuperset(quantizer.names):
+        raise QuantizationFailed("every layer that could be quantized is excluded")
+    tried: list[Quantized] = []
+
+    def attempt(in_float: Mapping[str, float], calibration: Calibration) -> bool:
+        file = quantizer.file(kept | in_float.keys(), calibration)
+        found_NK = quantizer.logits(file, sample)
+        lost = right - int((found_NK.argmax(axis=1) == labels_N).sum())
+        rmse = rmse_ratio(found_NK, wanted_NK)
+        tried.append(Quantized(file, calibration, in_float, lost / len(labels_N), rmse, len(tried) + 1))
+        return lost <= most_drop * len(labels_N) + 1e-9
+
+    def least_loss() -> Quantized:
+        return min(tried, key=lambda one: (one.drop, one.rmse))
+
+    if attempt({}, "min_max") or attempt({}, "percentile"):
+        return tried[-1]
+    calibration = least_loss().calibration
+    ranked = [(name, error) for name, error in quantizer.errors().items() if name not in kept]
+    good: Quantized | None = None
+    low, high = 0, len(ranked)  # so many in float32: too few, and enough (all of them are not quantized at all)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if attempt(dict(ranked[:middle]), calibration):
+            good, high = tried[-1], middle
+        else:
+            low = middle
+    return replace(good or least_loss(), tries=len(tried))
+
+
+class _Reader:
+    """What ONNX Runtime reads calibration images from, a range of batches at a time."""
+
+    def __init__(self, sample: Sample, waiting: Callable[[], None] | None) -> None:
+        self._sample = sample
+        self._waiting = waiting
+        self._left = iter(range(len(sample)))
+
+    def __len__(self) -> int:
+        return len(self._sample)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        """Go on with these batches."""
+        self._left = iter(range(start_index, end_index))
+
+    def get_next(self) -> dict[str, Images] | None:
+        """The next batch; None at the end of the range."""
+        if self._waiting is not None:
+            self._waiting()
+        number = next(self._left, None)
+        return None if number is None else {"images": self._sample.batch(number)}
+
+
+def _runs(names: Sequence[str], most: int) -> Iterator[tuple[str, ...]]:
+    """The names in order, in at most `most` runs of about the same length."""
+    count = min(most, len(names))
+    for number in range(count):
+        yield tuple(names[number * len(names) // count : (number + 1) * len(names) // count])
+
+
+@dataclass(frozen=True)
+class _Turned:
+    """An operator read backwards: what it gives is what it takes."""
+
+    name: str
+    op_type: str
+    input: Sequence[str]
+    output: Sequence[str]
+
+
+def _turned(node: Any) -> _Turned:
+    return _Turned(node.name, node.op_type, node.output, node.input)
+
+
+def _reach(nodes: Sequence[Any], live: Collection[str]) -> set[str]:
+    """The operators, in an order in which values are made before they are taken, that read a live one.
+
+    Operators that are no layers with weights pass on what they read.
+    """
+    carrying: set[str] = set()
+    reached = set()
+    for node in nodes:
+        reads = not carrying.isdisjoint(node.input)
+        if reads:
+            reached.add(node.name)
+        if node.name in live or (reads and node.op_type not in HEAVY):
+            carrying.update(node.output)
+    return reached
+
+
+def _tidied(model: Any) -> bytes:
+    """The file with its logits in float32, and nothing in it but the network; same input, same bytes."""
+    graph = model.graph
+    makers = {value: node for node in graph.node for value in node.output}
+    last = makers[OUTPUT_NAME]
+    if last.op_type == "DequantizeLinear":  # 256 steps are too few for the logits, whose order is the answer
+        rounding = makers[last.input[0]]
+        source = makers[rounding.input[0]]
+        source.output[list(source.output).index(rounding.input[0])] = OUTPUT_NAME
+        graph.node.remove(last)
+        graph.node.remove(rounding)
+    used = {value for node in graph.node for value in node.input}
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
+        graph.initializer.remove(tensor)
+    del graph.value_info[:], model.metadata_props[:], graph.metadata_props[:]
+    for node in graph.node:
+        node.ClearField("doc_string")
+        del node.metadata_props[:]
+    graph.ClearField("doc_string")
+    model.ClearField("doc_string")
+    model.producer_name, model.producer_version, graph.name = "espalier", "", "network"
+    domains = {node.domain for node in graph.node}
+    for domain in [entry for entry in model.opset_import if entry.domain not in domains]:
+        model.opset_import.remove(domain)
+    onnx.checker.check_model(model, full_check=True)
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
+
+
+@contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """Temporary files of a library go into `folder`, which is removed with the job."""
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Whatever the library raises, as one error of the job; wishes, a full disk and full memory stay what they are."""
+    try:
+        yield
+    except (EspalierError, OSError, MemoryError):
+        raise
+    except Exception as exc:
+        said = (str(exc).strip() or type(exc).__name__).splitlines()[0][:300]
+        raise QuantizationFailed(f"ONNX Runtime could not quantize the network: {said}") from exc
