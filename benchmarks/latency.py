@@ -32,7 +32,7 @@ ALIGNMENTS = (1, 4, 8, 16)
 BUDGETS = (0.5, 0.25)
 SWEEP = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.1)
 GOALS = {(0.5, 1): 0.65, (0.5, 16): 0.70, (0.25, 1): 0.35, (0.25, 16): 0.45}  # deep_cnn, default round_to
-NEVER_SLOWER = 1.02  # the dense network against itself comes to 0.99 to 1.01
+NEVER_SLOWER = 1.03  # the dense network against itself comes to 0.97 to 1.03 on a busy machine
 
 Row = dict[str, Any]
 
