@@ -90,18 +90,24 @@ def _allocate(network: Network) -> None:
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
+INEXACT = (spec.Sigmoid,)
+"""torch computes most elements in vectors and the rest one by one: of these, with another last bit."""
+
+
 def forward_steps(graph: Graph) -> tuple[Step, ...]:
     """The order in which a forward pass runs, and what it may forget when.
 
     Max pooling runs before the monotone activation (relu and its like) that only it reads: the result is the same,
     since a function that never falls may be exchanged with a maximum, and the activation then touches a quarter of
     the elements. On two CPU cores a training step of a small network with pooling is a third faster; the graph, the
-    export and the report keep the written order.
+    export and the report keep the written order. Not before sigmoid: the last bit of its results depends on where an
+    element stands in memory (`INEXACT`), and delivered source, in the written order, has to give every bit.
     """
     early: dict[str, Node] = {}  # pooling -> the activation that comes after it
     for node in graph.nodes:
         readers = graph.consumers(node.name)
-        if node.layer.is_monotone() and len(readers) == 1 and isinstance(readers[0].layer, spec.MaxPool):
+        exact = node.layer.is_monotone() and not isinstance(node.layer, INEXACT)
+        if exact and len(readers) == 1 and isinstance(readers[0].layer, spec.MaxPool):
             early[readers[0].name] = node
     late = {node.name for node in early.values()}
     order: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []

@@ -34,7 +34,7 @@ def in_written_order(network: Network, images: torch.Tensor) -> torch.Tensor:
     return values[network.graph.output]
 
 
-MONOTONE = ["relu", "relu6", "leaky_relu", "hardsigmoid", "sigmoid", "tanh"]
+MONOTONE = ["relu", "relu6", "leaky_relu", "hardsigmoid", "tanh"]
 
 
 @pytest.mark.parametrize("kind", MONOTONE)
@@ -57,6 +57,13 @@ def test_pooling_before_a_monotone_activation_changes_no_result_and_no_gradient(
 def test_pooling_stays_behind_layers_that_are_not_monotone(kind: str) -> None:
     steps = forward_steps(graph_of([conv(5), layer(kind), POOL, *HEAD]))
     assert all(len(step.chain) == 1 for step in steps)
+
+
+def test_pooling_stays_behind_sigmoid_whose_last_bit_depends_on_the_place_in_memory() -> None:
+    assert all(len(step.chain) == 1 for step in forward_steps(graph_of([conv(5), layer("sigmoid"), POOL, *HEAD])))
+    values = torch.randn(69, generator=torch.Generator().manual_seed(0))
+    alone = torch.stack([torch.sigmoid(value.reshape(1))[0] for value in values])
+    assert torch.allclose(torch.sigmoid(values), alone, rtol=1e-6)  # not equal on every machine
 
 
 def test_pooling_stays_behind_a_leaky_relu_that_falls() -> None:
