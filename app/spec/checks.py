@@ -172,7 +172,9 @@ def order_faults(spec: JobSpec) -> Iterator[Fault]:
                 message = f"{what} before weights: the zeros of /optimizations/{masked} belong to the network before it"
                 yield Fault(pointer, message)
             if reshaped is not None and step.retrain is not None and step.retrain.policy == "weight_rewind":
-                message = f"weight_rewind goes back to weights from before /optimizations/{reshaped}, which changes shapes"
+                message = (
+                    f"weight_rewind goes back to weights from before /optimizations/{reshaped}, which changes shapes"
+                )
                 yield Fault(f"{pointer}/retrain/policy", message, value="weight_rewind")
             if zeros:
                 masked = position if masked is None else masked
