@@ -12,7 +12,7 @@ from torch import Tensor
 from app.errors import BudgetMissed
 from app.spec.budget import BLOCKS, BudgetUnreachable, Removals, choose_removals, settle, why_kept
 from app.spec.channels import channel_classes
-from app.spec.compressions import Separable
+from app.spec.compressions import Quantize, Separable
 from app.spec.cost import Cost, cost
 from app.spec.graph import Graph, Node
 from app.spec.matrices import why_dense
@@ -92,7 +92,7 @@ def cut_channels(network: Network, step: Prune, stage: Stage, materials: Materia
     Raises:
         BudgetMissed: the budget is below what the floors allow, or what this machine can reach.
     """
-    classes = channel_classes(network.graph)
+    classes = channel_classes(network.graph, start)
     scores = class_scores(
         network, classes, step.criterion, seed=materials.seed, batches=materials.plain(), loss=cross_entropy
     )
@@ -160,7 +160,7 @@ def check_budget(network: Network, step: Compression, materials: Materials) -> N
 
 
 @torch.no_grad()
-def layer_rows(network: Network, before: Graph, step: Compression) -> list[dict[str, Any]]:
+def layer_rows(network: Network, before: Graph, step: Compression | Quantize) -> list[dict[str, Any]]:
     """The report's `layers` of a step: each convolution and linear layer before and after, or why it was left alone.
 
     A layer that shares its weights has none of its own: `shares` says whose they are, and the numbers are there.

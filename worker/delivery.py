@@ -14,10 +14,11 @@ from app.spec.cost import cost
 from worker.averaging import floating_tensors, put
 from worker.evaluation import Scores, score
 from worker.export import export_network, file_sha256, kind_of, media_type_of, write_json, write_manifest
-from worker.latency import measure_latency
+from worker.latency import Latency, measure_latency
 from worker.network import Network, build_network
 from worker.preparation import Job
-from worker.proof import compute_logits, prove
+from worker.proof import Logits, NetworkKey, compute_logits, prove
+from worker.quantizing import Int8, int8_document, int8_measures, int8_step, make_int8, write_int8
 from worker.report import class_rows, compressed_bytes, environment, measures, sparse_row, step_rows
 from worker.sensitivity import table_document
 
@@ -62,6 +63,7 @@ def deliver(job: Job, *, stopped_early: bool) -> Delivered:
 
     Raises:
         VerificationFailed: a file does not reproduce the network.
+        QuantizationFailed: the 8-bit file could not be made.
         DiskFull: there is no room for the files.
         Interrupted: the user cancelled or paused.
     """
@@ -77,38 +79,22 @@ def _deliver(job: Job, stopped_early: bool) -> Delivered:
     dense = build_network(job.plan.baseline)
     put(dense, {name: tensor.cpu() for name, tensor in job.reached.kept["baseline"].items()})
     pruned = on_cpu(job.reached.network)
-    measuring = len(job.stages) + 1
-    job.watch.enter(measuring, message="measuring latencies, dense and pruned in turns")
-    latency = measure_latency(dense, pruned, seconds=job.task.latency_s, waiting=job.watch.look_to_leave)
-    if any(record.rounds for record in job.reached.ledger.steps):
-        for sentence in latency.notes:
-            job.reached.ledger.note(sentence)
-    job.watch.enter(measuring + 1, message="exporting, and proving each file in a clean process")
-    job.watch.look_to_leave()
-    folder = job.task.scratch / "export"
-    names, formats = job.dataset.class_names, job.plan.spec.exports
-    masks = job.reached.masks
-    sparse = masks is not None and masks.zeros() > 0
-    files: list[Path] = []
-    for stem, network in (("pruned", pruned), ("baseline", dense)):
-        files += export_network(
-            network,
-            folder,
-            stem=stem,  # type: ignore[arg-type]
-            class_names=names,
-            preprocessing=job.preprocessing,
-            formats=formats,
-            sparse=sparse,
-        )
     test = job.splits.test
+    references: dict[NetworkKey, Logits] = {
+        "pruned": compute_logits(pruned, test.images, job.preprocessing),
+        "baseline": compute_logits(dense, test.images, job.preprocessing),
+    }
+    int8 = make_int8(job, pruned, references["pruned"])
+    latency = _measure(job, dense, pruned, int8)
+    folder = job.task.scratch / "export"
+    files = _export(job, dense, pruned, int8, folder)
+    if int8 is not None and int8.met:
+        references["int8"] = int8.logits
     proof = prove(
         folder,
         images=test.images,
         labels=test.labels,
-        reference_logits={
-            "pruned": compute_logits(pruned, test.images, job.preprocessing),
-            "baseline": compute_logits(dense, test.images, job.preprocessing),
-        },
+        reference_logits=references,
         threads=torch.get_num_threads(),
         waiting=job.watch.look_to_leave,
     )
@@ -116,15 +102,20 @@ def _deliver(job: Job, stopped_early: bool) -> Delivered:
     final_scores = score(proof.logits["pruned"], test.labels)
     baseline = _measured(dense, baseline_scores, latency.dense, folder / "baseline.safetensors")
     final = _measured(pruned, final_scores, latency.pruned, folder / "pruned.safetensors")
+    summary = {"baseline": baseline, "final": final}
+    if int8 is not None and int8.met:
+        summary["int8"] = int8_measures(int8, final, latency.int8)
     job.watch.charge()
+    rows = {} if int8 is None else {int8.position: int8_step(int8, pruned, final, latency.int8)}
     report = {
         "job_id": job.task.job_id,
         "attempt": job.task.attempt,
         "stopped_early": stopped_early,
         "baseline": baseline,
         "final": final,
-        "steps": step_rows(job.task.spec.get("optimizations", []), job.plan.graphs, job.reached.ledger, final),
-        "classes": class_rows(names, baseline_scores, final_scores),
+        **({} if int8 is None else {"int8": int8_document(int8, final, latency.int8)}),
+        "steps": step_rows(job.task.spec.get("optimizations", []), job.plan.graphs, job.reached.ledger, final, rows),
+        "classes": class_rows(job.dataset.class_names, baseline_scores, final_scores),
         **({} if job.plan.spec.sensitivity is None else {"sensitivity": table_document(job)}),
         "verification": proof.document(),
         "latency": dict(latency.conditions),
@@ -147,8 +138,49 @@ def _deliver(job: Job, stopped_early: bool) -> Delivered:
         )
     )
     job.journal.progress(job.watch.course.progress(1.0))
-    summary = {"baseline": baseline, "final": final}
     return Delivered([_delivery(path) for path in files], summary, report, stopped_early)
+
+
+def _measure(job: Job, dense: Network, pruned: Network, int8: Int8 | None) -> Latency:
+    """The latencies of both networks and the 8-bit file; what they have to say is noted."""
+    phase = len(job.stages) + (1 if int8 is None else 2)
+    job.watch.enter(phase, message="measuring latencies, dense and pruned in turns")
+    latency = measure_latency(
+        dense,
+        pruned,
+        int8=None if int8 is None else int8.model,
+        seconds=job.task.latency_s,
+        waiting=job.watch.look_to_leave,
+    )
+    if any(record.rounds for record in job.reached.ledger.steps):
+        for sentence in latency.notes:
+            job.reached.ledger.note(sentence)
+    if int8 is not None and int8.met:
+        for sentence in latency.int8_notes:
+            job.reached.ledger.note(sentence)
+    return latency
+
+
+def _export(job: Job, dense: Network, pruned: Network, int8: Int8 | None, folder: Path) -> list[Path]:
+    """The files of both networks, written into `folder`; of the 8-bit file only if it meets the wish."""
+    phase = len(job.stages) + (2 if int8 is None else 3)
+    job.watch.enter(phase, message="exporting, and proving each file in a clean process")
+    job.watch.look_to_leave()
+    masks = job.reached.masks
+    files: list[Path] = []
+    for stem, network in (("pruned", pruned), ("baseline", dense)):
+        files += export_network(
+            network,
+            folder,
+            stem=stem,  # type: ignore[arg-type]
+            class_names=job.dataset.class_names,
+            preprocessing=job.preprocessing,
+            formats=job.plan.spec.exports,
+            sparse=masks is not None and masks.zeros() > 0,
+        )
+        if stem == "pruned" and int8 is not None and int8.met:
+            files.append(write_int8(folder, int8))
+    return files
 
 
 def on_cpu(network: Network) -> Network:

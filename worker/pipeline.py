@@ -49,7 +49,7 @@ def run(task: Task, journal: Journal) -> Outcome:
 
     Raises:
         JobError: DataInvalid, SourceUnavailable, WeightsInvalid, Diverged, OutOfMemory, BudgetMissed, LayerEmptied,
-            VerificationFailed or DiskFull.
+            QuantizationFailed, VerificationFailed or DiskFull.
     """
     job = prepare(task, journal)
     try:

@@ -17,6 +17,7 @@ from app.ingest.packed import read_manifest
 from app.spec.architecture import Preprocessing
 from app.spec.budget import prunable_groups
 from app.spec.channels import channel_classes
+from app.spec.compressions import Quantize
 from app.spec.job import JobSpec, Training, parse_job
 from app.spec.optimizations import Compression, Distill, Regularization
 from app.spec.plan import Plan, make_plan
@@ -41,6 +42,7 @@ from worker.watching import Checkpoints, JobWatch
 
 PLAIN_BATCH = 256  # for statistics and choices: batch norm's variance is 0.014 off with batches of 16
 MEASURING_S = 5.0  # the budget of the latencies
+QUANTIZING_S = 2.0  # two tries of a small network
 EXPORTING_S = 8.0  # two clean processes, of which one imports torch
 
 
@@ -116,6 +118,12 @@ class Job:
         """How the first training is taught by another job's network; None: it is not."""
         taught = [part for part in self.plan.spec.optimizations if isinstance(part, Distill)]
         return taught[0].distillation() if taught else None
+
+    @property
+    def quantization(self) -> tuple[int, Quantize] | None:
+        """The place among the optimizations, and the wish, of an 8-bit file; None: none is asked for."""
+        wishes = [(at, part) for at, part in enumerate(self.plan.spec.optimizations) if isinstance(part, Quantize)]
+        return wishes[0] if wishes else None
 
     def compression(self, stage: Stage) -> Compression:
         """The compression that a stage belongs to."""
@@ -351,6 +359,10 @@ def _parts(plan: Plan, splits: Splits, stages: tuple[Stage, ...]) -> list[Part]:
             parts.append(Part("evaluating", cuts * forward_seconds(2 * test + RECALIBRATION_IMAGES, macs), 0.1))
         else:
             parts.append(Part("evaluating", forward_seconds(test, macs), 0.1))
+    for step in plan.spec.optimizations:
+        if isinstance(step, Quantize):
+            images = test + step.calibration_images + 2 * held_out
+            parts.append(Part("evaluating", forward_seconds(images, pruned), QUANTIZING_S))
     parts.append(Part("measuring", 0.0, MEASURING_S))
     parts.append(Part("exporting", forward_seconds(3 * test, dense + pruned), EXPORTING_S))
     return parts

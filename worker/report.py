@@ -41,7 +41,11 @@ def _scored(scores: Scores | None) -> Measures:
 
 
 def step_rows(
-    sent: Sequence[Mapping[str, Any]], graphs: Sequence[Graph], ledger: Ledger, final: Measures
+    sent: Sequence[Mapping[str, Any]],
+    graphs: Sequence[Graph],
+    ledger: Ledger,
+    final: Measures,
+    at_the_end: Mapping[int, Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
     """The report's `steps`, one for each optimization in order.
 
@@ -50,6 +54,7 @@ def step_rows(
         graphs: of each optimization, the graph after it (before any pruning); the first entry is the given graph.
         ledger: has the compressions.
         final: measures of the delivered network, for compressions that were not reached.
+        at_the_end: rows of optimizations that come after all stages, by position.
     """
     records: dict[int, StepRecord] = {record.position: record for record in ledger.steps}
     rows = []
@@ -67,6 +72,8 @@ def step_rows(
                 "rounds": record.rounds,
                 "complete": record.complete,
             }
+        elif position in at_the_end:
+            row |= at_the_end[position]
         elif optimization["type"] == "prune":
             row |= {"applied": False, "before": final, "after": final, "layers": [], "seconds": 0.0}
         else:

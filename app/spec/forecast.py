@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal
 
 from app.errors import Fault, InvalidSpec, JsonValue
@@ -19,6 +20,14 @@ from app.spec.faults import pointer as pointer_to
 from app.spec.graph import Graph, Node
 from app.spec.optimizations import Optimization
 from app.spec.pruning import Budget, Prune, PruneOverride, Structure
+from app.spec.quantization import float_layers, integer_layers
+from app.spec.replacement import (
+    Replacement,
+    possible_parts,
+    replace_layers,
+    why_irreplaceable,
+    written_product,
+)
 from app.spec.sensitivity import Sensitivity
 from app.spec.zeros import dense_layers, planned_zeros
 
@@ -34,6 +43,7 @@ _FOREIGN_FIELDS: dict[Structure, tuple[str, ...]] = {  # of overrides
     "n:m": (*_CHANNEL_FIELDS, "sparsity", "threshold"),
     "channels": ("threshold", "pattern"),
 }
+MOST_NAMED = 20  # layers that one message lists
 _SIMILAR_AMONG = 200  # looking for a similar name among more takes longer than everything else
 
 
@@ -79,6 +89,8 @@ class Forecast:
     floor: Cost | None = None
     guessed: set[str] = field(default_factory=set)
     """Layers whose width, or number of zeros, is an estimate."""
+    unsure: set[str] = field(default_factory=set)
+    """Names of layers that come beside others or do not, as the trained weights decide."""
     choices: int = 0
     """Channels of the layers' outputs, summed over the steps that choose among them."""
 
@@ -93,10 +105,14 @@ class Forecast:
 
         Raises InvalidSpec as `prune` does.
         """
+        if faults := [*_unsure_faults(self.unsure, step, pointer)]:
+            raise InvalidSpec(faults)
         if isinstance(step, Prune):
             self.prune(step, pointer)
-        elif isinstance(step, LowRank | Separable | Quantize):
-            raise InvalidSpec([Fault(pointer, f"{step.type} is not offered by this release")])
+        elif isinstance(step, Quantize):
+            self._quantize(step, pointer)
+        elif isinstance(step, LowRank | Separable):
+            self._replace(step, pointer)
 
     def look(self, options: Sensitivity, pointer: str) -> None:
         """Checks that a table of sensitivities has something to look at, and says what stays whole.
@@ -129,6 +145,61 @@ class Forecast:
             self._mask(step, pointer)
         else:
             self._narrow(step, pointer)
+
+    def _quantize(self, step: Quantize, pointer: str) -> None:
+        """Says which layers stay in float32. The network, and so its cost, stays as it is."""
+        unfit = (
+            (position, name, _unfit(self.graph, name, done="quantized")) for position, name in enumerate(step.exclude)
+        )
+        faults = (Fault(f"{pointer}/exclude/{at}", reason, value=name) for at, name, reason in unfit if reason)
+        if found := [*islice(faults, MOST_FAULTS)]:
+            raise InvalidSpec(found)
+        left = float_layers(self.graph, step.exclude)
+        if not integer_layers(self.graph, step.exclude):
+            at = f"{pointer}/exclude" if integer_layers(self.graph) else pointer
+            held = "; ".join(f"{name} ({reason})" for name, reason in islice(left.items(), MOST_NAMED))
+            raise InvalidSpec([Fault(at, f"no layer can be computed in 8 bits: {held or 'none has weights'}")])
+        for name, reason in left.items():
+            width = self.graph[name].shape[0]
+            self.rows.append(LayerPlan(name, "keep", width, width, True, f"stays in float32: {reason}", pointer))
+
+    def _replace(self, step: LowRank | Separable, pointer: str) -> None:
+        """Goes through one step that replaces layers by several smaller ones.
+
+        Ranks that depend on trained weights are those of singular values whose squares fall along a line.
+        """
+        if faults := [*_replacement_faults(self.graph, step, pointer)]:
+            raise InvalidSpec(faults[:MOST_FAULTS])
+        self._count_choices(pointer)
+        before = self.graph
+        try:
+            done = replace_layers(before, step, baseline=self.baseline)
+        except BudgetUnreachable as exc:
+            raise InvalidSpec([_unreachable(step, exc, pointer)]) from exc
+        if useless := [*_useless_faults(step, done, pointer)]:
+            raise InvalidSpec(useless[:MOST_FAULTS])
+        exact = _is_exact(step, done)
+        by = f"by {step.type}" if exact else f"by {step.type}; estimate"
+        for node in _weighted(before):
+            home, width = node.home, node.shape[0]
+            if home not in done.products:
+                settled = exact or home not in done.layers
+                self.rows.append(LayerPlan(node.name, "keep", width, width, settled, done.kept[node.name], pointer))
+                continue
+            how = f"{written_product(done.layers[home], done.products[home])}, {by}"
+            self.rows.append(LayerPlan(node.name, "replace", width, width, exact, how, pointer))
+        brought = [node for node in done.graph.nodes if node.name not in before]
+        self.rows += [
+            LayerPlan(node.name, "insert", None, node.shape[0], exact, f"{node.type}, {by}", pointer) for node in brought
+        ]
+        if not done.products:
+            assert isinstance(step, LowRank)
+            self.warnings.append(Fault(pointer, f"replaces nothing: {_why_nothing(step, cost(before), self.baseline)}"))
+        if not exact:
+            parts = possible_parts(before, done.layers)
+            self.unsure |= parts
+            self.guessed |= parts | {place.name for layer in done.layers.values() for place in layer.places}
+        self.graph, self.floor = done.graph, done.floor
 
     def _mask(self, step: Prune, pointer: str) -> None:
         nodes = [node for node in _weighted(self.graph) if node.shares is None]
@@ -300,8 +371,11 @@ def _source(graph: Graph, node: Node) -> str | None:
     return None
 
 
-def _why_nothing(step: Prune, now: Cost, baseline: Cost) -> str:
+def _why_nothing(step: Prune | LowRank, now: Cost, baseline: Cost) -> str:
+    if isinstance(step, LowRank) and step.budget is None:
+        return "estimated ranks cost no less than the layers; those of the trained weights may be smaller"
     if step.budget is None:
+        assert isinstance(step, Prune)
         return f"sparsity {step.sparsity} is less than half of the smallest removal in every group (see round_to)"
     measure = step.budget.measure
     present, allowed = getattr(now, measure), step.budget.allowed(getattr(baseline, measure))
@@ -329,7 +403,7 @@ def _channel_warnings(graph: Graph, step: Prune, pointer: str) -> list[Fault]:
     return warnings
 
 
-def _unreachable(step: Prune, exc: BudgetUnreachable, pointer: str) -> Fault:
+def _unreachable(step: Prune | LowRank, exc: BudgetUnreachable, pointer: str) -> Fault:
     if step.budget is None or exc.measure is None or exc.floor is None or exc.dense is None:
         return Fault(pointer, str(exc))
     value = getattr(step.budget, exc.measure)
@@ -337,6 +411,51 @@ def _unreachable(step: Prune, exc: BudgetUnreachable, pointer: str) -> Fault:
     limit = math.ceil(exc.floor / exc.dense * 1e4) / 1e4 if value <= 1 else exc.floor
     message = f"the budget cannot be reached; the lowest reachable is {limit}: {exc}"
     return Fault(f"{pointer}/budget/{exc.measure}", message, limit=limit, value=value)
+
+
+def _replacement_faults(graph: Graph, step: LowRank | Separable, pointer: str) -> Iterator[Fault]:
+    """Layers that are named and are not there, or that cannot be replaced."""
+    reasons = why_irreplaceable(graph, step)
+    for position, name in enumerate(step.exclude):
+        if reason := _unfit(graph, name, done="replaced"):
+            yield Fault(f"{pointer}/exclude/{position}", reason, value=name)
+    for position, name in enumerate(step.layers or ()):
+        reason = _unfit(graph, name, done="replaced")
+        if reason is None and name in step.exclude:
+            reason = f"{name} is excluded: it cannot be named too"
+        if reason is None and name in reasons:
+            reason = f"{name} stays as it is: {reasons[name]}"
+        if reason:
+            yield Fault(f"{pointer}/layers/{position}", reason, value=name)
+
+
+def _useless_faults(step: LowRank | Separable, done: Replacement, pointer: str) -> Iterator[Fault]:
+    """Where no layer at all is replaced, whatever the weights are, or one that is named is not."""
+    exact = _is_exact(step, done)
+    if not done.layers or (exact and not done.products and not (isinstance(step, LowRank) and step.budget)):
+        held = ", ".join(f"{name} ({reason})" for name, reason in islice(done.kept.items(), MOST_NAMED))
+        at = f"{pointer}/rank" if done.layers else pointer
+        yield Fault(at, f"no layer can be replaced: {held or 'none has weights'}")
+    elif isinstance(step, LowRank) and step.rank is not None:
+        for position, name in enumerate(step.layers or ()):
+            if name not in done.products:
+                yield Fault(f"{pointer}/layers/{position}", f"{name}: {done.kept[name]}", value=name)
+
+
+def _is_exact(step: LowRank | Separable, done: Replacement) -> bool:
+    """Whether the worker will do just this, whatever the trained weights are."""
+    if isinstance(step, Separable) or step.rank is not None:
+        return True
+    return step.budget is not None and not done.products
+
+
+def _unsure_faults(unsure: Collection[str], step: Optimization, pointer: str) -> Iterator[Fault]:
+    for field_name in ("exclude", "layers", "overrides"):
+        for position, name in enumerate(getattr(step, field_name, None) or ()):
+            if name in unsure:
+                at = pointer + pointer_to(field_name, name if field_name == "overrides" else position)
+                message = f"whether there will be a layer {name} depends on the trained weights: name the layer it is a part of"
+                yield Fault(at, message, value=name)
 
 
 def _named_faults(graph: Graph, step: Prune, pointer: str) -> list[Fault]:
@@ -381,12 +500,12 @@ def _override_faults(step: Prune, override: PruneOverride, at: str) -> list[Faul
     return faults
 
 
-def _unfit(graph: Graph, name: str) -> str | None:
-    """Why `name` cannot be excluded or overridden; None if it can."""
+def _unfit(graph: Graph, name: str, *, done: str = "pruned") -> str | None:
+    """Why `name` cannot be excluded or overridden where layers are `done`; None if it can."""
     if name in graph:
         node = graph[name]
         if node.type not in WEIGHTED:
-            return f"is a {node.type} layer: only convolutions and linear layers are pruned"
+            return f"is a {node.type} layer: only convolutions and linear layers are {done}"
         return None if node.shares is None else f"has the weights of {node.shares}, which it shares: name {node.shares}"
     names = [node.name for node in _weighted(graph)][:_SIMILAR_AMONG]
     similar = difflib.get_close_matches(name, names, n=1)

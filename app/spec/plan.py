@@ -9,6 +9,7 @@ from typing import Any, Self
 from app.errors import Fault, InvalidSpec, JsonValue
 from app.settings import Settings
 from app.spec import checks, starting
+from app.spec.compressions import Quantize
 from app.spec.cost import Cost, Memory, cost, layer_rows, training_memory
 from app.spec.data import DataFacts
 from app.spec.draft import WEIGHTED
@@ -307,6 +308,9 @@ def _phases(spec: JobSpec) -> tuple[Phase, ...]:
             if epochs:
                 phases.append(Phase("retraining", epochs, pointer))
         phases.append(Phase("evaluating", optimization=pointer))
+    for position, step in enumerate(spec.optimizations):
+        if isinstance(step, Quantize):
+            phases.append(Phase("evaluating", optimization=f"/optimizations/{position}"))
     if spec.sensitivity is not None:
         phases.append(Phase("evaluating", optimization="/sensitivity"))
     return (*phases, Phase("measuring"), Phase("exporting"))
