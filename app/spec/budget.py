@@ -124,7 +124,7 @@ def choose_removals(
 
     Args:
         graph: The network as it is now.
-        classes: Of `graph`.
+        classes: Of `graph`, with the ties of `start`.
         scores: Importance of every class that is not pinned: the lowest leave first. None: equal shares, whatever the
             scope.
         step: What is asked for; a prune step of structure channels.
@@ -164,7 +164,7 @@ def choose_removals(
         removed = _within(tally, order, measure, allowed)
     else:
         assert step.sparsity is not None, "a prune step of channels has a budget or a sparsity"
-        if not everything:
+        if not everything and (start is None or start == graph):  # later stages may find all of it done
             raise BudgetUnreachable(None, None, None, None, _held(classes, rooms))
         part = 1 - (1 - step.sparsity) ** fraction
         together = step.scope == "global" and scores is not None
@@ -355,6 +355,7 @@ def _order(
             continue
         group = room.group
         values = np.array([scores[c] for c in group.classes.tolist()], dtype=np.float64) if scores is not None else None
+        assert values is None or np.isfinite(values).all(), "NaN is neither weak nor strong"
         ascending = group.classes if values is None else group.classes[np.argsort(values, kind="stable")]
         parts = _parts(ascending, room)
         quanta = tally.quanta(group, parts)

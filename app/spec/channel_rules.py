@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -157,11 +157,30 @@ def _mixing(reason: str) -> SlotRule:
 # convolution and linear
 
 
+class Grouped(int):
+    """The number of groups of a convolution that had more inputs in each when its pruning started: not depthwise."""
+
+
+def as_at_start(node: Node, before: Node) -> Node:
+    """`node`, of which all that may have left are channels since `before`, with the ties that it had then.
+
+    A convolution with groups is a depthwise one when each group has one input left, and its channels would be free of
+    the ties between the groups: floors and shares would not be those of the start.
+    """
+    if node.type not in ("conv", "conv_transpose") or _groups(before)[1]:
+        return node
+    layer: Any = node.layer
+    groups, depthwise = _groups(node)
+    return replace(node, layer=layer.model_copy(update={"groups": Grouped(groups)})) if depthwise else node
+
+
 def _groups(node: Node) -> tuple[int, bool]:
     """(number of groups, whether it is depthwise). What is said by the word stays depthwise with one channel left."""
     layer: Any = node.layer
     channels = node.input_shapes[0][0]
     groups = layer.group_count(channels)
+    if isinstance(layer.groups, Grouped):
+        return groups, False
     return groups, layer.groups == "depthwise" or groups == channels > 1
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from app.spec.channel_rules import RULES, IntArray, Kept, OwnedAxis, Slots, Ties
+from app.spec.channel_rules import RULES, IntArray, Kept, OwnedAxis, Slots, Ties, as_at_start
 from app.spec.graph import Graph, Limits
 from app.spec.layer import Layer
 from app.spec.names import INPUT
@@ -99,9 +99,10 @@ class Classes:
         return frozenset([*((a.layer, a.tensor, a.axis) for a in axes), *((node, "", 0) for node in group.nodes)])
 
 
-def channel_classes(graph: Graph) -> Classes:
+def channel_classes(graph: Graph, start: Graph | None = None) -> Classes:
     """The classes, groups and pins of a graph's channels.
 
+    `start` is the graph before earlier stages of one pruning step, if there were any: what was tied there stays tied.
     Raises TooManyChannels above 4 million channels in the outputs of all layers.
     """
     ties = Ties()
@@ -109,7 +110,8 @@ def channel_classes(graph: Graph) -> Classes:
     ties.pin(raw[INPUT], "network input")
     axes: list[OwnedAxis] = []
     positions = 0
-    for node in graph.nodes:
+    nodes = graph.nodes if start is None else [as_at_start(node, start[node.name]) for node in graph.nodes]
+    for node in nodes:
         rule, inputs = RULES[node.layer.type], [raw[name] for name in node.inputs]
         raw[node.name] = rule.slots(node, inputs, ties)
         if node.shares is None:

@@ -300,6 +300,55 @@ def test_stages_of_a_sparsity_end_on_it_and_floors_refer_to_the_widths_before_th
     assert (now["a"].shape[0], now["b"].shape[0]) == (5, 5)
 
 
+def in_stages(graph: Graph, step: Prune, count: int) -> list[Graph]:
+    """The graph after each of so many stages; scores are drawn anew for each."""
+    graphs = [graph]
+    for number in range(1, count + 1):
+        now = graphs[-1]
+        classes = channel_classes(now, graph)
+        scores, fraction = random_scores(classes, number), number / count
+        removals = choose_removals(now, classes, scores, step, start=graph, baseline=cost(graph), fraction=fraction)
+        graphs.append(shrink_graph(now, removals.dropped, classes))
+        assert cost(graphs[-1]) == removals.cost
+    return graphs[1:]
+
+
+def test_a_stage_that_finds_all_of_it_done_removes_nothing() -> None:
+    graph = graph_of([conv(4, name="a"), *HEAD])
+    reached = [stage["a"].shape[0] for stage in in_stages(graph, prune(sparsity=0.6, max_sparsity=0.5), 4)]
+    assert reached == [3, 3, 2, 2]
+
+
+def test_a_grouped_convolution_with_one_input_left_in_each_group_does_not_become_free_between_stages() -> None:
+    """It computes what a depthwise convolution does, and read anew it would be cut to fewer groups than its floor."""
+    kinds = ({"type": "conv", "padding": "same"}, {"type": "conv_transpose", "padding": 1})
+    for kind in kinds:
+        grouped = kind | {"name": "g", "out_channels": 9, "kernel_size": 3, "groups": 3}
+        graph = graph_of([conv(6, name="a"), grouped, conv(4, name="b"), *HEAD])
+        *_, last = in_stages(graph, prune(sparsity=0.9, scope="global"), 3)
+        assert [last[name].shape[0] for name in "agb"] == [3, 3, 1]
+        assert channel_classes(last).slots["a"].ids.tolist() == channel_classes(last).slots["g"].ids.tolist()
+        tied = channel_classes(last, graph)
+        assert len(set(tied.slots["a"].ids.tolist())) == len(set(tied.slots["g"].ids.tolist())) == 1
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.integers(0, 10_000), st.sampled_from(SCOPES), st.sampled_from([0.5, 0.6, 0.9]), st.sampled_from([None, 1, 2]))
+def test_on_random_networks_stages_end_on_the_target_and_above_the_floors_of_the_start(
+    seed: int, scope: str, most: float, round_to: int | None
+) -> None:
+    graph = random_graph(seed)
+    options = {"scope": scope, "max_sparsity": most, "round_to": round_to}
+    allowed = budget_between(graph, options, "macs", 0.1 + seed % 7 / 10)
+    *_, last = in_stages(graph, prune(budget={"macs": allowed}, **options), 3)
+    assert cost(last).macs <= allowed
+    before, after = channel_classes(graph), channel_classes(last, graph)
+    widths = {after.key(group): len(group.classes) for group in after.groups}
+    for group in before.groups:
+        least = -(-len(group.classes) * round(10 * (1 - most)) // 10)
+        assert widths.get(before.key(group), 1) >= max(1, least)
+
+
 def test_pruning_twice_to_the_same_absolute_budget_is_pruning_once() -> None:
     graph = preset("resnet20")
     step = prune(budget={"macs": cost(graph).macs // 2}, round_to=8)

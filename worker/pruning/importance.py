@@ -268,8 +268,7 @@ def _gates(network: Network, classes: Classes) -> list[OwnedAxis]:
     """
     graph = network.graph
     gates = []
-    producers = {axis.layer for axis in classes.axes if axis.role == "out"}
-    for name in producers:
+    for name in dict.fromkeys(axis.layer for axis in classes.axes if axis.role == "out"):  # one order in every process
         readers = [graph.consumers(place.name) for place in graph.places(name)]
         if all(len(following) == 1 and following[0].type == "batch_norm" for following in readers):
             norms = {following[0].name for following in readers}
