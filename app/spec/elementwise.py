@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -62,12 +63,16 @@ class GroupNorm(Shareable):
         """The input's shape.
 
         Raises:
-            LayerFault: the groups do not divide the channels.
+            LayerFault: the groups do not divide the channels, or hold one number each (PyTorch refuses a batch of 1).
         """
-        channels = inputs[0][0]
+        channels, elements = inputs[0][0], math.prod(inputs[0])
         if channels % self.num_groups:
             message = f"{self.num_groups} groups do not divide the {channels} channels"
             raise LayerFault("num_groups", message, limit=channels, value=self.num_groups)
+        if elements == self.num_groups:
+            each = "its one group holds" if elements == 1 else f"each of the {elements} groups holds"
+            message = f"{each} one number, of which normalising leaves nothing: use fewer groups, or leave it out"
+            raise LayerFault("num_groups", message, limit=elements // 2, value=self.num_groups)
         return inputs[0]
 
     def tensors(self, inputs: Sequence[Shape]) -> dict[str, Tensor]:

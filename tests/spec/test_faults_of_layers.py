@@ -57,6 +57,20 @@ WIDTHS = {
     "norm groups": Mistake(
         [conv(8), layer("group_norm", num_groups=3)], "/model/layers/1/num_groups", ("3 groups", "8"), 3, 8
     ),
+    "norm groups of one number": Mistake(
+        [conv(8), layer("global_avg_pool"), layer("group_norm", num_groups=8)],
+        "/model/layers/2/num_groups",
+        ("each of the 8 groups holds one number", "fewer groups"),
+        8,
+        4,
+    ),
+    "a norm of one number": Mistake(
+        [layer("flatten"), layer("linear", out_features=1), layer("group_norm", num_groups=1)],
+        "/model/layers/2/num_groups",
+        ("its one group holds one number",),
+        1,
+        0,
+    ),
     "shuffle groups": Mistake(
         [conv(8), layer("channel_shuffle", groups=3)], "/model/layers/1/groups", ("3 groups", "8"), 3, 8
     ),
