@@ -14,18 +14,21 @@ class LowRank(Strict):
     """Replace trained convolutions and linear layers by products of smaller ones, then train again.
 
     Linear layers and 1 x 1 convolutions become two layers (SVD), larger kernels three: 1 x 1, kernel, 1 x 1 (Tucker-2
-    with HOOI, Kim et al., arXiv 1511.06530). Layers whose cost would not fall stay as they are, with the reason.
+    with HOOI, Kim et al., arXiv 1511.06530), without one of the outer ones where it would save nothing. The last one
+    keeps the layer's name. Grouped layers, those with fewer than 16 inputs or outputs, and those whose cost would not
+    fall stay as they are, with the reason.
     """
 
     type: Literal["low_rank"] = "low_rank"
-    rank: Annotated[Count | None, Field(description="Largest rank of every layer.")] = None
+    rank: Annotated[Count | None, Field(description="Rank of every layer that it makes cheaper.")] = None
     energy: Annotated[
-        float | None, Field(gt=0, lt=1, description="Part of each layer's squared singular values that is kept.")
+        float | None,
+        Field(gt=0, lt=1, description="Part of each layer's squared singular values that is kept, at least."),
     ] = None
-    budget: Annotated[Budget | None, Field(description="Ranks are chosen so that the network meets it.")] = None
+    budget: Annotated[Budget | None, Field(description="Ranks are cut where that loses least, until the network meets it.")] = None
     layers: Annotated[Names | None, Field(description="Only these layers.")] = None
     exclude: Annotated[tuple[Text, ...], Field(max_length=10_000, description="Layers that are left alone.")] = ()
-    round_to: Annotated[int, Field(ge=1, le=1024, description="Ranks are multiples of this.")] = 8
+    round_to: Annotated[int, Field(ge=1, le=1024, description="Ranks by energy and budget are multiples of this.")] = 8
     retrain: Annotated[Retrain | None, Field(description="Default: a third of the training epochs, lr_rewind.")] = None
 
     rounds: ClassVar[int] = 1
@@ -47,7 +50,9 @@ class LowRank(Strict):
 class Separable(Strict):
     """Replace trained convolutions by a depthwise and a 1 x 1 convolution, then train again (Chollet, arXiv 1610.02357).
 
-    Both start from the best approximation of the trained weights: of each input channel the first singular vectors.
+    Both start from the best approximation of the trained weights: of each input channel the first singular vectors. The
+    1 x 1 convolution keeps the layer's name. Grouped, transposed and 1 x 1 convolutions stay as they are, and those
+    with fewer than 16 input channels.
     """
 
     type: Literal["separable"] = "separable"

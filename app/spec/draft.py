@@ -91,6 +91,11 @@ class Draft:
         self._layers[name] = self._layers[name].model_copy(update=fields)
         self.changed = True
 
+    def become(self, name: str, layer: Layer) -> None:
+        """Puts another layer, perhaps of another type, in the place of layer `name`."""
+        self._layers[name] = layer
+        self.changed = True
+
     def add_behind(self, place: str, layer: Layer, name: str, inputs: Sequence[str]) -> str:
         """The name that `layer` got, near `name`: it stands behind `place` and reads `inputs`; nothing reads it yet."""
         return self._add(place, 1, layer, name, inputs)

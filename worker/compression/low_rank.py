@@ -1,0 +1,209 @@
+"""Trained layers become products of smaller ones: SVD, Tucker-2, depthwise and 1 x 1.
+
+    smaller, fates = replace_trained_layers(network, step, baseline=baseline)
+
+Axes: O outputs, I inputs, K positions of the kernel, R and S ranks of inputs and outputs. Everything is computed in
+float64 on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from app.errors import BudgetMissed
+from app.spec.budget import BudgetUnreachable
+from app.spec.channel_rules import FloatArray
+from app.spec.compressions import LowRank, Separable
+from app.spec.convolutions import ConvTranspose
+from app.spec.cost import Cost
+from app.spec.factorization import Factorable, Product, Ranks, low_rank_layers
+from app.spec.ranks import Spectra
+from app.spec.replacement import replace_layers
+from worker.network import Network
+from worker.pruning.importance import check_finite
+
+SWEEPS = 5  # of HOOI: the error falls in the first, and no more after the fifth
+
+Fates = dict[str, dict[str, Any]]
+"""Layer -> `parts` (names of the layers in its place) and `relative_error` (|W - product| / |W|), or `reason`."""
+
+
+class Factors(NamedTuple):
+    """W (O x I x K) as expand (O x S) @ core (S x R x K) @ reduce (R x I); None: the identity."""
+
+    reduce: Tensor | None
+    core: Tensor
+    expand: Tensor | None
+
+    def layers(self) -> list[Tensor]:
+        """The weights in the order of the forward pass, each as outputs x inputs x positions."""
+        first = [] if self.reduce is None else [self.reduce[:, :, None]]
+        return [*first, self.core, *([] if self.expand is None else [self.expand[:, :, None]])]
+
+    def product(self) -> Tensor:
+        """O x I x K."""
+        weight = self.core
+        if self.reduce is not None:
+            weight = torch.einsum("srk,ri->sik", weight, self.reduce)
+        return weight if self.expand is None else torch.einsum("sik,os->oik", weight, self.expand)
+
+
+class Separated(NamedTuple):
+    """W (O x I x K) as pointwise (O x I) times depthwise (I x K): one kernel for each input."""
+
+    depthwise: Tensor
+    pointwise: Tensor
+
+    def layers(self) -> list[Tensor]:
+        """The weights in the order of the forward pass, each as outputs x inputs of an output x positions."""
+        return [self.depthwise[:, None], self.pointwise[:, :, None]]
+
+    def product(self) -> Tensor:
+        """O x I x K."""
+        return self.pointwise[:, :, None] * self.depthwise
+
+
+def replace_trained_layers(network: Network, step: LowRank | Separable, *, baseline: Cost) -> tuple[Network, Fates]:
+    """(the network with the layers that `step` replaces replaced, on the same device; what became of each layer).
+
+    The given network stays as it is, and is given back where nothing is replaced.
+
+    Raises:
+        BudgetMissed: the budget is below the cost with the smallest ranks.
+        Diverged: a weight is not finite.
+    """
+    weights = {name: weight for name, weight in network.named_parameters() if name.endswith(".weight")}
+    check_finite(weights)
+    spectra = spectra_of(network, step) if isinstance(step, LowRank) and step.rank is None else None
+    try:
+        done = replace_layers(network.graph, step, spectra, baseline=baseline)
+    except BudgetUnreachable as exc:
+        raise BudgetMissed(str(exc)) from exc
+    fates: Fates = {name: {"reason": reason} for name, reason in done.kept.items()}
+    if not done.products:
+        return network, fates
+    state = {name: tensor.detach() for name, tensor in network.state_dict().items()}
+    with torch.device("meta"):
+        smaller = Network(done.graph)
+    for name, product in done.products.items():
+        weight_OIK = matrix_of(done.layers[name], network.get_parameter(f"{name}.weight"))
+        factors = separated(weight_OIK) if isinstance(step, Separable) else factorized(weight_OIK, done.ranks[name])
+        state |= _tensors(product, factors, state.pop(f"{name}.weight"), smaller)
+        error = _relative_error(weight_OIK, factors)
+        fates[name] = {"parts": [part_name for part_name, _ in product], "relative_error": error}
+    # copies, each on its own memory: the given network stays as it is, and a checkpoint holds no more than it needs
+    copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+    smaller.load_state_dict(copies, strict=True, assign=True)
+    smaller.train(network.training)
+    return smaller, fates
+
+
+# --- decompositions ---------------------------------------------------------------------------------------------------
+
+
+def factorized(weight_OIK: Tensor, ranks: Ranks, *, sweeps: int = SWEEPS) -> Factors:
+    """The best product of these ranks: one (a matrix, K = 1), or those of inputs and outputs.
+
+    One rank: the truncated SVD, its singular values as square roots on both sides. Two: Tucker-2 (Kim et al., arXiv
+    1511.06530, section 3.1), found by higher-order orthogonal iteration (De Lathauwer et al. 2000, SIAM J. Matrix Anal.
+    Appl. 21, 1324-1342) from the singular vectors of each side; a full rank is left out, the other is optimal then.
+    """
+    if len(ranks) == 1:
+        left_OR, values_R, right_RI = torch.linalg.svd(weight_OIK[:, :, 0], full_matrices=False)
+        roots_R = values_R[: ranks[0]].sqrt()
+        expand_OS = left_OR[:, : ranks[0]] * roots_R
+        reduce_RI = right_RI[: ranks[0]] * roots_R[:, None]
+        return Factors(None, reduce_RI[:, :, None], expand_OS)
+    outputs, inputs, _ = weight_OIK.shape
+    before, behind = ranks
+    inner_IR = _leading(weight_OIK.transpose(0, 1), before) if before < inputs else None
+    outer_OS = None
+    if behind < outputs:
+        for _ in range(sweeps if inner_IR is not None else 1):
+            outer_OS = _leading(_on_inputs(weight_OIK, inner_IR), behind)
+            if inner_IR is not None:
+                inner_IR = _leading(_on_outputs(weight_OIK, outer_OS).transpose(0, 1), before)
+    core_SRK = _on_outputs(_on_inputs(weight_OIK, inner_IR), outer_OS)
+    return Factors(None if inner_IR is None else inner_IR.T.contiguous(), core_SRK, outer_OS)
+
+
+def separated(weight_OIK: Tensor) -> Separated:
+    """One kernel for each input, and a 1 x 1 convolution.
+
+    Of each input's filters, W[:, i] as O x K, the first singular vectors, with the root of the singular value on both
+    sides: the best approximation with one kernel an input (Eckart & Young 1936).
+    """
+    left_IOM, values_IM, right_IMK = torch.linalg.svd(weight_OIK.transpose(0, 1), full_matrices=False)
+    roots_I = values_IM[:, 0].sqrt()
+    # an input that is not used keeps a kernel, so that it can be learnt: its product is zero all the same
+    scales_I = torch.where(roots_I > 0, roots_I, torch.ones_like(roots_I))
+    return Separated(right_IMK[:, 0] * scales_I[:, None], (left_IOM[:, :, 0] * roots_I[:, None]).T)
+
+
+def spectra_of(network: Network, step: LowRank) -> Spectra:
+    """What every layer loses with each rank: of `layer.widths`, for each side the part of its squared singular values."""
+    layers, _ = low_rank_layers(network.graph, only=step.layers, exclude=step.exclude)
+    found: dict[str, tuple[FloatArray, ...]] = {}
+    for name, layer in layers.items():
+        weight_OIK = matrix_of(layer, network.get_parameter(f"{name}.weight"))
+        if layer.is_plain:
+            turned = weight_OIK.shape[0] > weight_OIK.shape[1]
+            found[name] = (_lost(weight_OIK.transpose(0, 1) if turned else weight_OIK),)
+        else:
+            found[name] = (_lost(weight_OIK.transpose(0, 1)), _lost(weight_OIK))
+    return found
+
+
+def matrix_of(layer: Factorable, weight: Tensor) -> Tensor:
+    """The layer's weight as O x I x K, float64, on the CPU."""
+    weight = weight.detach().to(device="cpu", dtype=torch.float64)
+    turned = weight.transpose(0, 1) if isinstance(layer.node.layer, ConvTranspose) else weight
+    return turned.reshape(*turned.shape[:2], -1)
+
+
+def _lost(unfolded: Tensor) -> FloatArray:
+    """The part of the squared singular values behind the first 0, 1, ... of the tensor's first axis; 0 of a zero tensor."""
+    matrix = unfolded.flatten(1)
+    squares = torch.linalg.eigvalsh(matrix @ matrix.T).clamp(min=0).numpy()  # rising
+    behind = np.cumsum(squares)[::-1]
+    total = max(float(behind[0]), np.finfo(np.float64).tiny)
+    return np.concatenate([behind / total, [0.0]])
+
+
+def _leading(unfolded: Tensor, rank: int) -> Tensor:
+    """The first `rank` left singular vectors of the tensor along its first axis, as columns, the strongest first."""
+    matrix = unfolded.flatten(1)
+    vectors: Tensor = torch.linalg.eigh(matrix @ matrix.T).eigenvectors  # their eigenvalues rise
+    return vectors[:, -rank:].flip(1).contiguous()
+
+
+def _on_inputs(weight_OIK: Tensor, inner_IR: Tensor | None) -> Tensor:
+    return weight_OIK if inner_IR is None else torch.einsum("oik,ir->ork", weight_OIK, inner_IR)
+
+
+def _on_outputs(weight_OIK: Tensor, outer_OS: Tensor | None) -> Tensor:
+    return weight_OIK if outer_OS is None else torch.einsum("oik,os->sik", weight_OIK, outer_OS)
+
+
+# --- from factors to tensors ------------------------------------------------------------------------------------------
+
+
+def _tensors(product: Product, factors: Factors | Separated, old: Tensor, smaller: Network) -> Mapping[str, Tensor]:
+    """The weights of the layers in the place of one, by key, of the type and on the device of the `old` weight."""
+    found = {}
+    for (name, part), weight in zip(product, factors.layers(), strict=True):
+        turned = weight.transpose(0, 1) if isinstance(part.layer, ConvTranspose) else weight
+        shape = smaller.get_parameter(f"{name}.weight").shape
+        found[f"{name}.weight"] = turned.reshape(shape).to(device=old.device, dtype=old.dtype)
+    return found
+
+
+def _relative_error(weight_OIK: Tensor, factors: Factors | Separated) -> float:
+    """|W - product| / |W|, Frobenius; 0 of a zero weight."""
+    size = float(torch.linalg.vector_norm(weight_OIK))
+    return float(torch.linalg.vector_norm(weight_OIK - factors.product())) / size if size else 0.0
