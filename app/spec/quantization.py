@@ -10,6 +10,7 @@ from collections.abc import Collection
 from app.spec.draft import WEIGHTED
 from app.spec.folding import folded_norms
 from app.spec.graph import Graph, Node
+from app.spec.pooling import Upsample
 
 INTEGER = frozenset({"conv", "linear"})
 """Layers whose multiply-accumulates are done with integers of 8 bits; they decide whether there is a gain at all."""
@@ -25,7 +26,6 @@ _FLOAT = {
     "hardswish": _NO_KERNEL,
     "hardsigmoid": _NO_KERNEL,
     "tanh": _NO_KERNEL,
-    "softmax": "its small outputs need more than 8 bits",
     "upsample": _NO_KERNEL,
     "pad": _NO_KERNEL,
 }
@@ -43,6 +43,11 @@ def float_layers(graph: Graph, exclude: Collection[str] = ()) -> dict[str, str]:
     for node in graph.nodes:
         if node.type in WEIGHTED and node.home in exclude:
             left[node.name] = EXCLUDED
-        elif node.type in _FLOAT and node.name not in folded:
+        elif node.type in _FLOAT and node.name not in folded and not _copies(node):
             left[node.name] = _FLOAT[node.type]
     return left
+
+
+def _copies(node: Node) -> bool:
+    """Whether the layer only copies values: the runtime does that with 8 bits too."""
+    return isinstance(node.layer, Upsample) and node.layer.mode == "nearest"

@@ -34,9 +34,9 @@ from worker.proof_script import onnx_network
 
 WEIGHTED = frozenset({"Conv", "Gemm"})
 HEAVY = WEIGHTED | {"ConvTranspose"}
-BETWEEN = frozenset({"Add", "Mul", "Concat", "GlobalAveragePool", "LeakyRelu", "Sigmoid"})
+BETWEEN = frozenset({"Add", "Concat", "GlobalAveragePool", "LeakyRelu", "Mul", "Sigmoid", "Softmax"})
 """Computed in 8 bits where layers before and behind are; with a constant operand they stay in float32."""
-FOLLOWING = frozenset({"Relu", "Clip", "MaxPool", "AveragePool", "Flatten", "Reshape", "Transpose", "Slice"})
+FOLLOWING = frozenset({"Relu", "Clip", "MaxPool", "AveragePool", "Flatten", "Reshape", "Resize", "Slice", "Transpose"})
 """Computed in 8 bits where what they read is."""
 CALIBRATION_BATCH = 32
 PERCENTILE = 99.999  # of the values of a tensor: 99.99 cuts pixels off, and trebles the error of a small network
