@@ -62,16 +62,17 @@ def run(task: Task, journal: Journal) -> Outcome:
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """Dense against pruned, as lines of text."""
-    baseline, final = summary["baseline"], summary["final"]
-    rows = [("", "dense", "pruned"), ("accuracy", f"{baseline['accuracy']:.4f}", f"{final['accuracy']:.4f}")]
+    """Dense against pruned, and against its 8-bit file if there is one, as lines of text."""
+    columns = {"dense": summary["baseline"], "pruned": summary["final"], "int8": summary.get("int8")}
+    found = {title: measures for title, measures in columns.items() if measures is not None}
+    rows = [["", *found], ["accuracy", *(f"{measures['accuracy']:.4f}" for measures in found.values())]]
     for name in ("params", "nonzero_params", "macs", "bytes"):
-        rows.append((name, f"{baseline[name]:,}", f"{final[name]:,}"))
-    for runtime, batches in baseline["latency_ms"].items():
-        for batch, times in batches.items():
-            pruned = final["latency_ms"][runtime][batch]
-            rows.append((f"{runtime} {batch} ms", f"{times['p50']:.3f}", f"{pruned['p50']:.3f}"))
-    return "\n".join(f"{name:24}{dense:>14}{pruned:>14}" for name, dense, pruned in rows)
+        rows.append([name, *(f"{measures[name]:,}" for measures in found.values())])
+    for runtime, batches in summary["baseline"]["latency_ms"].items():
+        for batch in batches:
+            times = [measures["latency_ms"].get(runtime, {}).get(batch) for measures in found.values()]
+            rows.append([f"{runtime} {batch} ms", *("" if one is None else f"{one['p50']:.3f}" for one in times)])
+    return "\n".join(f"{row[0]:24}" + "".join(f"{value:>14}" for value in row[1:]) for row in rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -236,7 +236,9 @@ def int8_step(int8: Int8, network: Network, final: Mapping[str, Any], latency_ms
         "applied": int8.met,
         "before": final,
         "after": int8_measures(int8, final, latency_ms) if int8.met else final,
-        "layers": [row | _format(int8, row["name"]) for row in layer_rows(network, network.graph, int8.step)],
+        "layers": [row | _format(int8, row["name"]) for row in layer_rows(network, network.graph, int8.step)]
+        if int8.met
+        else [],
         "seconds": round(int8.seconds, 3),
     }
 

@@ -81,7 +81,9 @@ class Job(Answer):
     started_at: str | None
     finished_at: str | None
     error: JobError | None
-    summary: dict[str, Any] | None = Field(description='{"baseline": M, "final": M}')
+    summary: dict[str, Any] | None = Field(
+        description='{"baseline": M, "final": M}, and "int8": M where an 8-bit file was asked for and delivered'
+    )
     stopped_early: bool
     retry_of: str | None
     allowed: list[str] = Field(description="Verbs that are legal now.")

@@ -27,6 +27,7 @@ EVENT_TYPES = (
     "epoch.finished",
     "prune.planned",
     "prune.applied",
+    "quantize.applied",
     "checkpoint.saved",
     "checkpoint.corrupt",
     "warning",
@@ -193,23 +194,30 @@ def _comparison(job: Document) -> Html | None:
     baseline, final = _measures(job)
     if not final:
         return None
-    rows = [_compared(title, baseline.get(name), final.get(name)) for title, name in MEASURES]
+    int8 = (job["summary"] or {}).get("int8") or {}
+    compared: list[tuple[str, Any, Any, Any]] = [
+        (title, baseline.get(name), final.get(name), int8.get(name)) for title, name in MEASURES
+    ]
     for runtime, batches in (final.get("latency_ms") or {}).items():
-        dense = (baseline.get("latency_ms") or {}).get(runtime) or {}
+        dense, eight = ((one.get("latency_ms") or {}).get(runtime) or {} for one in (baseline, int8))
         for batch, times in (batches or {}).items():
-            before = (dense.get(batch) or {}).get("p50")
-            rows.append(_compared(f"{runtime}, {batch.replace('_', ' ')}, p50 ms", before, times.get("p50")))
-    head = element("tr", *(element("th", title) for title in ("", "dense", "pruned", "kept")))
-    return join([element("h2", "Dense against pruned"), element("table", head, *rows)])
+            before, eight_bits = ((one.get(batch) or {}).get("p50") for one in (dense, eight))
+            title = f"{runtime}, {batch.replace('_', ' ')}, p50 ms"
+            compared.append((title, before, times.get("p50"), eight_bits))
+    titles = ("", "dense", "pruned", "kept", "8 bits") if int8 else ("", "dense", "pruned", "kept")
+    rows = [_compared(*row)[: len(titles)] for row in compared]
+    head = element("tr", *(element("th", title) for title in titles))
+    body = [
+        element("tr", element("td", row[0]), *(element("td", value, class_="number") for value in row[1:]))
+        for row in rows
+    ]
+    return join([element("h2", "Dense against pruned"), element("table", head, *body)])
 
 
-def _compared(title: str, before: float | None, after: float | None) -> Html:
+def _compared(title: str, before: float | None, after: float | None, int8: float | None) -> tuple[str, ...]:
+    """The cells of one measure: title, dense, pruned, the part kept, 8 bits."""
     kept = _kept(before, after) if title not in ("accuracy", "loss") else ""
-    return element(
-        "tr",
-        element("td", title),
-        *(element("td", value, class_="number") for value in (_number(before), _number(after), kept)),
-    )
+    return title, _number(before), _number(after), kept, _number(int8)
 
 
 def _classes(report: Document | None) -> Html | None:

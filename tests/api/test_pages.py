@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 
 import pytest
-from support.api import Api, open_api
+from support.api import SUMMARY, Api, open_api
 
 from app import attempts
 from app.web.html import Html, element
@@ -112,6 +112,25 @@ def test_a_job_page_has_the_verdict_the_table_the_files_and_the_events(api):
     assert api.client.get(href).content == b"0123456789" * 10
     assert page.found("main") == [{"data-busy": "no"}]
     assert api.client.get(f"/jobs/{job_id}/logs").status_code == 200
+
+
+def test_an_8_bit_file_has_a_column_of_its_own(api):
+    eight = SUMMARY["final"] | {
+        "accuracy": 0.915,
+        "bytes": 777,
+        "latency_ms": {"onnxruntime": {"batch_1": {"p50": 0.2}}},
+    }
+    torch = {"torch": {"batch_1": {"p50": 1.0}}, "onnxruntime": {"batch_1": {"p50": 0.5}}}
+    summary = {name: measures | {"latency_ms": torch} for name, measures in SUMMARY.items()} | {"int8": eight}
+    job_id = api.submit(optimizations=[{"type": "quantize"}])["id"]
+    api.deliver(api.claim(job_id), summary=summary)
+    text = api.client.get(f"/jobs/{job_id}").text
+    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
+    assert ["", "dense", "pruned", "kept", "8 bits"] in cells
+    figures = {row[0]: row[-1] for row in cells if len(row) == 5}
+    assert (figures["accuracy"], figures["bytes"]) == ("0.915", "777")
+    assert (figures["onnxruntime, batch 1, p50 ms"], figures["torch, batch 1, p50 ms"]) == ("0.2", "")
+    assert "8 bits" not in _page(api, f"/jobs/{api.delivered()}").text
 
 
 def test_a_failed_job_opens_with_its_error_and_a_link_to_its_code(api):

@@ -87,7 +87,14 @@ class Api:
         new = [NewEvent(kind, "info", message) for kind, message in events]
         return attempts.renew(self.db, claim, worker_id=WORKER, events=new, **more)
 
-    def deliver(self, claim: Claim, files: dict[str, bytes] | None = None, *, early: bool = False) -> None:
+    def deliver(
+        self,
+        claim: Claim,
+        files: dict[str, bytes] | None = None,
+        *,
+        early: bool = False,
+        summary: dict[str, Any] | None = None,
+    ) -> None:
         """Finish the job with these files."""
         rows = []
         for name, content in (files or FILES).items():
@@ -98,7 +105,7 @@ class Api:
         attempts.finish(
             self.db,
             claim,
-            summary=SUMMARY,
+            summary=SUMMARY if summary is None else summary,
             report={"job_id": claim.job_id, **REPORT},
             artifacts=rows,
             stopped_early=early,

@@ -10,8 +10,10 @@ from support.topologies import CLASSES, conv, layer, topology, trained
 
 from app.spec.graph import build_graph
 from app.spec.layers import read_layers
+from worker.export import portable_tensors
 from worker.latency import MOST_RUNS, Latency, measure_latency
 from worker.network import Network
+from worker.onnx_model import onnx_bytes
 
 
 def plain(width: int) -> Network:
@@ -43,6 +45,22 @@ def test_zeros_alone_are_said_to_bring_nothing_once_for_each_runtime() -> None:
     for note in found.notes:
         assert note.startswith(("zeros alone do not make torch faster", "zeros alone do not make onnxruntime faster"))
         assert " ms against " in note
+
+
+def test_an_8_bit_file_takes_turns_in_onnxruntime_and_no_gain_is_said_with_figures() -> None:
+    small, large = plain(4), plain(64)
+    tensors = {name: tensor.numpy() for name, tensor in portable_tensors(large).items()}
+    slow = onnx_bytes(large.graph, tensors)  # stands for a file that is slower than the network of the job
+    found = measure_latency(small, small, int8=slow, seconds=0.4, batch_sizes=(1, 8))
+    assert found.int8.keys() == {"onnxruntime"}
+    assert found.int8["onnxruntime"].keys() == found.pruned["onnxruntime"].keys()
+    assert found.notes == ()
+    (note,) = found.int8_notes
+    assert note.startswith("8 bits are not faster than float32 in onnxruntime on this processor: ")
+    assert "at batch 1, " in note
+    assert "at batch 8;" in note
+    fast = onnx_bytes(small.graph, {name: tensor.numpy() for name, tensor in portable_tensors(small).items()})
+    assert measure_latency(large, large, int8=fast, seconds=0.4, batch_sizes=(1,)).int8_notes == ()
 
 
 def test_nothing_is_noted_where_nothing_was_pruned() -> None:
