@@ -72,6 +72,15 @@ VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "fpgm": (("channels",), {"criterion": "fpgm"}),
     "bn_scale": (("channels",), {"criterion": "bn_scale"}),
     "random": (("weights", "channels"), {"criterion": "random"}),
+    "from_the_top": (("weights", "channels"), {"retrain": {"lr": 0.1}}),
+    "from_half": (("weights", "channels"), {"retrain": {"lr": 0.05}}),
+    "top_distilled": (("weights", "channels"), {"retrain": {"lr": 0.1, "distillation": {}}}),
+    "sensitivity_top": (("channels",), {"scope": "sensitivity", "retrain": {"lr": 0.1}}),
+    "sensitivity_top_distilled": (
+        ("channels",),
+        {"scope": "sensitivity", "retrain": {"lr": 0.1, "distillation": {}}},
+    ),
+    "sensitivity_round_to_1": (("channels",), {"scope": "sensitivity", "round_to": 1}),
     "fine_tune": (("weights", "channels"), {"retrain": {"policy": "fine_tune"}}),
     "none": (("weights", "channels"), {"retrain": {"policy": "none", "epochs": 0}}),
 }
