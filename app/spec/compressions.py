@@ -71,8 +71,11 @@ class Separable(Strict):
 class Quantize(Strict):
     """Deliver an ONNX file with weights and activations of 8 bits beside the others: `pruned.int8.onnx`.
 
-    Static, symmetric, weights per output channel (ONNX Runtime, QDQ); ranges are measured on training images. Layers
-    that lose most are left in float32 until the accuracy falls by no more than `max_accuracy_drop`.
+    Static (ONNX Runtime, QDQ): weights symmetric with one scale per output channel, activations with ranges measured on
+    training images. Layers that lose most are left in float32 until the accuracy on the validation images falls by no
+    more than `max_accuracy_drop`; what is delivered keeps to it on the test images too. Where nothing does, the other
+    files are delivered without it, and the report says by how much it misses. `exports` are the formats of the float32
+    network: they need not name onnx.
     """
 
     type: Literal["quantize"] = "quantize"
