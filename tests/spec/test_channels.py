@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from support.dags import one_class, random_drop, random_graph
-from support.topologies import HEAD, PICTURE, TOPOLOGIES, Layers, conv, layer, topology
+from support.dags import random_drop
+from support.topologies import HEAD, PICTURE, Layers, conv, layer
 
 from app.spec.channel_rules import RULES
 from app.spec.channels import Classes, TooManyChannels, channel_classes, shrink_graph
 from app.spec.graph import Graph, build_graph
 from app.spec.layers import CONTAINERS, LAYERS, read_layers
 from app.spec.presets import PRESETS, preset_layers
-
-SEEDS = st.integers(0, 10_000)
 
 
 def graph_of(layers: Layers, input_shape: tuple[int, ...] = PICTURE) -> Graph:
@@ -35,43 +30,9 @@ def drop(classes: Classes, name: str, *channels: int) -> list[int]:
     return sorted({ids(classes, name)[channel] for channel in channels})
 
 
-def is_degenerate(graph: Graph) -> bool:
-    """Whether a layer became another one: one channel per group is depthwise, a product of single channels ties."""
-    for node in graph.nodes:
-        groups = getattr(node.layer, "groups", 1)
-        if (
-            node.type in ("conv", "conv_transpose")
-            and groups not in (1, "depthwise")
-            and groups == node.input_shapes[0][0]
-        ):
-            return True
-        if node.type == "multiply" and node.shape[0] == 1:
-            return True
-    return False
-
-
 def test_every_layer_type_has_a_rule() -> None:
     containers = {kind.model_fields["type"].default for kind in CONTAINERS}
     assert set(RULES) == set(LAYERS) - containers
-
-
-@pytest.mark.parametrize("name", TOPOLOGIES)
-def test_every_channel_of_every_node_has_one_class(name: str) -> None:
-    graph = topology(name)
-    classes = channel_classes(graph)
-    for node in graph.nodes:
-        assert classes.slots[node.name].width == node.shape[0]
-    grouped = np.concatenate([group.classes for group in classes.groups])
-    assert len(grouped) == len(set(grouped.tolist()))
-    assert {c for node in graph.nodes for c in ids(classes, node.name)} <= set(grouped.tolist())
-
-
-@pytest.mark.parametrize("name", TOPOLOGIES)
-def test_every_tensor_axis_that_follows_channels_has_its_width(name: str) -> None:
-    graph = topology(name)
-    shapes = graph.tensors()
-    for axis in channel_classes(graph).axes:
-        assert axis.slots.width == shapes[f"{axis.layer}.{axis.tensor}"].shape[axis.axis]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -231,83 +192,3 @@ def test_a_graph_with_too_many_channels_is_refused_before_it_is_ranked() -> None
     graph = build_graph(read_layers([*layers[:-1], layer("flatten"), layers[-1]]), (1, 1))
     with pytest.raises(TooManyChannels, match="4000000 channels"):
         channel_classes(graph)
-
-
-def test_dropping_nothing_gives_the_same_graph() -> None:
-    graph = topology("residual")
-    assert shrink_graph(graph, []) == graph
-
-
-@pytest.mark.parametrize("name", TOPOLOGIES)
-@pytest.mark.parametrize("share", [0.2, 0.7, 1.0])
-def test_the_smaller_graph_has_the_classes_that_were_not_dropped(name: str, share: float) -> None:
-    graph = topology(name)
-    classes = channel_classes(graph)
-    dropped = random_drop(classes, share, 1)
-    smaller = shrink_graph(graph, dropped, classes)
-    assert smaller.input_shape == graph.input_shape
-    assert smaller[graph.output].shape == graph[graph.output].shape
-    left = [c for c in classes.all().tolist() if c not in set(dropped)]
-    new = channel_classes(smaller)
-    if not is_degenerate(smaller):
-        number = dict(zip(left, new.all().tolist(), strict=True))
-        for node in graph.nodes:
-            assert ids(new, node.name) == [number[c] for c in ids(classes, node.name) if c in number]
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(SEEDS)
-def test_dropping_some_and_then_others_is_dropping_both(seed: int) -> None:
-    graph = random_graph(seed)
-    classes = channel_classes(graph)
-    both = random_drop(classes, 0.6, seed)
-    first, second = both[::2], both[1::2]
-    between = shrink_graph(graph, first, classes)
-    left = [c for c in classes.all().tolist() if c not in set(first)]
-    if is_degenerate(between):
-        return
-    number = dict(zip(left, channel_classes(between).all().tolist(), strict=True))
-    assert shrink_graph(between, [number[c] for c in second]) == shrink_graph(graph, both, classes)
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(SEEDS)
-def test_a_smaller_graph_is_valid_and_survives_a_round_trip_through_json(seed: int) -> None:
-    graph = random_graph(seed)
-    classes = channel_classes(graph)
-    smaller = shrink_graph(graph, one_class(classes, seed) or random_drop(classes, 0.5, seed), classes)
-    assert build_graph(read_layers(smaller.to_layers()), smaller.input_shape) == smaller
-    for node in smaller.nodes:
-        if node.type in ("conv", "conv_transpose"):
-            groups = node.layer.group_count(node.input_shapes[0][0])  # type: ignore[attr-defined]
-            assert node.input_shapes[0][0] % groups == 0
-            assert node.shape[0] % groups == 0
-
-
-def test_classes_depend_neither_on_names_nor_on_the_order_in_which_branches_are_written() -> None:
-    def partition(graph: Graph, rename: dict[str, str]) -> set[frozenset[tuple[str, int]]]:
-        classes = channel_classes(graph)
-        found: dict[int, set[tuple[str, int]]] = {}
-        for node in graph.nodes:
-            for place, c in enumerate(ids(classes, node.name)):
-                found.setdefault(c, set()).add((rename.get(node.name, node.name), place))
-        return {frozenset(places) for places in found.values()}
-
-    left = [conv(4, name="a", inputs=["input"]), layer("batch_norm", name="b", inputs=["a"])]
-    right = [conv(4, name="c", inputs=["input"]), layer("relu", name="d", inputs=["c"])]
-    end = [layer("add", inputs=["b", "d"], name="e"), *HEAD]
-    written = graph_of([*left, *right, *end])
-    swapped = graph_of([*right, *left, *end])
-    rename = {"a": "z1", "b": "z2", "c": "z3", "d": "z4", "e": "z5"}
-
-    def renamed(layers: Layers) -> Layers:
-        return [
-            entry
-            | ({"name": rename[entry["name"]]} if "name" in entry else {})
-            | ({"inputs": [rename.get(i, i) for i in entry["inputs"]]} if "inputs" in entry else {})
-            for entry in layers
-        ]
-
-    other = graph_of(renamed([*left, *right, *end]))
-    assert partition(written, {}) == partition(swapped, {})
-    assert partition(written, {}) == partition(other, {new: old for old, new in rename.items()})
