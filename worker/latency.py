@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from app.errors import JsonValue
 from app.spec.cost import cost
+from app.spec.draft import WEIGHTED
 from worker.export import portable_network, portable_tensors
 from worker.network import Network
 
@@ -31,7 +32,7 @@ NO_GAIN = 0.95  # a ratio of medians above this is within the noise of a busy ma
 Timings = dict[str, dict[str, dict[str, float]]]
 Run = Callable[[], object]
 Runner = Callable[[NDArray[np.float32]], Run]  # images -> one run on them
-Change = Literal["smaller", "zeros", "none"]
+Change = Literal["smaller", "more layers", "zeros", "none"]
 
 
 @dataclass(frozen=True)
@@ -215,6 +216,11 @@ def _notes(
             f"zeros alone do not make {runtime} faster: {figures}; they make the compressed file smaller. "
             "Prune channels for speed."
         )
+    elif change == "more layers":
+        yield (
+            f"the network of smaller layers is not faster in {runtime}: {figures}; it multiplies less, but in more layers, "
+            "each of which is started and writes its map. Wider layers, smaller ranks or pruned channels gain more."
+        )
     else:
         yield (
             f"the smaller network is not faster in {runtime}: {figures}; at this size the time goes into starting each "
@@ -240,10 +246,15 @@ def _slow(found: Mapping[str, Mapping[str, float]], before: Mapping[str, Mapping
 
 
 def _change(dense: Network, pruned: Network) -> Change:
-    """What pruning did: fewer multiply-accumulates, only zeros, or neither."""
+    """What was done: fewer multiply-accumulates, perhaps in more layers, only zeros, or nothing."""
     if cost(pruned.graph).macs < cost(dense.graph).macs:
-        return "smaller"
+        more = _weighted_layers(pruned) > _weighted_layers(dense)
+        return "more layers" if more else "smaller"
     return "zeros" if _nonzero(pruned) < _nonzero(dense) else "none"
+
+
+def _weighted_layers(network: Network) -> int:
+    return sum(node.type in WEIGHTED for node in network.graph.nodes)
 
 
 def _nonzero(network: Network) -> int:

@@ -14,7 +14,8 @@ class StepRecord:
 
     `start` is the network before its first removal (as `model.layers`), `sparsity_before` the part of the prunable
     weights that earlier steps had pruned. `after` is None while the step is under way. `rounds` has one entry for each
-    removal, with the accuracy on the test part right after the cut and after batch norm was recalibrated.
+    removal, with the accuracy on the test part right after the cut and after batch norm was recalibrated. `fates` says
+    of a step that replaces layers what became of each.
     """
 
     position: int
@@ -24,6 +25,7 @@ class StepRecord:
     after: dict[str, Any] | None = None
     layers: list[dict[str, Any]] = field(default_factory=list)
     rounds: list[dict[str, Any]] = field(default_factory=list)
+    fates: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: float = 0.0
     complete: bool = False
 

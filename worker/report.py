@@ -14,12 +14,14 @@ import torch
 
 from app.spec.cost import Cost, cost
 from app.spec.graph import Graph
+from app.spec.optimizations import COMPRESSIONS
 from worker.evaluation import Scores
 from worker.ledger import Ledger, StepRecord
 from worker.network import Network
 from worker.precision import Precision
 from worker.sparse_file import SPARSE_WEIGHTS
 
+COMPRESSION_TYPES = frozenset(step.model_fields["type"].default for step in COMPRESSIONS)
 LARGEST_TO_COMPRESS = 64 << 20  # gzip reads about 30 MB/s
 
 Measures = dict[str, Any]
@@ -74,7 +76,7 @@ def step_rows(
             }
         elif position in at_the_end:
             row |= at_the_end[position]
-        elif optimization["type"] == "prune":
+        elif optimization["type"] in COMPRESSION_TYPES:
             row |= {"applied": False, "before": final, "after": final, "layers": [], "seconds": 0.0}
         else:
             before, after = (measures_of_cost(cost(graph)) for graph in graphs[position : position + 2])

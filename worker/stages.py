@@ -16,6 +16,7 @@ from app.spec.optimizations import Compression
 from app.spec.pruning import Prune
 from worker.averaging import snapshot
 from worker.compressing import check_budget, cut_channels, cut_weights, joined_masks, layer_rows, recalibrate
+from worker.compression.low_rank import loss_note, replace_trained_layers, replaced_rows
 from worker.data import derive_seed
 from worker.learning_rate import learning_rate
 from worker.ledger import StepRecord
@@ -190,6 +191,12 @@ def _remove(job: Job, step: Compression, removal: Removal, record: StepRecord) -
             )
     elif isinstance(step, Prune):
         reached.network = cut_channels(reached.network, step, removal, job.materials, start=_start(job, record))
+    else:
+        network, record.fates = replace_trained_layers(reached.network, step, baseline=job.materials.baseline)
+        if network is reached.network:
+            reached.ledger.note(f"/optimizations/{record.position}: no layer was replaced; the rows of its layers say why")
+        job.precision.place(network)
+        reached.network = network
 
 
 def _tell_removal(job: Job, record: StepRecord, step: Compression) -> None:
@@ -262,6 +269,8 @@ def _recipe(job: Job, stage: Stage, steps_per_epoch: int) -> Recipe:
         )
     step = job.compression(stage)
     record = job.reached.ledger.steps[-1]
+    # what stands in the place of a layer is new and trains like any other: it has to make good what the product lost
+    new = {name for past in job.reached.ledger.steps for name, fate in past.fates.items() if "parts" in fate}
 
     def regrow(network: Network, sparsity: float, previous: Masks | None) -> Masks:
         assert isinstance(step, Prune), "only masks grow during a retraining"
@@ -281,8 +290,8 @@ def _recipe(job: Job, stage: Stage, steps_per_epoch: int) -> Recipe:
             initial=record.sparsity_before,
         ),
         regrow=regrow,
-        frozen=job.plan.frozen,
-        rate_factors=job.plan.rate_factors,
+        frozen=job.plan.frozen - new,
+        rate_factors={name: factor for name, factor in job.plan.rate_factors.items() if name not in new},
     )
 
 
@@ -313,7 +322,12 @@ def _close_record(job: Job, step: Compression, *, complete: bool) -> None:
     record = reached.ledger.steps[-1]
     job.watch.charge()
     record.after = measures(reached.network, reached.ledger.latest)
-    record.layers = layer_rows(reached.network, _start(job, record), step)
+    if isinstance(step, Prune):
+        record.layers = layer_rows(reached.network, _start(job, record), step)
+    else:
+        record.layers = replaced_rows(reached.network, _start(job, record), record.fates)
+        if sentence := loss_note(step.type, record.before, record.after, record.fates):
+            reached.ledger.note(sentence)
     record.complete = complete
 
 

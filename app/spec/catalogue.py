@@ -48,6 +48,7 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
     },
 }
 _MORE_EXAMPLES: dict[str, list[dict[str, Any]]] = {
+    "low_rank": [{"type": "low_rank", "rank": 16}, {"type": "low_rank", "energy": 0.7, "exclude": ["conv1"]}],
     "prune": [
         {"type": "prune", "sparsity": 0.9, "criterion": "lamp", "schedule": {"name": "cubic"}},
         {"type": "prune", "sparsity": 0.9, "criterion": "erk", "overrides": {"conv1": {"sparsity": 0.5}}},

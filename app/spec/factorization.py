@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from app.spec.channel_rules import IntArray
 from app.spec.convolutions import Conv, ConvTranspose, Linear
 from app.spec.draft import WEIGHTED, Draft
 from app.spec.graph import Graph, Node
@@ -100,15 +101,26 @@ class Factorable:
 
     def costs(self, ranks: Ranks) -> tuple[int, int]:
         """(multiply-accumulates of all places, weights) with these ranks, whatever they cost; biases are not counted."""
+        macs, weights = self._costs(*ranks)
+        return macs, weights
+
+    def costs_of_all(self, ranks: tuple[IntArray, ...]) -> tuple[IntArray, IntArray]:
+        """`costs` of many ranks at once: arrays of one shape, one for each rank."""
+        macs, weights = self._costs(*ranks)
+        return macs, weights
+
+    def _costs(self, *ranks: Any) -> tuple[Any, Any]:
         inputs, outputs = self.channels
         read, multiplied, given = self._maps
         if self.is_plain:
-            weights = inputs * outputs if ranks == self.widths else ranks[0] * (inputs + outputs)
+            (rank,) = ranks
+            whole = rank == self.widths[0]
+            weights = whole * (inputs * outputs) + (1 - whole) * rank * (inputs + outputs)
             return given * weights, weights
         before, behind = ranks
-        reduce = inputs * before if before < inputs else 0
+        reduce = (before < inputs) * inputs * before
         core = before * behind * self.positions
-        expand = behind * outputs if behind < outputs else 0
+        expand = (behind < outputs) * behind * outputs
         return read * reduce + multiplied * core + given * expand, reduce + core + expand
 
     def settled(self, ranks: Ranks, measure: str) -> Ranks:

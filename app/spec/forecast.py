@@ -105,7 +105,7 @@ class Forecast:
 
         Raises InvalidSpec as `prune` does.
         """
-        if faults := [*_unsure_faults(self.unsure, step, pointer)]:
+        if faults := [*islice(_unsure_faults(self.unsure, step, pointer), MOST_FAULTS)]:
             raise InvalidSpec(faults)
         if isinstance(step, Prune):
             self.prune(step, pointer)
@@ -168,16 +168,19 @@ class Forecast:
 
         Ranks that depend on trained weights are those of singular values whose squares fall along a line.
         """
-        if faults := [*_replacement_faults(self.graph, step, pointer)]:
-            raise InvalidSpec(faults[:MOST_FAULTS])
+        if faults := [*islice(_replacement_faults(self.graph, step, pointer, self.guessed), MOST_FAULTS)]:
+            raise InvalidSpec(faults)
         self._count_choices(pointer)
         before = self.graph
         try:
             done = replace_layers(before, step, baseline=self.baseline)
         except BudgetUnreachable as exc:
+            assert isinstance(step, LowRank)
             raise InvalidSpec([_unreachable(step, exc, pointer)]) from exc
-        if useless := [*_useless_faults(step, done, pointer)]:
-            raise InvalidSpec(useless[:MOST_FAULTS])
+        faults = [*islice(_useless_faults(step, done, pointer), MOST_FAULTS)]
+        if faults and not self.guessed:
+            raise InvalidSpec(faults)
+        self.warnings += [Fault(at.pointer, f"as estimated, {at.message}", value=at.value) for at in faults]
         exact = _is_exact(step, done)
         by = f"by {step.type}" if exact else f"by {step.type}; estimate"
         for node in _weighted(before):
@@ -192,7 +195,7 @@ class Forecast:
         self.rows += [
             LayerPlan(node.name, "insert", None, node.shape[0], exact, f"{node.type}, {by}", pointer) for node in brought
         ]
-        if not done.products:
+        if not done.products and not faults:
             assert isinstance(step, LowRank)
             self.warnings.append(Fault(pointer, f"replaces nothing: {_why_nothing(step, cost(before), self.baseline)}"))
         if not exact:
@@ -413,8 +416,10 @@ def _unreachable(step: Prune | LowRank, exc: BudgetUnreachable, pointer: str) ->
     return Fault(f"{pointer}/budget/{exc.measure}", message, limit=limit, value=value)
 
 
-def _replacement_faults(graph: Graph, step: LowRank | Separable, pointer: str) -> Iterator[Fault]:
-    """Layers that are named and are not there, or that cannot be replaced."""
+def _replacement_faults(
+    graph: Graph, step: LowRank | Separable, pointer: str, guessed: Collection[str]
+) -> Iterator[Fault]:
+    """Layers that are named and are not there, or that cannot be replaced; those `guessed` may be other layers yet."""
     reasons = why_irreplaceable(graph, step)
     for position, name in enumerate(step.exclude):
         if reason := _unfit(graph, name, done="replaced"):
@@ -423,7 +428,7 @@ def _replacement_faults(graph: Graph, step: LowRank | Separable, pointer: str) -
         reason = _unfit(graph, name, done="replaced")
         if reason is None and name in step.exclude:
             reason = f"{name} is excluded: it cannot be named too"
-        if reason is None and name in reasons:
+        if reason is None and name in reasons and name not in guessed:
             reason = f"{name} stays as it is: {reasons[name]}"
         if reason:
             yield Fault(f"{pointer}/layers/{position}", reason, value=name)

@@ -3,30 +3,30 @@
     choice = choose_ranks(graph, step, spectra)          # spectra None: the dry run's, a line for every layer
     smaller = factorize(graph, choice.ranks)             # costs exactly choice.cost
 
-The *lost energy* of a rank is the part of a layer's squared singular values that it drops; of two ranks (inputs and
-outputs) the sum, a bound on the part of the squared weights that the product misses (De Lathauwer et al. 2000, SIAM J.
-Matrix Anal. Appl. 21, property 10). Chosen ranks are multiples of `round_to`, at least 8 and a tenth of the full rank.
+The *lost energy* of ranks is the part of a layer's squared weights that the product misses: of one rank the squared
+singular values that are dropped; of two what truncating both sides of the higher-order SVD drops, which HOOI does not
+exceed (De Lathauwer et al. 2000, SIAM J. Matrix Anal. Appl. 21). Chosen ranks are multiples of `round_to`, at least 8
+and a tenth of the full rank.
 
 - `rank`: that rank everywhere, as far as it makes a layer cheaper.
-- `energy`: the smallest ranks that lose no more than 1 - energy, half of it on either side.
+- `energy`: the cheapest ranks that keep it.
 - `budget`: from full ranks on, again and again the cut with the smallest lost energy for what it saves, until the budget
-  holds; then cuts go back, the most energy for their cost first, as far as the budget allows: it is met from below, and
-  no rank can be one step larger.
+  holds; then ranks grow again, step by step, the most energy for its cost first, as far as the budget allows: it is met
+  from below, and no rank can be one step larger.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from app.spec.budget import BudgetUnreachable
-from app.spec.channel_rules import FloatArray
+from app.spec.channel_rules import FloatArray, IntArray
 from app.spec.compressions import LowRank
 from app.spec.cost import FLOAT_BYTES, Cost, cost, safetensors_bytes
 from app.spec.factorization import (
@@ -43,9 +43,10 @@ from app.spec.graph import Graph
 from app.spec.shapes import Shape
 from app.spec.tally import Measure
 
-Spectra = Mapping[str, tuple[FloatArray, ...]]
-"""Layer -> for each of its ranks the energy lost with rank 0, 1, ... full: 1 at first (or less), 0 at last, falling."""
+Spectra = Mapping[str, FloatArray]
+"""Layer -> the energy that is lost with rank 0, 1, ... full, or with each pair of ranks (inputs x outputs)."""
 
+MOST_STEPS = 128  # ranks of one side that cuts are chosen from: 4,096 x 4,096 pairs would take gigabytes
 HEAVIEST = 3  # layers that an unreachable budget names
 
 
@@ -78,13 +79,13 @@ def choose_ranks(graph: Graph, step: LowRank, spectra: Spectra | None, *, baseli
     """
     layers, kept = low_rank_layers(graph, only=step.layers, exclude=step.exclude)
     measure = "macs" if step.budget is None else step.budget.measure
-    tools = {name: _Cuts(layer, step.round_to, measure, (spectra or {}).get(name)) for name, layer in layers.items()}
-    floors = {name: cuts.floor for name, cuts in tools.items()}
+    tools = {name: _Choices(layer, step.round_to, measure, (spectra or {}).get(name)) for name, layer in layers.items()}
+    floors = {name: choices.floor for name, choices in tools.items()}
     if step.rank is not None:
-        wanted = {name: cuts.at_most(step.rank) for name, cuts in tools.items()}
+        wanted = {name: choices.at_most(step.rank) for name, choices in tools.items()}
         floors, why = wanted, f"at rank {step.rank} it would cost no less"
     elif step.energy is not None:
-        wanted = {name: cuts.with_energy(step.energy) for name, cuts in tools.items()}
+        wanted = {name: choices.with_energy(step.energy) for name, choices in tools.items()}
         why = f"the ranks that keep {step.energy:g} of its energy cost no less"
     else:
         wanted = _within_budget(graph, step, tools, kept, baseline or cost(graph))
@@ -100,20 +101,15 @@ def choose_ranks(graph: Graph, step: LowRank, spectra: Spectra | None, *, baseli
     return RankChoice(ranks, kept, layers, cost(factorize(graph, ranks)), cost(factorize(graph, floors)))
 
 
-class _Cuts:
-    """The ranks of one layer that may be chosen, what they cost in one measure, and what they lose."""
+class _Choices:
+    """The ranks that one layer may have: what they cost in one measure, and which energy they lose."""
 
-    def __init__(self, layer: Factorable, round_to: int, measure: str, spectra: tuple[FloatArray, ...] | None) -> None:
-        self.layer, self._measure = layer, measure
-        self._lost = spectra or tuple(_line(width) for width in layer.widths)
-        self.full = layer.widths
-        self.grids = [layer.grid(mode, round_to) for mode in range(len(self.full))]
-        self._places = [{rank: place for place, rank in enumerate(grid)} for grid in self.grids]
+    def __init__(self, layer: Factorable, round_to: int, measure: str, spectrum: FloatArray | None) -> None:
+        self.layer, self.full = layer, layer.widths
+        self._measure, self._spectrum = measure, spectrum
+        self._grids = [layer.grid(mode, round_to) for mode in range(len(self.full))]
+        self._places = [{rank: place for place, rank in enumerate(grid)} for grid in self._grids]
         self.floor = layer.floor(round_to, measure)
-
-    def settled(self, ranks: Ranks) -> Ranks:
-        """See `Factorable.settled`."""
-        return self.layer.settled(ranks, self._measure)
 
     def costs(self, ranks: Ranks) -> int:
         """Multiply-accumulates, or weights."""
@@ -121,58 +117,84 @@ class _Cuts:
 
     def lost(self, ranks: Ranks) -> float:
         """The energy that these ranks lose."""
-        return sum(float(lost[rank]) for lost, rank in zip(self._lost, ranks, strict=True))
+        return float(self._lost(tuple(np.array(rank) for rank in ranks)))
+
+    def _lost(self, ranks: tuple[IntArray, ...]) -> FloatArray:
+        if self._spectrum is not None:
+            return self._spectrum[ranks]
+        kept = np.ones(())
+        for rank, full in zip(ranks, self.full, strict=True):
+            kept = kept * (1 - np.square(1 - rank / full))
+        return 1 - kept
 
     def at_most(self, rank: int) -> Ranks:
         """This rank on every side, or the full one where it is smaller."""
-        return self.settled(tuple(min(rank, full) for full in self.full))
+        return self.layer.settled(tuple(min(rank, full) for full in self.full), self._measure)
 
     def with_energy(self, energy: float) -> Ranks:
-        """The smallest ranks that keep this part of the energy."""
-        allowed = (1 - energy) / len(self.full)
-        chosen = (
-            next(rank for rank in grid if rank == grid[-1] or lost[rank] <= allowed)
-            for grid, lost in zip(self.grids, self._lost, strict=True)
-        )
-        return self.settled(tuple(chosen))
+        """The cheapest ranks that keep this part of the energy."""
+        ranks, costs, lost = self._points(self._grids)
+        enough = np.flatnonzero(lost <= 1 - energy)
+        return self._at(ranks, enough[np.lexsort((lost[enough], costs[enough]))[0]])
 
-    def lower(self, ranks: Ranks) -> list[Ranks]:
-        """The next cheaper ranks: on each side alone; if neither alone saves anything, on both."""
-        now, found = self.costs(ranks), []
-        for mode, grid in enumerate(self.grids):
+    def cuts(self) -> list[tuple[float, Ranks]]:
+        """The way from full ranks to the floor: (energy lost for each unit that is saved, ranks), rising.
 
-            def cut(place: int, mode: int = mode, grid: list[int] = grid) -> Ranks:
-                return self.settled((*ranks[:mode], grid[place], *ranks[mode + 1 :]))
-
-            end = self._places[mode][ranks[mode]]
-            # the cost never falls where a rank rises, so those that are cheaper come first
-            cheaper = bisect_left(range(end), True, key=lambda place: self.costs(cut(place)) >= now)
-            if cheaper:
-                found.append(cut(cheaper - 1))
-        return found or ([self.floor] if self.costs(self.floor) < now else [])
+        Each is, of all cheaper ranks, the one that loses least for what it saves: the lower convex hull of lost energy
+        over cost. Of grids with many ranks only some are looked at.
+        """
+        ranks, costs, lost = self._points([_thinned(grid) for grid in self._grids])
+        now, slope = len(costs) - 1, -math.inf
+        way: list[tuple[float, Ranks]] = []
+        while True:
+            cheaper = np.flatnonzero(costs < costs[now])
+            if not len(cheaper):
+                return way
+            slopes = (lost[cheaper] - lost[now]) / (costs[now] - costs[cheaper])
+            best = np.lexsort((costs[cheaper], slopes))[0]
+            now, slope = int(cheaper[best]), max(slope, float(slopes[best]))  # rounding must not turn their order
+            way.append((slope, self._at(ranks, now)))
 
     def higher(self, ranks: Ranks) -> list[Ranks]:
         """The ranks one step above these, on each side alone."""
         found = []
-        for mode, grid in enumerate(self.grids):
+        for mode, grid in enumerate(self._grids):
             place = self._places[mode][ranks[mode]]
             if place + 1 < len(grid):
-                found.append(self.settled((*ranks[:mode], grid[place + 1], *ranks[mode + 1 :])))
+                more = (*ranks[:mode], grid[place + 1], *ranks[mode + 1 :])
+                found.append(self.layer.settled(more, self._measure))
         return found
 
+    def _points(self, grids: Sequence[Sequence[int]]) -> tuple[tuple[IntArray, ...], IntArray, FloatArray]:
+        """(ranks, costs, lost energies) of the full ranks and of all on these grids that are cheaper."""
+        meshes = np.meshgrid(*(np.array(grid, dtype=np.int64) for grid in grids), indexing="ij")
+        ranks = tuple(mesh.ravel() for mesh in meshes)
+        both, whole = self.layer.costs_of_all(ranks), self.layer.costs(self.full)
+        by = 0 if self._measure == "macs" else 1
+        sound = (both[by] < whole[by]) & (both[1 - by] <= whole[1 - by])
+        sound[-1] = True  # full ranks
+        ranks = tuple(rank[sound] for rank in ranks)
+        lost = np.maximum(self._lost(ranks), 0.0)
+        lost[-1] = 0.0
+        return ranks, both[by][sound], lost
 
-def _line(width: int) -> FloatArray:
-    """The energy lost with rank 0 to `width`, where squared singular values fall along a line to 0."""
-    return np.square(1 - np.arange(width + 1) / width)
+    def _at(self, ranks: tuple[IntArray, ...], place: int | np.int64) -> Ranks:
+        return tuple(int(rank[place]) for rank in ranks)
+
+
+def _thinned(grid: Sequence[int]) -> Sequence[int]:
+    """The grid with at most `MOST_STEPS` ranks, its ends among them."""
+    apart = -(-len(grid) // MOST_STEPS)
+    return grid if apart == 1 else [*grid[:-1:apart], grid[-1]]
 
 
 def _within_budget(
-    graph: Graph, step: LowRank, tools: Mapping[str, _Cuts], kept: Mapping[str, str], baseline: Cost
+    graph: Graph, step: LowRank, tools: Mapping[str, _Choices], kept: Mapping[str, str], baseline: Cost
 ) -> dict[str, Ranks]:
     assert step.budget is not None
     assert step.budget.measure != "latency_ms", "a latency is measured, not counted"
     search = _Search(graph, tools, step.budget.measure, step.budget.allowed(getattr(baseline, step.budget.measure)))
-    floors = {name: cuts.floor for name, cuts in tools.items()}
+    floors = {name: choices.floor for name, choices in tools.items()}
     if not search.fits(floors, search.total_with(floors)):
         raise search.unreachable(floors, kept, baseline)
     search.cut()
@@ -183,11 +205,11 @@ def _within_budget(
 class _Search:
     """Ranks on their way to a budget. `total` are all MACs, or all weights that are stored."""
 
-    def __init__(self, graph: Graph, tools: Mapping[str, _Cuts], measure: Measure, allowed: int) -> None:
+    def __init__(self, graph: Graph, tools: Mapping[str, _Choices], measure: Measure, allowed: int) -> None:
         self._graph, self._tools, self._measure, self._allowed = graph, tools, measure, allowed
-        self._dense = {name: cuts.costs(cuts.full) for name, cuts in tools.items()}
+        self._dense = {name: choices.costs(choices.full) for name, choices in tools.items()}
         self._whole = _total(graph, measure)
-        self.ranks = {name: cuts.full for name, cuts in tools.items()}
+        self.ranks = {name: choices.full for name, choices in tools.items()}
         self.total = self._whole
 
     def total_with(self, ranks: Mapping[str, Ranks]) -> int:
@@ -206,7 +228,7 @@ class _Search:
     @cached_property
     def _largest_header(self) -> int:
         """Bytes of the header where every layer is as many layers, as wide, as its ranks allow."""
-        ranks = {name: tuple(max(1, width - 1) for width in cuts.full) for name, cuts in self._tools.items()}
+        ranks = {name: tuple(max(1, width - 1) for width in choices.full) for name, choices in self._tools.items()}
         shapes = self._shapes(ranks)
         return safetensors_bytes(shapes) - FLOAT_BYTES * sum(math.prod(shape) for shape in shapes.values())
 
@@ -227,15 +249,18 @@ class _Search:
 
     def cut(self) -> None:
         """Take the cut that loses least for what it saves, until the budget holds or nothing can be cut."""
-        waiting: list[tuple[float, str, Ranks, Ranks]] = []
-        for name in self._tools:
-            self._offer(waiting, name)
-        while waiting and not self.fits(self.ranks, self.total):
-            _, name, cut, given = heapq.heappop(waiting)
-            if given != self.ranks[name]:
-                continue  # from before another cut of this layer
-            self._move(name, cut)
-            self._offer(waiting, name)
+        cuts = [
+            (slope, name, number, ranks)
+            for name, choices in self._tools.items()
+            for number, (slope, ranks) in enumerate(choices.cuts())
+        ]
+        for _, name, _, ranks in sorted(cuts):
+            if self.fits(self.ranks, self.total):
+                return
+            self._move(name, ranks)
+        for name, choices in self._tools.items():  # what thinned grids have left out
+            if not self.fits(self.ranks, self.total):
+                self._move(name, choices.floor)
 
     def give_back(self) -> None:
         """Take back, step by step, what the budget allows: what regains most for its cost first.
@@ -244,21 +269,21 @@ class _Search:
         """
         waiting: list[tuple[float, str, Ranks, Ranks]] = []
         for name in self._tools:
-            self._offer_more(waiting, name)
+            self._offer(waiting, name)
         while waiting:
             _, name, more, given = heapq.heappop(waiting)
             grown = self.total + self._tools[name].costs(more) - self._tools[name].costs(given)
             if given == self.ranks[name] and self.fits(self.ranks | {name: more}, grown):
                 self._move(name, more)
-                self._offer_more(waiting, name)
+                self._offer(waiting, name)
 
     def unreachable(self, floors: Mapping[str, Ranks], kept: Mapping[str, str], baseline: Cost) -> BudgetUnreachable:
         """The error, with the layers that cost most at the smallest ranks."""
         smallest = factorize(self._graph, floors)
         least, dense = getattr(cost(smallest), self._measure), getattr(baseline, self._measure)
         costs = {node.name: node.macs if self._measure == "macs" else node.params for node in self._graph.nodes}
-        for name, cuts in self._tools.items():
-            costs[name] = cuts.costs(floors[name])
+        for name, choices in self._tools.items():
+            costs[name] = choices.costs(floors[name])
         whole = max(1, sum(costs.values()))
         holds = []
         for name in sorted(costs, key=lambda name: -costs[name])[:HEAVIEST]:
@@ -269,24 +294,19 @@ class _Search:
 
     def _offer(self, waiting: list[tuple[float, str, Ranks, Ranks]], name: str) -> None:
         now = self.ranks[name]
-        for cut in self._tools[name].lower(now):
-            heapq.heappush(waiting, (self._worth(name, cut), name, cut, now))
-
-    def _offer_more(self, waiting: list[tuple[float, str, Ranks, Ranks]], name: str) -> None:
-        now = self.ranks[name]
         for more in self._tools[name].higher(now):
             if more != now:
                 heapq.heappush(waiting, (-self._worth(name, more), name, more, now))
 
     def _worth(self, name: str, other: Ranks) -> float:
         """The energy between the present ranks and these, for each unit of the cost between them."""
-        cuts, now = self._tools[name], self.ranks[name]
-        apart, lost = cuts.costs(now) - cuts.costs(other), cuts.lost(other) - cuts.lost(now)
+        choices, now = self._tools[name], self.ranks[name]
+        apart, lost = choices.costs(now) - choices.costs(other), choices.lost(other) - choices.lost(now)
         return lost / apart if apart else math.copysign(math.inf, -lost)
 
     def _move(self, name: str, ranks: Ranks) -> None:
-        cuts = self._tools[name]
-        self.total += cuts.costs(ranks) - cuts.costs(self.ranks[name])
+        choices = self._tools[name]
+        self.total += choices.costs(ranks) - choices.costs(self.ranks[name])
         self.ranks[name] = ranks
 
 

@@ -21,12 +21,16 @@ from app.spec.channel_rules import FloatArray
 from app.spec.compressions import LowRank, Separable
 from app.spec.convolutions import ConvTranspose
 from app.spec.cost import Cost
+from app.spec.draft import WEIGHTED
 from app.spec.factorization import Factorable, Product, Ranks, low_rank_layers
+from app.spec.graph import Graph
 from app.spec.ranks import Spectra
 from app.spec.replacement import replace_layers
 from worker.network import Network
 from worker.pruning.importance import check_finite
 
+NOTEWORTHY_DROP = 0.01  # of the accuracy
+MOST_NAMED = 3
 SWEEPS = 5  # of HOOI: the error falls in the first, and no more after the fifth
 
 Fates = dict[str, dict[str, Any]]
@@ -103,6 +107,56 @@ def replace_trained_layers(network: Network, step: LowRank | Separable, *, basel
     return smaller, fates
 
 
+@torch.no_grad()
+def replaced_rows(network: Network, before: Graph, fates: Fates) -> list[dict[str, Any]]:
+    """The report's `layers` of a step: each convolution and linear layer of the network `before` it.
+
+    `weights`, `nonzero` and `sparsity` are of all layers in its place; `parts` are these, each with its own width.
+    """
+    rows = []
+    for node in before.nodes:
+        if node.type not in WEIGHTED:
+            continue
+        fate = fates.get(node.name, {})
+        names = fate.get("parts", [node.name])
+        weights = [] if node.shares is not None else [network.get_parameter(f"{name}.weight") for name in names]
+        count = sum(weight.numel() for weight in weights)
+        nonzero = sum(int(torch.count_nonzero(weight)) for weight in weights)
+        row: dict[str, Any] = {
+            "name": node.name,
+            "type": node.type,
+            "channels_before": node.shape[0],
+            "channels_after": network.graph[node.name].shape[0],
+            "weights": count,
+            "nonzero": nonzero,
+            "sparsity": 1 - nonzero / count if count else 0.0,
+        }
+        if node.shares is not None:
+            row["shares"] = node.shares
+        if "parts" in fate:
+            parts = [network.graph[name] for name in names]
+            row["parts"] = [{"name": part.name, "type": part.type, "channels": part.shape[0]} for part in parts]
+            row["relative_error"] = round(fate["relative_error"], 6)
+        elif "reason" in fate:
+            row["reason"] = fate["reason"]
+        rows.append(row)
+    return rows
+
+
+def loss_note(kind: str, before: Mapping[str, Any], after: Mapping[str, Any], fates: Fates) -> str | None:
+    """A sentence where the accuracy fell by more than a point, with the layers that are farthest from what they were."""
+    drop = before["accuracy"] - after["accuracy"]
+    errors = {name: fate["relative_error"] for name, fate in fates.items() if "relative_error" in fate}
+    if drop <= NOTEWORTHY_DROP or not errors:
+        return None
+    worst = sorted(errors, key=lambda name: -errors[name])[:MOST_NAMED]
+    named = ", ".join(f"{name} {errors[name]:.0%}" for name in worst)
+    return (
+        f"{kind} cost {100 * drop:.1f} points of accuracy: its products start {named} away from the trained weights (of "
+        "their norm). A larger budget, more epochs of retraining or distillation give more of it back."
+    )
+
+
 # --- decompositions ---------------------------------------------------------------------------------------------------
 
 
@@ -146,16 +200,12 @@ def separated(weight_OIK: Tensor) -> Separated:
 
 
 def spectra_of(network: Network, step: LowRank) -> Spectra:
-    """What every layer loses with each rank: of `layer.widths`, for each side the part of its squared singular values."""
+    """The energy that each layer loses with every rank, or every pair of ranks (inputs x outputs)."""
     layers, _ = low_rank_layers(network.graph, only=step.layers, exclude=step.exclude)
-    found: dict[str, tuple[FloatArray, ...]] = {}
+    found: dict[str, FloatArray] = {}
     for name, layer in layers.items():
         weight_OIK = matrix_of(layer, network.get_parameter(f"{name}.weight"))
-        if layer.is_plain:
-            turned = weight_OIK.shape[0] > weight_OIK.shape[1]
-            found[name] = (_lost(weight_OIK.transpose(0, 1) if turned else weight_OIK),)
-        else:
-            found[name] = (_lost(weight_OIK.transpose(0, 1)), _lost(weight_OIK))
+        found[name] = _lost_by_matrix(weight_OIK[:, :, 0]) if layer.is_plain else _lost_by_tucker(weight_OIK)
     return found
 
 
@@ -166,13 +216,26 @@ def matrix_of(layer: Factorable, weight: Tensor) -> Tensor:
     return turned.reshape(*turned.shape[:2], -1)
 
 
-def _lost(unfolded: Tensor) -> FloatArray:
-    """The part of the squared singular values behind the first 0, 1, ... of the tensor's first axis; 0 of a zero tensor."""
-    matrix = unfolded.flatten(1)
-    squares = torch.linalg.eigvalsh(matrix @ matrix.T).clamp(min=0).numpy()  # rising
-    behind = np.cumsum(squares)[::-1]
-    total = max(float(behind[0]), np.finfo(np.float64).tiny)
-    return np.concatenate([behind / total, [0.0]])
+def _lost_by_matrix(weight_OI: Tensor) -> FloatArray:
+    """The part of the squared singular values behind the first 0, 1, ..., min(O, I); 0 of a zero matrix."""
+    short = weight_OI if weight_OI.shape[0] <= weight_OI.shape[1] else weight_OI.T
+    rising = torch.linalg.eigvalsh(short @ short.T).clamp(min=0).numpy()
+    return np.concatenate([_part_of(np.cumsum(rising)[::-1]), [0.0]])
+
+
+def _lost_by_tucker(weight_OIK: Tensor) -> FloatArray:
+    """The part of the squares that truncating the higher-order SVD to R inputs and S outputs drops, (I + 1) x (O + 1)."""
+    outputs, inputs, _ = weight_OIK.shape
+    turned = _on_inputs(weight_OIK, _leading(weight_OIK.transpose(0, 1), inputs))
+    squares_OI = _on_outputs(turned, _leading(weight_OIK, outputs)).square().sum(dim=2)
+    kept_IO = np.zeros((inputs + 1, outputs + 1))
+    kept_IO[1:, 1:] = squares_OI.T.numpy().cumsum(axis=0).cumsum(axis=1)
+    return _part_of(kept_IO[-1, -1] - kept_IO)
+
+
+def _part_of(left: FloatArray) -> FloatArray:
+    """Divided by its largest entry, which stands first; nothing of nothing is lost."""
+    return left / max(float(left.flat[0]), np.finfo(np.float64).tiny)
 
 
 def _leading(unfolded: Tensor, rank: int) -> Tensor:
