@@ -42,7 +42,7 @@ class Materials:
     """What a removal needs beside the network: images of the training part without augmentation, seeds, the dense cost.
 
     `plain` gives batches of images and labels, the same at each call; `seed` is the job's; `dense_network` gives the
-    trained network before the first compression; `frozen` are the layers that keep their statistics.
+    trained network before the first compression; `images` is how many the training part has; `frozen` are the layers that keep their statistics.
     """
 
     plain: Callable[[], Pairs]
@@ -50,6 +50,7 @@ class Materials:
     precision: Precision
     baseline: Cost
     dense_network: Callable[[], Network]
+    images: int
     frozen: frozenset[str] = frozenset()
 
 
@@ -98,7 +99,16 @@ def cut_channels(network: Network, step: Prune, stage: Stage, materials: Materia
     )
     losses = None
     if step.scope == "sensitivity":
-        losses = loss_curves(network, classes, step, scores, materials.plain(), materials.precision)
+        losses = loss_curves(
+            network,
+            classes,
+            step,
+            scores,
+            materials.plain(),
+            materials.precision,
+            images=materials.images,
+            frozen=materials.frozen,
+        )
 
     def choose(wanted: Prune, fraction: float) -> Removals:
         return choose_removals(

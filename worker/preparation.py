@@ -179,7 +179,13 @@ class Job:
             return batches.epoch(0)
 
         return Materials(
-            plain, seed, self.precision, self.plan.baseline_cost, self.dense_network, frozen=self.plan.frozen
+            plain,
+            seed,
+            self.precision,
+            self.plan.baseline_cost,
+            self.dense_network,
+            len(train),
+            frozen=self.plan.frozen,
         )
 
     def score(self, network: Network) -> Scores:

@@ -10,7 +10,7 @@ kernels work on blocks of 8 or 16 channels and a width between two costs as much
 `max(min_channels, ceil((1 - max_sparsity) * width))` channels, whatever its scores are. What is left is one order of quanta:
 
 - scope `layer`: by the part of its group that is gone with it, so that all groups keep the same fraction;
-- scope `sensitivity`: by the accuracy that is lost when the group alone is cut as far, as measured (`losses`);
+- scope `sensitivity`: by the rise of the loss when the group alone is cut as far, as measured (`losses`);
 - scope `global`: by score, each divided by the mean of its group, because raw sums grow with fan-in and with the number
   of tied layers (`taylor` is in units of the loss and `lamp` relative to its group already: they rank raw).
 
@@ -41,17 +41,17 @@ COMPARABLE = ("taylor", "lamp")  # criteria whose scores can be compared between
 BLOCKS = (16, 8, 4, 2, 1)  # channels that widths may be multiples of, where nothing else is said
 STEPS = 3  # that a group has at least between its width and nothing
 CLOSE_ENOUGH = 0.9  # of what is asked for
-SHARE_OF_TIES = 1e-6  # of the part gone, where removals cost the same accuracy
+SHARE_OF_TIES = 1e-6  # of the part gone, where removals cost the same
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What it costs to keep only a part of one group: points (part kept in (0, 1], accuracy lost), parts falling."""
+    """What it costs to keep only a part of one group: points (part kept in (0, 1], rise of the loss), parts falling."""
 
     points: tuple[tuple[float, float], ...]
 
     def at(self, kept: FloatArray) -> FloatArray:
-        """The accuracy lost at these parts, by lines between the points; never less than for a larger part."""
+        """The rise at these parts, by lines between the points; never less than for a larger part."""
         parts, losses = zip((1.0, 0.0), *self.points, strict=True)
         rising = np.maximum.accumulate(np.array(losses, dtype=np.float64))
         return np.interp(-kept, -np.array(parts, dtype=np.float64), rising)

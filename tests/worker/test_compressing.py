@@ -45,7 +45,7 @@ def materials_for(network: Network) -> Materials:
     dense = build_network(network.graph)
     dense.load_state_dict(network.state_dict())
     precision = choose_precision(Training(), "cpu", spatial_axes=2)
-    return Materials(plain, 0, precision, cost(network.graph), lambda: dense)
+    return Materials(plain, 0, precision, cost(network.graph), lambda: dense, images=48)
 
 
 def three_convolutions() -> Network:
