@@ -42,7 +42,8 @@ class Materials:
     """What a removal needs beside the network: images of the training part without augmentation, seeds, the dense cost.
 
     `plain` gives batches of images and labels, the same at each call; `seed` is the job's; `dense_network` gives the
-    trained network before the first compression; `images` is how many the training part has; `frozen` are the layers that keep their statistics.
+    trained network before the first compression; `images` is how many the training part has; `frozen` are the layers
+    that keep their statistics.
     """
 
     plain: Callable[[], Pairs]
