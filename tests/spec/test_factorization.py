@@ -397,6 +397,14 @@ def test_layers_that_may_not_come_cannot_be_named() -> None:
     assert not faults(low_rank(budget={"macs": 0.5}), prune | {"exclude": ["conv3"]})
 
 
+def test_what_an_estimate_leaves_no_layer_for_is_a_warning() -> None:
+    planned = plan(COLOUR, model=MODEL, optimizations=[low_rank(energy=0.3), {"type": "separable", "layers": ["conv3"]}])
+    (warning,) = planned.warnings
+    assert warning.pointer == "/optimizations/1"
+    assert warning.message.startswith("as estimated, no layer can be replaced: ")
+    assert planned.planned["conv3"].tensors["weight"].shape[2:] == (1, 1)
+
+
 def test_separable_is_read_as_it_was_written() -> None:
     step = Separable(layers=("conv2",))
     assert Separable.model_validate_json(step.model_dump_json()) == step

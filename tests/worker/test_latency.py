@@ -6,8 +6,9 @@ import time
 
 import pytest
 import torch
-from support.topologies import CLASSES, conv, layer, topology, trained
+from support.topologies import CLASSES, HEAD, conv, layer, topology, trained
 
+from app.spec.factorization import separate
 from app.spec.graph import build_graph
 from app.spec.layers import read_layers
 from worker.export import portable_tensors
@@ -45,6 +46,15 @@ def test_zeros_alone_are_said_to_bring_nothing_once_for_each_runtime() -> None:
     for note in found.notes:
         assert note.startswith(("zeros alone do not make torch faster", "zeros alone do not make onnxruntime faster"))
         assert " ms against " in note
+
+
+def test_more_layers_that_are_not_faster_are_said_to_be_many() -> None:
+    layers = [conv(16), layer("relu"), conv(16, name="wide"), *HEAD]
+    dense = trained(build_graph(read_layers(layers), (3, 4, 4)))
+    split = trained(separate(dense.graph, ["wide"]))
+    found = measured(dense, split)
+    assert any(note.startswith("the network of smaller layers is not faster in torch: ") for note in found.notes)
+    assert all("it multiplies less, but in more layers" in note for note in found.notes)
 
 
 def test_an_8_bit_file_takes_turns_in_onnxruntime_and_no_gain_is_said_with_figures() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.jobs import resume_folder, task_of, tiny_data, tiny_layers, tiny_spec, train_alone
+from support.jobs import SHAPE, resume_folder, task_of, tiny_data, tiny_layers, tiny_spec, train_alone
 
 from app.spec.architecture import Preprocessing
 from app.spec.graph import build_graph
@@ -62,6 +62,13 @@ JOBS: dict[str, dict[str, Any]] = {
             "retrain": {"epochs": 1, "policy": "fine_tune"},
         },
         training={"ema_decay": 0.9, "optimizer": {"name": "adam", "lr": 0.01}},
+    ),
+    # layers replaced by products, then those by narrower ones
+    "products": tiny_spec(
+        {"type": "low_rank", "energy": 0.7, "round_to": 1, "retrain": {"epochs": 1}},
+        {"type": "prune", "budget": {"macs": 0.2}, "round_to": 1, "retrain": {"policy": "none"}},
+        model={"input_shape": list(SHAPE), "layers": tiny_layers(channels=24)},
+        training={"ema_decay": 0.9, "frozen": ["conv2"]},
     ),
     # surgery in two rounds, a teacher, early stopping, AdamW
     "channels": tiny_spec(
