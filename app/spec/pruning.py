@@ -234,6 +234,8 @@ def _structure(data: dict[str, object]) -> Structure:
 
 
 def _scope(data: dict[str, object]) -> Scope:
+    if data.get("structure") == "channels" and data.get("budget") is not None:
+        return "sensitivity"
     by_rank = data.get("structure") in ("weights", "blocks") and data.get("criterion") != "erk"
     return "global" if by_rank else "layer"
 
@@ -269,8 +271,8 @@ class Prune(Strict):
     )
     criterion: Annotated[Criterion, Field(description="How the worth of a weight or channel is measured.")] = "l2"
     scope: Scope = Field(
-        description="Rank over all layers (default for weights), the same part of each (default for channels), or, for "
-        "channels, first where the accuracy on training images falls least (sensitivity).",
+        description="Rank over all layers (default for weights), the same part of each (default for a sparsity of "
+        "channels), or first where the loss on training images rises least (sensitivity; default for a budget).",
         default_factory=_scope,
     )
     schedule: PruneSchedule = PruneSchedule()

@@ -25,7 +25,7 @@ def rows(planned: Plan) -> dict[str, tuple[str, int | None, int | None, bool]]:
 
 
 def test_channels_land_on_the_budget_and_rows_say_how() -> None:
-    planned = pruned(budget={"macs": 0.5})
+    planned = pruned(budget={"macs": 0.5}, scope="layer")
     assert rows(planned) == {
         "conv1": ("narrow", 32, 24, True),
         "conv2": ("narrow", 64, 40, True),
@@ -56,7 +56,7 @@ def test_the_plan_of_scope_layer_is_what_any_scores_give(preset: str, amount: di
 
 @pytest.mark.parametrize("preset", ["deep_cnn", "resnet20"])
 def test_rounds_are_gone_through_as_the_worker_does(preset: str) -> None:
-    planned = pruned(preset, budget={"macs": 0.3}, schedule={"name": "iterative", "steps": 3})
+    planned = pruned(preset, budget={"macs": 0.3}, scope="layer", schedule={"name": "iterative", "steps": 3})
     step = planned.spec.optimizations[0]
     assert isinstance(step, Prune)
     start = graph = planned.baseline
@@ -70,9 +70,10 @@ def test_rounds_are_gone_through_as_the_worker_does(preset: str) -> None:
     assert all(row.exact for row in planned.layers)
 
 
-def test_a_global_ranking_and_many_rounds_are_estimates() -> None:
+def test_rankings_over_all_groups_and_many_rounds_are_estimates() -> None:
+    assert not rows(pruned(budget={"macs": 0.5}))["conv1"][3]
     assert not rows(pruned(budget={"macs": 0.5}, scope="global"))["conv1"][3]
-    many = pruned(budget={"macs": 0.5}, schedule={"name": "iterative", "steps": 500})
+    many = pruned(budget={"macs": 0.5}, scope="layer", schedule={"name": "iterative", "steps": 500})
     assert not rows(many)["conv1"][3]
     assert many.planned_cost.macs <= many.baseline_cost.macs // 2
 

@@ -20,7 +20,7 @@ def prune(**fields: Any) -> Prune:
 def test_structure_and_scope_follow_from_how_much_is_said() -> None:
     assert (prune(sparsity=0.8).structure, prune(sparsity=0.8).scope) == ("weights", "global")
     assert (prune(threshold=0.1).structure, prune(threshold=0.1).scope) == ("weights", "global")
-    assert (prune(budget={"macs": 0.5}).structure, prune(budget={"macs": 0.5}).scope) == ("channels", "layer")
+    assert (prune(budget={"macs": 0.5}).structure, prune(budget={"macs": 0.5}).scope) == ("channels", "sensitivity")
     assert prune(sparsity=0.5, structure="channels").scope == "layer"
     assert prune(sparsity=0.5, scope="layer").scope == "layer"
 

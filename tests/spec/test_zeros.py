@@ -111,7 +111,7 @@ def test_shares_by_erk_leave_layers_with_an_amount_of_their_own_out() -> None:
 
 
 def test_behind_widths_that_are_estimates_zeros_are_estimates_too() -> None:
-    channels = {"budget": {"macs": 0.5}, "round_to": 4}
+    channels = {"budget": {"macs": 0.5}, "round_to": 4, "scope": "layer"}
     sure = planned(channels, {"pattern": "2:4"})
     assert rows(sure, 1)["linear2"][3]
     unsure = planned(channels | {"scope": "global"}, {"pattern": "2:4"})
