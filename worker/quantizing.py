@@ -20,12 +20,12 @@ from app.spec.cost import cost
 from app.spec.quantization import INTEGER, float_layers
 from worker.compressing import layer_rows
 from worker.compression.quantization import (
-    CALIBRATION_BATCH,
     Logits,
     Quantized,
     Quantizer,
     Sample,
     agreement,
+    calibration_batch_size,
     quantize,
     rmse_ratio,
     saturates,
@@ -146,7 +146,7 @@ def _samples(job: Job, step: Quantize, network: Network) -> tuple[Sample, Sample
     order = np.random.default_rng(derive_seed(seed, "int8")).permutation(len(train))
     drawn, rest = order[: step.calibration_images], order[step.calibration_images :]
     size = proof_batch_size(network.graph)
-    calibration = Sample(train.take(drawn), job.preprocessing, min(CALIBRATION_BATCH, size))
+    calibration = Sample(train.take(drawn), job.preprocessing, calibration_batch_size(network.graph))
     affordable = int(CHOSEN_ON_MACS / max(1, cost(network.graph).macs))
     most = max(FEWEST_CHOSEN_ON, min(MOST_CHOSEN_ON, affordable))
     if len(held_out):

@@ -38,10 +38,11 @@ BETWEEN = frozenset({"Add", "Concat", "GlobalAveragePool", "LeakyRelu", "Mul", "
 """Computed in 8 bits where layers before and behind are; with a constant operand they stay in float32."""
 FOLLOWING = frozenset({"Relu", "Clip", "MaxPool", "AveragePool", "Flatten", "Reshape", "Resize", "Slice", "Transpose"})
 """Computed in 8 bits where what they read is."""
-CALIBRATION_BATCH = 32
+MOST_TOGETHER = 1 << 24  # numbers that all layers compute for a calibration batch: ONNX Runtime keeps them all
+HISTOGRAM_NUMBERS = 3e8  # of all tensors that go into histograms, 50 ns each
 PERCENTILE = 99.999  # of the values of a tensor: 99.99 cuts pixels off, and trebles the error of a small network
 MOST_LOOKED_AT = 64  # layers, or runs of neighbours where there are more, whose error is measured one by one
-LOOKED_AT_MACS = 5e10  # spent on each of them
+LOOKED_AT_MACS = 2e10  # spent on each of them
 FEWEST_IMAGES, MOST_IMAGES = 8, 256  # that an error is measured on
 VNNI = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 
@@ -98,6 +99,16 @@ def saturates(cpuinfo: Path = Path("/proc/cpuinfo"), machine: str | None = None)
         return False
     flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
     return VNNI.isdisjoint(flags)
+
+
+def numbers_of(graph: Graph) -> int:
+    """Numbers that all layers together compute for one image."""
+    return sum(node.elements for node in graph.nodes)
+
+
+def calibration_batch_size(graph: Graph) -> int:
+    """Images per calibration batch, at most 32."""
+    return max(1, min(32, MOST_TOGETHER // numbers_of(graph)))
 
 
 def logits_of(model: Path, sample: Sample, *, threads: int, waiting: Callable[[], None] | None = None) -> Logits:
@@ -175,12 +186,15 @@ class Quantizer:
         self.files += 1
         made, path = self.folder / "made.onnx", self.folder / f"int8-{self.files}.onnx"
         left_out = self._left_out(in_float)
+        images = self.calibration
+        if calibration == "percentile":
+            images = images.first(max(FEWEST_IMAGES, int(HISTOGRAM_NUMBERS / numbers_of(self.graph))))
         methods = {"min_max": CalibrationMethod.MinMax, "percentile": CalibrationMethod.Percentile}
         with _translated(), _temporary_files_in(self.folder), redirect_stdout(StringIO()):
             quantize_static(
                 self.source,
                 made,
-                _Reader(self.calibration, self.waiting),
+                _Reader(images, self.waiting),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=sorted(WEIGHTED | BETWEEN | FOLLOWING),
                 nodes_to_exclude=left_out,
