@@ -1,8 +1,8 @@
 """Which channels of a graph are tied together, and the smaller graph without some of them.
 
 A *slot* is one channel position of one node's output. A *class* is a set of slots that live or die together; its
-number is its smallest slot. A *group* is the set of classes that appear in the same places: what a person calls "the
-width of stage 2". A *pinned* class may not be removed; the reason is kept.
+number is its smallest slot. A *group* is the set of classes that appear in the same places, equally often: what a
+person calls "the width of stage 2". Which of them leave makes no difference to the cost. A *pinned* class may not be removed; the reason is kept.
 
     classes = channel_classes(graph)
     classes.members(c)                          # every tensor position that leaves with class c
@@ -39,18 +39,23 @@ class TooManyChannels(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Classes that appear in the same places: `classes` in ascending order.
+    """Classes that appear in the same places, equally often in each: `classes` in ascending order.
 
-    `axes` are the positions in `Classes.axes` and `nodes` the names of the nodes in whose outputs they appear.
-    `channels` is the number of channels that leave with one class where it is narrowest (g behind a convolution with
-    g groups, else 1).
+    `axes` are the positions in `Classes.axes`, `nodes` the names of the nodes in whose outputs they appear, and
+    `counts` how many channels of each of these leave with one class. `channels` is the least of them (g behind a
+    convolution with g groups, else 1).
     """
 
     index: int
     classes: IntArray
     axes: tuple[int, ...]
     nodes: tuple[str, ...]
-    channels: int
+    counts: tuple[int, ...]
+
+    @property
+    def channels(self) -> int:
+        """How many channels leave with one class where it is narrowest."""
+        return min(self.counts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,9 +99,9 @@ class Classes:
         return tuple(dict.fromkeys(producers))
 
     def key(self, group: Group) -> frozenset[tuple[str, str, int]]:
-        """What names the group in another graph with the same layer names: where it appears."""
-        axes = [self.axes[i] for i in group.axes]
-        return frozenset([*((a.layer, a.tensor, a.axis) for a in axes), *((node, "", 0) for node in group.nodes)])
+        """What names the group in another graph with the same layer names: where it appears, and how often."""
+        axes = [(axis.layer, axis.tensor, axis.axis) for axis in (self.axes[i] for i in group.axes)]
+        return frozenset([*axes, *((node, "", count) for node, count in zip(group.nodes, group.counts, strict=True))])
 
 
 def channel_classes(graph: Graph, start: Graph | None = None) -> Classes:
@@ -193,34 +198,37 @@ def _find(parents: IntArray, slots: IntArray) -> IntArray:
 
 
 def _groups(found: IntArray, slots: Mapping[str, Slots], axes: Sequence[OwnedAxis]) -> tuple[Group, ...]:
-    """The classes `found`, divided: those of one group appear in the same node outputs and the same tensor axes."""
+    """The classes `found`, divided: those of one group appear in the same outputs and axes, equally often in each."""
     distinct = {id(s): s for s in [*slots.values(), *(axis.slots for axis in axes)]}
     counted = {key: np.unique(s.ids, return_counts=True) for key, s in distinct.items()}
     label = np.zeros(int(found[-1]) + 1, dtype=np.int64)
     labels = 1
-    for ids, _ in counted.values():
-        old, new = np.unique(label[ids], return_inverse=True)  # those inside part from those outside
+    for ids, counts in counted.values():
+        apart = label[ids] * (int(counts.max()) + 1) + counts  # those inside part from those outside, and by count
+        old, new = np.unique(apart, return_inverse=True)
         label[ids] = labels + new
         labels += len(old)
-    channels = np.full(len(label), np.iinfo(np.int64).max)
-    for key in {id(s) for s in slots.values()}:
-        ids, counts = counted[key]
-        channels[ids] = np.minimum(channels[ids], counts * distinct[key].repeat)
 
     order = found[np.lexsort((found, label[found]))]
     parts = np.split(order, np.flatnonzero(np.diff(label[order])) + 1)
     parts.sort(key=lambda part: int(part[0]))
     index_of = {int(label[part[0]]): index for index, part in enumerate(parts)}
-    inside = {key: [index_of[name] for name in np.unique(label[ids]).tolist()] for key, (ids, _) in counted.items()}
+    inside: dict[int, list[tuple[int, int]]] = {}
+    """for each of `distinct`: (index of a group, how many positions leave with one of its classes)"""
+    for key, (ids, counts) in counted.items():
+        names, first = np.unique(label[ids], return_index=True)
+        channels = (counts[first] * distinct[key].repeat).tolist()
+        inside[key] = [(index_of[name], count) for name, count in zip(names.tolist(), channels, strict=True)]
     axes_of: list[list[int]] = [[] for _ in parts]
-    nodes_of: list[list[str]] = [[] for _ in parts]
+    nodes_of: list[list[tuple[str, int]]] = [[] for _ in parts]
     for place, axis in enumerate(axes):
-        for index in inside[id(axis.slots)]:
+        for index, _ in inside[id(axis.slots)]:
             axes_of[index].append(place)
     for name, output in slots.items():
-        for index in inside[id(output)]:
-            nodes_of[index].append(name)
-    return tuple(
-        Group(index, part, tuple(axes_of[index]), tuple(nodes_of[index]), int(channels[part].min()))
-        for index, part in enumerate(parts)
-    )
+        for index, count in inside[id(output)]:
+            nodes_of[index].append((name, count))
+    groups = []
+    for index, part in enumerate(parts):
+        nodes, counts_of = zip(*nodes_of[index], strict=True)
+        groups.append(Group(index, part, tuple(axes_of[index]), nodes, counts_of))
+    return tuple(groups)

@@ -109,8 +109,8 @@ TRAPS: dict[str, tuple[tuple[int, ...], Layers]] = {
     "features cut out inside a channel": (
         (2, 2, 3),
         [
-            *[conv(5, name="a"), flat("f"), layer("slice", start=4, stop=21, name="cut"), layer("batch_norm")],
-            *[layer("sigmoid", name="b"), layer("slice", start=9, stop=18, inputs=["f"], name="c")],
+            *[conv(9, name="a"), flat("f"), layer("slice", start=4, stop=45, name="cut"), layer("batch_norm")],
+            *[layer("sigmoid", name="b"), layer("slice", start=9, stop=33, inputs=["f"], name="c")],
             *[concat("b", "c"), LOGITS],
         ],
     ),
