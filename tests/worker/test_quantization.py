@@ -19,8 +19,8 @@ from support.topologies import CLASSES, HEAD, TOPOLOGIES, conv, layer, pictures,
 from app.errors import QuantizationFailed
 from app.spec.architecture import Preprocessing
 from app.spec.graph import Graph, build_graph
-from app.spec.layers import read_layers
-from app.spec.quantization import float_layers, integer_layers
+from app.spec.layers import CONTAINERS, LAYERS, read_layers
+from app.spec.quantization import INTEGER, float_layers, integer_layers
 from worker.compression.quantization import (
     Quantizer,
     Sample,
@@ -120,11 +120,21 @@ def test_a_layer_said_to_stay_in_float32_does_and_its_neighbours_do_not(kind: st
     assert found["DequantizeLinear"] >= 1
 
 
-@pytest.mark.parametrize(
-    "kind", ["relu", "relu6", "leaky_relu", "sigmoid", "silu", "softmax", "channel_shuffle", "slice", "nearest"]
-)
+PASSING = ("relu", "relu6", "leaky_relu", "sigmoid", "silu", "softmax", "channel_shuffle", "slice")
+
+
+def test_of_every_layer_of_the_language_is_known_what_8_bits_do_to_it() -> None:
+    pools = {"max_pool", "avg_pool", "global_avg_pool", "flatten"}
+    joins = {"add", "multiply", "concat"}
+    gone = {"dropout", "spatial_dropout"}
+    known = INTEGER | FLOAT_OPERATORS.keys() | set(PASSING) | pools | joins | gone
+    assert known == {name for name, kind in LAYERS.items() if kind not in CONTAINERS}
+
+
+@pytest.mark.parametrize("kind", [*PASSING, "max_pool", "avg_pool", "nearest"])
 def test_other_layers_pass_8_bits_on(kind: str, tmp_path: Path) -> None:
-    fields = {"channel_shuffle": {"groups": 2}, "slice": {"stop": 2}}.get(kind, {})
+    pool = {"kernel_size": 2}
+    fields = {"channel_shuffle": {"groups": 2}, "slice": {"stop": 2}, "max_pool": pool, "avg_pool": pool}.get(kind, {})
     middle = layer("upsample", scale_factor=2) if kind == "nearest" else layer(kind, **fields)
     network = trained(build_graph(read_layers([conv(4), middle, conv(4), *HEAD]), (3, 8, 8)))
     assert not float_layers(network.graph)
