@@ -2,7 +2,8 @@
 
 A *slot* is one channel position of one node's output. A *class* is a set of slots that live or die together; its
 number is its smallest slot. A *group* is the set of classes that appear in the same places, equally often: what a
-person calls "the width of stage 2". Which of them leave makes no difference to the cost. A *pinned* class may not be removed; the reason is kept.
+person calls "the width of stage 2". Which of them leave makes no difference to the cost. A *pinned* class may not be
+removed; the reason is kept.
 
     classes = channel_classes(graph)
     classes.members(c)                          # every tensor position that leaves with class c
