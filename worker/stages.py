@@ -194,7 +194,9 @@ def _remove(job: Job, step: Compression, removal: Removal, record: StepRecord) -
     else:
         network, record.fates = replace_trained_layers(reached.network, step, baseline=job.materials.baseline)
         if network is reached.network:
-            reached.ledger.note(f"/optimizations/{record.position}: no layer was replaced; the rows of its layers say why")
+            reached.ledger.note(
+                f"/optimizations/{record.position}: no layer was replaced; the rows of its layers say why"
+            )
         job.precision.place(network)
         reached.network = network
 

@@ -25,7 +25,9 @@ class LowRank(Strict):
         float | None,
         Field(gt=0, lt=1, description="Part of each layer's squared singular values that is kept, at least."),
     ] = None
-    budget: Annotated[Budget | None, Field(description="Ranks are cut where that loses least, until the network meets it.")] = None
+    budget: Annotated[
+        Budget | None, Field(description="Ranks are cut where that loses least, until the network meets it.")
+    ] = None
     layers: Annotated[Names | None, Field(description="Only these layers.")] = None
     exclude: Annotated[tuple[Text, ...], Field(max_length=10_000, description="Layers that are left alone.")] = ()
     round_to: Annotated[int, Field(ge=1, le=1024, description="Ranks by energy and budget are multiples of this.")] = 8

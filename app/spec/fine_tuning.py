@@ -1,8 +1,8 @@
 """Which layers of a network do not train, and which train at a rate of their own.
 
 A pattern is a layer's name, or a glob of names (`*`, `?`, `[...]`). Patterns are matched once, against the network that
-the job trains: after the rewrites, before the first compression. A layer that a compression brings, or puts in the place of another, is new, so
-it trains, at the rate of all.
+the job trains: after the rewrites, before the first compression. A layer that a compression brings, or puts in the
+place of another, is new, so it trains, at the rate of all.
 """
 
 from __future__ import annotations

@@ -193,7 +193,8 @@ class Forecast:
             self.rows.append(LayerPlan(node.name, "replace", width, width, exact, how, pointer))
         brought = [node for node in done.graph.nodes if node.name not in before]
         self.rows += [
-            LayerPlan(node.name, "insert", None, node.shape[0], exact, f"{node.type}, {by}", pointer) for node in brought
+            LayerPlan(node.name, "insert", None, node.shape[0], exact, f"{node.type}, {by}", pointer)
+            for node in brought
         ]
         if not done.products and not faults:
             assert isinstance(step, LowRank)

@@ -252,6 +252,7 @@ def test_a_loss_of_more_than_a_point_is_said_with_the_layers_it_comes_from() -> 
     sentence = loss_note("low_rank", {"accuracy": 0.9}, {"accuracy": 0.85}, fates)
     assert sentence is not None
     assert sentence.startswith("low_rank cost 5.0 points of accuracy: its products start b 50%, a 25% away")
+    assert "Larger ranks, more epochs of retraining" in sentence
 
 
 # --- whole jobs -------------------------------------------------------------------------------------------------------

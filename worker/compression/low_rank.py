@@ -151,9 +151,10 @@ def loss_note(kind: str, before: Mapping[str, Any], after: Mapping[str, Any], fa
         return None
     worst = sorted(errors, key=lambda name: -errors[name])[:MOST_NAMED]
     named = ", ".join(f"{name} {errors[name]:.0%}" for name in worst)
+    advice = "Larger ranks, more" if kind == "low_rank" else "More"
     return (
         f"{kind} cost {100 * drop:.1f} points of accuracy: its products start {named} away from the trained weights (of "
-        "their norm). A larger budget, more epochs of retraining or distillation give more of it back."
+        f"their norm). {advice} epochs of retraining or distillation give more of it back."
     )
 
 
