@@ -88,8 +88,9 @@ def score(logits_NK: NDArray[np.float32], labels_N: NDArray[np.int64]) -> Scores
     A loss that is no number comes back as NO_LOSS.
     """
     wide_NK = logits_NK.astype(np.float64)
-    wide_NK -= wide_NK.max(axis=1, keepdims=True)
-    losses_N = np.log(np.exp(wide_NK).sum(axis=1)) - wide_NK[np.arange(len(labels_N)), labels_N]
+    with np.errstate(invalid="ignore"):  # of infinite logits
+        wide_NK -= wide_NK.max(axis=1, keepdims=True)
+        losses_N = np.log(np.exp(wide_NK).sum(axis=1)) - wide_NK[np.arange(len(labels_N)), labels_N]
     right_N = logits_NK.argmax(axis=1) == labels_N
     classes = logits_NK.shape[1]
     return Scores(

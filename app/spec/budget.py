@@ -166,7 +166,7 @@ def choose_removals(
         assert step.sparsity is not None, "a prune step of channels has a budget or a sparsity"
         if not everything and (start is None or start == graph):  # later stages may find all of it done
             raise BudgetUnreachable(None, None, None, None, _held(classes, rooms))
-        part = 1 - (1 - step.sparsity) ** fraction
+        part = _on_the_way(step.sparsity, fraction)
         together = step.scope == "global" and scores is not None
         removed = _nearest_of_all(rooms, order, part) if together else _nearest_of_each(rooms, order, part)
         for quantum in removed:
@@ -234,6 +234,11 @@ def _allowed(step: Prune, dense: Cost, fraction: float) -> int:
     whole = int(getattr(dense, step.budget.measure))
     target = step.budget.allowed(whole)
     return target if fraction >= 1 or target >= whole else int(whole * (target / whole) ** fraction)
+
+
+def _on_the_way(sparsity: float, fraction: float) -> float:
+    """The part that is gone after `fraction` of the way: each stage keeps the same part of what the one before left."""
+    return sparsity if fraction >= 1 else 1 - (1 - sparsity) ** fraction  # 1 - (1 - 0.3) is not 0.3
 
 
 # rooms: how far each group may go
@@ -360,7 +365,7 @@ def _order(
         parts = _parts(ascending, room)
         quanta = tally.quanta(group, parts)
         if room.sparsity is not None:
-            forced += _nearest(quanta, _wanted(room, 1 - (1 - room.sparsity) ** fraction))
+            forced += _nearest(quanta, _wanted(room, _on_the_way(room.sparsity, fraction)))
             continue
         if values is None or step.scope != "global":
             gone = np.cumsum([len(part) for part in parts]) + room.width_at_start - len(group.classes)
