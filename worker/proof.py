@@ -40,6 +40,7 @@ MOST_ELEMENTS = 1 << 22  # of the largest activation of one batch: 16 MiB, near 
 LARGEST_BATCH = 128
 SLOWEST_MACS_PER_S = 2e8  # a machine that needs longer than this is taken for hung
 START_ALLOWANCE_S = 300.0  # import of torch from a cold disk on a busy machine
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # layout by number of axes, as in the clean process
 
 Logits = NDArray[np.float32]
 NetworkKey = Stem | Literal["int8"]
@@ -157,8 +158,9 @@ def compute_logits(network: Network, images: NDArray[Any], preprocessing: Prepro
     place = next((tensor.device for tensor in network.parameters()), torch.device("cpu"))
     if place.type == "cpu":
         copy: Any = portable_network(network)
-        network = copy.to(memory_format=torch.channels_last)
-    layout = torch.channels_last if images.ndim == 4 else torch.contiguous_format
+        rank = max((tensor.dim() for tensor in copy.parameters()), default=0)
+        network = copy.to(memory_format=CHANNELS_LAST.get(rank, torch.contiguous_format))
+    layout = CHANNELS_LAST.get(images.ndim, torch.contiguous_format)
     batch = proof_batch_size(network.graph)
     was_training = network.training
     network.eval()
