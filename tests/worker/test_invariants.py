@@ -5,6 +5,8 @@ Float64 with random running statistics where functions are compared: no toleranc
 
 from __future__ import annotations
 
+import ast
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -77,6 +79,10 @@ def check_exact(network: Network, classes: Classes, dropped: Any) -> Network:
     return smaller
 
 
+def _imported(node: ast.Import | ast.ImportFrom) -> list[str]:
+    return [node.module or "."] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+
+
 def check_delivered(network: Network, folder: Path) -> None:
     """Weights, source and ONNX file of a network: read again they are the same to the bit, in onnxruntime nearly so."""
     graph = network.graph
@@ -91,6 +97,9 @@ def check_delivered(network: Network, folder: Path) -> None:
     module = ModuleType("model")
     channels = graph.input_shape[0]
     source = model_source(graph, ("a", "b", "c"), Preprocessing(1.0, (0.0,) * channels, (1.0,) * channels))
+    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    roots = {name.partition(".")[0] for node in imports for name in _imported(node)}
+    assert roots <= {*sys.stdlib_module_names, "torch", "safetensors"}
     exec(compile(source, "model.py", "exec"), module.__dict__)
     delivered = module.load(folder / "w.safetensors")
 
