@@ -12,8 +12,8 @@ from worker.evaluation import Scores
 class StepRecord:
     """One compression: `position` in the job's optimizations, measures (`M` of the report) before and after, layers.
 
-    `start` is the network before its first removal (as `model.layers`), `sparsity_before` the part of the prunable
-    weights that earlier steps had pruned. `after` is None while the step is under way. `rounds` has one entry for each
+    `start` is the network before its first removal (as `model.layers`), `sparsity_before` the part of what
+    it prunes that earlier steps had pruned. `after` is None while the step is under way. `rounds` has one entry for each
     removal, with the accuracy on the test part right after the cut and after batch norm was recalibrated. `fates` says
     of a step that replaces layers what became of each.
     """

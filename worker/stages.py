@@ -22,7 +22,7 @@ from worker.learning_rate import learning_rate
 from worker.ledger import StepRecord
 from worker.network import Network
 from worker.preparation import Job, Stage
-from worker.pruning.masks import Masks
+from worker.pruning.masks import Masks, pruned_part
 from worker.pruning.schedules import Stage as Removal
 from worker.pruning.schedules import retrain_schedule, rewind_epoch
 from worker.report import measures
@@ -142,7 +142,7 @@ def _compress(job: Job, stage: Stage) -> None:
                 position=stage.position,
                 before=measures(reached.network, reached.ledger.latest),
                 start=reached.network.graph.to_layers(),
-                sparsity_before=_sparsity(reached.masks),
+                sparsity_before=pruned_part(reached.network, step, reached.masks) if isinstance(step, Prune) else 0.0,
             )
         )
     record = reached.ledger.steps[-1]

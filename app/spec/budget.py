@@ -212,9 +212,10 @@ def _share_reached(graph: Graph, classes: Classes, step: Prune, removals: Remova
     return min(gone, asked) / max(gone, asked, 1.0)
 
 
-def prunable_groups(graph: Graph, classes: Classes, step: Prune) -> list[Group]:
-    """The groups from which `step` may take channels."""
-    return [room.group for room in _rooms(graph, classes, step, graph) if room.held is None]
+def prunable_groups(graph: Graph, classes: Classes, step: Prune, *, shared: bool = False) -> list[Group]:
+    """The groups from which `step` may take channels; `shared`: but for those whose part an override states."""
+    rooms = _rooms(graph, classes, step, graph)
+    return [room.group for room in rooms if room.held is None and not (shared and room.sparsity is not None)]
 
 
 def why_kept(graph: Graph, classes: Classes, step: Prune, block: int = BLOCKS[0]) -> dict[str, str]:

@@ -39,7 +39,7 @@ def loss_curves(
     images: int,
     frozen: Collection[str] = (),
 ) -> dict[int, Curve]:
-    """For each group that `step` may cut, by its index: (part kept, rise of the loss in nats), recalibrated.
+    """For each group that shares the budget of `step`, by its index: (part kept, rise of the loss in nats), recalibrated.
 
     After Li et al., arXiv 1608.08710, section 3.2. The test part has no say: it is what the result is measured on. All
     cuts together cost about as much as one epoch of training at most.
@@ -54,7 +54,8 @@ def loss_curves(
         images: How many training images there are.
         frozen: Layers that keep their statistics.
     """
-    groups = prunable_groups(network.graph, classes, step)
+    step = step.model_copy(update={"round_to": step.round_to or 1})  # whatever blocks the removal will have
+    groups = prunable_groups(network.graph, classes, step, shared=True)
     cuts = max(1, len(groups) * (len(PARTS_KEPT) + 1))
     affordable = images * EPOCH_FORWARDS // (FORWARDS * cuts)
     batches = list(_first(plain, min(MOST_IMAGES, max(FEWEST_IMAGES, affordable))))

@@ -176,6 +176,19 @@ def weight_masks(
     return Masks({name: _mask(keep[name], weight) for name, weight in weights.items() if name in keep})
 
 
+def pruned_part(network: Network, step: Prune, masks: Masks | None) -> float:
+    """The part (0 to 1) that is pruned already of the weights to which the sparsity of `step` applies."""
+    zeros = weights = 0
+    for name, weight in prunable_weights(network).items():
+        override = step.overrides.get(_layer(name), _NO_OVERRIDE)
+        own = override.sparsity is not None or override.threshold is not None
+        if own or why_dense(network.graph[_layer(name)], step) is not None:
+            continue
+        weights += weight.numel()
+        zeros += 0 if masks is None or name not in masks else int(torch.count_nonzero(masks[name] == 0))
+    return zeros / max(1, weights)
+
+
 def _weakest_gone(
     weights: Mapping[str, Tensor],
     sparsity: float,

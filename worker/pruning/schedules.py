@@ -62,7 +62,8 @@ class Stage:
         last = min(steps - 1, max(1, round(self.ramp * steps)))
         every = max(1, -(-last // MOST_MASK_UPDATES))
         moments = [*range(every, last, every), last] if last > 0 else [0]
-        return {moment: cubic_sparsity(moment, start=0, end=last, initial=initial, final=target) for moment in moments}
+        first = min(initial, target)  # a curve that falls would take more than was asked for: masks never open
+        return {moment: cubic_sparsity(moment, start=0, end=last, initial=first, final=target) for moment in moments}
 
 
 def prune_stages(step: Compression, training: Training) -> tuple[Stage, ...]:
