@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -36,9 +37,13 @@ def test_every_setting_is_documented_with_its_description() -> None:
         assert setting.description in text
 
 
-def test_every_path_that_the_readme_links_exists() -> None:
-    import re
+def test_every_test_that_the_properties_name_exists() -> None:
+    named = re.findall(r"`(\w+/test_\w+\.py)::(\w+)`", (ROOT / "docs" / "invariants.md").read_text())
+    assert len(named) > 46
+    assert [name for path, name in named if f"def {name}(" not in (ROOT / "tests" / path).read_text()] == []
 
+
+def test_every_path_that_the_readme_links_exists() -> None:
     links = re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / "README.md").read_text())
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []

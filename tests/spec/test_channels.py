@@ -76,6 +76,20 @@ def test_a_padded_shortcut_ties_the_middle_and_shrinks_front_and_back_by_what_le
     assert widths(smaller, "stem", "r_inner") == [3, 4]
 
 
+def test_a_projection_stays_one_when_both_sides_become_equally_wide() -> None:
+    """Read anew as a residual block of equal widths its shortcut would be the identity."""
+    layers = [conv(4, name="stem"), layer("residual", name="r", layers=[conv(6, name="inner")]), *HEAD]
+    graph = graph_of(layers)
+    classes = channel_classes(graph)
+    smaller = shrink_graph(graph, drop(classes, "r_inner", 1, 4), classes)
+    assert widths(smaller, "stem", "r_inner", "r_shortcut_conv1") == [4, 4, 4]
+    written = smaller.to_layers()
+    again = build_graph(read_layers(written), PICTURE)
+    assert again == smaller
+    assert again.to_layers() == written
+    assert "r_shortcut_conv1" in again
+
+
 def test_flatten_repeats_each_channel_for_every_position() -> None:
     graph = graph_of([conv(3, name="a"), layer("flatten", name="f"), layer("linear", out_features=2)], (1, 2, 2))
     classes = channel_classes(graph)
