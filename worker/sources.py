@@ -19,7 +19,7 @@ from app.spec.graph import Graph
 from app.spec.job import JobSpec
 from app.spec.shapes import Shape
 from app.spec.sources import Reference, Source, references
-from app.spec.starting import Misfit, Start, listed, network_at
+from app.spec.starting import VARIANCE, Misfit, Start, listed, network_at
 from worker.network import Network, build_network
 from worker.optimizers import layer_of
 from worker.state import NO_LIMITS
@@ -67,7 +67,7 @@ def put_weights(network: Network, reference: Reference, folder: Path | None, *, 
 
     Raises:
         SourceUnavailable: the source is not there, or it has not what the plan saw.
-        WeightsInvalid: a value is not finite in float32.
+        WeightsInvalid: a value is not finite in float32, or a variance is below 0.
     """
     if folder is None:
         raise _unavailable(reference, "it was not sent to this worker")
@@ -89,6 +89,9 @@ def _checked(tensor: Tensor, name: str, reference: Reference) -> Tensor:
     if not bool(values.isfinite().all()):
         message = f"tensor {name} of {reference.kind} {reference.id} has values that are not finite in float32"
         raise WeightsInvalid(message, pointer=reference.pointer)
+    if name.rpartition(".")[2] == VARIANCE and bool((values < 0).any()):
+        message = f"tensor {name} of {reference.kind} {reference.id} has variances below 0"
+        raise WeightsInvalid(message, pointer=reference.pointer, hint="give batch norms statistics that they can have")
     return values
 
 

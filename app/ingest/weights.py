@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from app.errors import Fault, InvalidWeights
-from app.spec.starting import COUNTER, FLOATS
+from app.spec.starting import COUNTER, FLOATS, VARIANCE
 
 NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I64": "int64"}
 """PyTorch's names of the types that are taken; int64 only for the counters of batch norm, which nothing reads."""
@@ -59,7 +60,8 @@ class Entry:
 def check_weights(path: Path, size_bytes: int) -> tuple[Entry, ...]:
     """The tensors of an uploaded file of this size, in the order of their bytes, all of them finite in float32.
 
-    Raises InvalidWeights: it is no safetensors file, or one with other types, holes, or values that are not finite.
+    Raises InvalidWeights: it is no safetensors file, or one with other types, holes, values that are not finite, or
+    variances below 0.
     """
     with path.open("rb") as file:
 
@@ -69,9 +71,9 @@ def check_weights(path: Path, size_bytes: int) -> tuple[Entry, ...]:
 
         entries, data = read_entries(read, size_bytes)
         file.seek(data)
-        broken = [entry.name for entry in entries if not _is_finite(file, entry)]
+        broken = {entry.name: what for entry in entries if (what := _wrong_values(file, entry)) is not None}
     if broken:
-        faults = [Fault(_pointer(name), f"{name} has values that are not finite in float32") for name in broken]
+        faults = [Fault(_pointer(name), f"{name} has {what}") for name, what in broken.items()]
         raise InvalidWeights(faults[:MOST_FAULTS])
     _agree_with_library(path, entries)
     return entries
@@ -199,26 +201,30 @@ def _layout_faults(entries: Sequence[Entry], data_bytes: int) -> Iterator[Fault]
         yield Fault("", message, limit=present, value=data_bytes)
 
 
-def _is_finite(file: BinaryIO, entry: Entry) -> bool:
-    """Whether all values of the tensor, whose bytes are next in the file, are finite as float32."""
-    left, finite = entry.end - entry.begin, True
+def _wrong_values(file: BinaryIO, entry: Entry) -> str | None:
+    """What is wrong with the values of the tensor, whose bytes are next in the file; None: nothing."""
+    left, wrong = entry.end - entry.begin, None
+    of_variances = entry.name.rpartition(".")[2] == VARIANCE
     while left:
         piece = file.read(min(left, PIECE_BYTES))
         if not piece:
             raise InvalidWeights([Fault("", "the file is cut off: it became shorter while it was read")])
         left -= len(piece)
-        finite = finite and _are_finite(piece, entry.kind)
-    return finite
+        if wrong is None and entry.kind != "I64":
+            values = _as_float32(piece, entry.kind)
+            if not bool(np.isfinite(values).all()):
+                wrong = "values that are not finite in float32"
+            elif of_variances and bool((values < 0).any()):
+                wrong = "variances below 0"
+    return wrong
 
 
-def _are_finite(piece: bytes, kind: str) -> bool:
-    if kind == "I64":
-        return True
-    if kind == "BF16":  # NumPy has no such type; all bits of the exponent are set in infinities and NaN
-        return not bool(((np.frombuffer(piece, "<u2") & 0x7F80) == 0x7F80).any())
+def _as_float32(piece: bytes, kind: str) -> npt.NDArray[np.float32]:
+    if kind == "BF16":  # NumPy has no such type: it is the upper half of a float32
+        return (np.frombuffer(piece, "<u2").astype("<u4") << np.uint32(16)).view("<f4")
     values = np.frombuffer(piece, {"F32": "<f4", "F16": "<f2", "F64": "<f8"}[kind])
     with np.errstate(over="ignore"):  # float64 beyond float32's largest becomes infinite, which is what is asked for
-        return bool(np.isfinite(values.astype(np.float32, copy=False)).all())
+        return values.astype(np.float32, copy=False)
 
 
 def _agree_with_library(path: Path, entries: Sequence[Entry]) -> None:

@@ -24,6 +24,8 @@ from app.spec.sources import Reference, Source, every_reference
 FLOATS = ("F32", "F16", "BF16", "F64")
 """safetensors' names of the types that weights may have; they become float32."""
 COUNTER = "num_batches_tracked"
+VARIANCE = "running_var"
+"""How batch norm's tensors are called that weights may have besides: the one is not read, the other is not below 0."""
 MOST_LISTED = 8
 SCALES = {"uint8": 1 / 255, "float32": 1.0}
 

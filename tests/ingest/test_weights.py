@@ -78,6 +78,17 @@ def test_a_value_that_is_not_finite_is_found_wherever_it_is(tmp_path: Path, kind
     assert all("not finite in float32" in fault.message for fault in faults)
 
 
+@pytest.mark.parametrize("kind", FLOATS)
+def test_a_variance_below_0_is_found_where_it_cannot_be(tmp_path: Path, kind: str) -> None:
+    many = weights.PIECE_BYTES // 2 + 77
+    tensors = {f"norm.{name}": torch.zeros(many, dtype=FLOATS[kind]) for name in ("running_mean", "running_var")}
+    tensors["norm.running_var"][0] = -0.0
+    assert len(check(tmp_path, save_torch(tensors))) == 2
+    tensors["norm.running_var"][-1] = tensors["norm.running_mean"][-1] = -1e-4
+    (fault,) = refusal(tmp_path, save_torch(tensors))
+    assert (fault.pointer, fault.message) == ("/norm.running_var", "norm.running_var has variances below 0")
+
+
 def test_the_largest_numbers_of_each_type_are_finite_and_float64_must_fit_float32(tmp_path: Path) -> None:
     largest = {kind: torch.full((3,), torch.finfo(dtype).max, dtype=dtype) for kind, dtype in FLOATS.items()}
     (fault,) = refusal(tmp_path, save_torch(largest))

@@ -35,6 +35,7 @@ def network_files(
     graph = graph_of(pooled(len(names)) if layers is None else layers, input_shape, len(names))
     random = np.random.default_rng(0)
     tensors = {name: random.normal(size=one.shape).astype("f4") for name, one in graph.tensors().items()}
+    tensors |= {name: np.abs(tensor) for name, tensor in tensors.items() if name.endswith("running_var")}
     document = json.dumps(architecture_document(graph, names, SEEN)).encode()
     prefix = "" if stem == "pruned" else f"{stem}."
     return {f"{stem}.safetensors": save(tensors), f"{prefix}architecture.json": document}

@@ -243,6 +243,15 @@ def test_weights_that_are_not_finite_in_float32_fail_the_job_with_the_tensors_na
     assert refused.value.pointer == "/model/weights"
 
 
+def test_weights_with_variances_below_0_fail_the_job_with_the_tensors_name(data: Path, tmp_path: Path) -> None:
+    given = tensors_of(tiny_network())
+    given["batch_norm1.running_var"][3] = -1e-3
+    upload(tmp_path, given)
+    spec = tiny_spec(model={"layers": tiny_layers(), "input_shape": [1, 8, 8], "weights": "w1"})
+    with pytest.raises(WeightsInvalid, match=r"batch_norm1\.running_var of weights w1 has variances below 0"):
+        prepared(spec, data, tmp_path, tmp_path)
+
+
 # --- frozen layers ---------------------------------------------------------------------------------------------------
 
 EVERYTHING = {"type": "regularization", "l1": 1e-3, "l2": 1e-3, "weight_decay": 0.1, "bn_l1": 1e-2, "all": True}
@@ -281,7 +290,7 @@ def test_channels_of_a_frozen_layer_may_go_and_those_that_stay_are_as_they_were(
     excluded = tiny_spec(NARROW | {"exclude": ["conv1"]}, **FROM_JOB, training={"frozen": ["conv1"]})
     assert trained(excluded, data, tmp_path, tmp_path).network.graph["conv1"].shape[0] == 8
     for criterion in ("l2", "taylor"):  # taylor needs the gradients of frozen layers too
-        spec = tiny_spec(NARROW | {"criterion": criterion}, **FROM_JOB, training=frozen)
+        spec = tiny_spec(NARROW | {"criterion": criterion, "scope": "layer"}, **FROM_JOB, training=frozen)
         small = trained(spec, data, tmp_path, tmp_path).network
         assert all(parameter.requires_grad for parameter in small.parameters())
         for conv, norm in (("conv1", "batch_norm1"), (None, "batch_norm2")):
