@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,7 +47,7 @@ from app.spec.tally import Measure
 Spectra = Mapping[str, FloatArray]
 """Layer -> the energy that is lost with rank 0, 1, ... full, or with each pair of ranks (inputs x outputs)."""
 
-MOST_STEPS = 128  # ranks of one side that cuts are chosen from: 4,096 x 4,096 pairs would take gigabytes
+MOST_STEPS = 64  # ranks of one side that cuts are chosen from: 4,096 x 4,096 pairs would take gigabytes
 HEAVIEST = 3  # layers that an unreachable budget names
 
 
@@ -144,16 +145,18 @@ class _Choices:
         over cost. Of grids with many ranks only some are looked at.
         """
         ranks, costs, lost = self._points([_thinned(grid) for grid in self._grids])
-        now, slope = len(costs) - 1, -math.inf
-        way: list[tuple[float, Ranks]] = []
-        while True:
-            cheaper = np.flatnonzero(costs < costs[now])
-            if not len(cheaper):
-                return way
-            slopes = (lost[cheaper] - lost[now]) / (costs[now] - costs[cheaper])
-            best = np.lexsort((costs[cheaper], slopes))[0]
-            now, slope = int(cheaper[best]), max(slope, float(slopes[best]))  # rounding must not turn their order
-            way.append((slope, self._at(ranks, now)))
+        cheapest_first = np.lexsort((lost, costs))
+        lowest = np.minimum.accumulate(lost[cheapest_first])
+        better = np.concatenate([[True], lowest[1:] < lowest[:-1]])  # than everything that is cheaper
+        full = len(costs) - 1
+        way: list[tuple[float, int]] = [(-math.inf, full)]
+        for place in cheapest_first[better][::-1].tolist():
+            if place == full:
+                continue
+            while (slope := _slope(costs, lost, way[-1][1], place)) <= way[-1][0]:
+                way.pop()
+            way.append((slope, place))
+        return [(slope, self._at(ranks, place)) for slope, place in way[1:]]
 
     def higher(self, ranks: Ranks) -> list[Ranks]:
         """The ranks one step above these, on each side alone."""
@@ -180,6 +183,11 @@ class _Choices:
 
     def _at(self, ranks: tuple[IntArray, ...], place: int | np.int64) -> Ranks:
         return tuple(int(rank[place]) for rank in ranks)
+
+
+def _slope(costs: IntArray, lost: FloatArray, dear: int, cheap: int) -> float:
+    """Energy lost for each unit that is saved between two places; the second is cheaper."""
+    return float((lost[cheap] - lost[dear]) / (costs[dear] - costs[cheap]))
 
 
 def _thinned(grid: Sequence[int]) -> Sequence[int]:
@@ -211,6 +219,17 @@ class _Search:
         self._whole = _total(graph, measure)
         self.ranks = {name: choices.full for name, choices in tools.items()}
         self.total = self._whole
+
+    @property
+    def _unit(self) -> int:
+        """How much of the measure one multiply-accumulate or weight is."""
+        return FLOAT_BYTES if self._measure == "bytes" else 1
+
+    def _room(self) -> int:
+        """What the budget leaves over."""
+        if self._measure != "bytes":
+            return self._allowed - self.total
+        return self._allowed - safetensors_bytes(self._shapes(self.ranks))
 
     def total_with(self, ranks: Mapping[str, Ranks]) -> int:
         """`total` of a network with these ranks."""
@@ -254,13 +273,20 @@ class _Search:
             for name, choices in self._tools.items()
             for number, (slope, ranks) in enumerate(choices.cuts())
         ]
-        for _, name, _, ranks in sorted(cuts):
-            if self.fits(self.ranks, self.total):
-                return
+        cuts.sort()
+
+        def after(count: int) -> dict[str, Ranks]:
+            return self.ranks | {name: ranks for _, name, _, ranks in cuts[:count]}
+
+        needed = bisect_left(
+            range(len(cuts)), True, key=lambda count: self.fits(after(count), self.total_with(after(count)))
+        )
+        for _, name, _, ranks in cuts[:needed]:
             self._move(name, ranks)
         for name, choices in self._tools.items():  # what thinned grids have left out
-            if not self.fits(self.ranks, self.total):
-                self._move(name, choices.floor)
+            if self.fits(self.ranks, self.total):
+                return
+            self._move(name, choices.floor)
 
     def give_back(self) -> None:
         """Take back, step by step, what the budget allows: what regains most for its cost first.
@@ -270,12 +296,20 @@ class _Search:
         waiting: list[tuple[float, str, Ranks, Ranks]] = []
         for name in self._tools:
             self._offer(waiting, name)
+        room = self._room()
         while waiting:
             _, name, more, given = heapq.heappop(waiting)
-            grown = self.total + self._tools[name].costs(more) - self._tools[name].costs(given)
-            if given == self.ranks[name] and self.fits(self.ranks | {name: more}, grown):
+            if given != self.ranks[name]:
+                continue  # from before another step of this layer
+            choices = self._tools[name]
+            grown = choices.costs(more) - choices.costs(given)
+            fewer_layers = len(choices.layer.parts(more)) < len(choices.layer.parts(given))
+            if grown * self._unit > room and not fewer_layers:
+                continue  # a file's header only grows with its tensors
+            if self.fits(self.ranks | {name: more}, self.total + grown):
                 self._move(name, more)
                 self._offer(waiting, name)
+                room = self._room()
 
     def unreachable(self, floors: Mapping[str, Ranks], kept: Mapping[str, str], baseline: Cost) -> BudgetUnreachable:
         """The error, with the layers that cost most at the smallest ranks."""
