@@ -31,6 +31,7 @@ import numpy as np
 from app.spec.channel_rules import FloatArray, IntArray
 from app.spec.channels import Classes, Group, channel_classes, shrink_graph
 from app.spec.cost import Cost, cost
+from app.spec.faults import counted
 from app.spec.graph import Graph
 from app.spec.pruning import Prune, PruneOverride
 from app.spec.tally import Measure, Quantum, Tally
@@ -302,9 +303,9 @@ def _for_layer(layer: str, held: str) -> str:
 def _too_narrow(group: Group, least: int, together: int) -> str | None:
     width = len(group.classes)
     if together > 1 and width <= together:
-        return f"{width * group.channels} channels, and round_to is {together * group.channels}"
+        return f"{counted(width * group.channels, 'channel')}, and round_to is {together * group.channels}"
     if width - (width % together or together) < least:
-        return f"{width * group.channels} channels, and at least {least * group.channels} stay"
+        return f"{counted(width * group.channels, 'channel')}, and at least {least * group.channels} must stay"
     return None
 
 

@@ -10,6 +10,7 @@ from app.spec.compressions import Quantize
 from app.spec.cost import Memory
 from app.spec.data import DataFacts
 from app.spec.draft import WEIGHTED
+from app.spec.faults import counted
 from app.spec.graph import Graph
 from app.spec.job import JobSpec, PresetModel, retraining
 from app.spec.optimizations import (
@@ -87,7 +88,7 @@ def data_faults(spec: JobSpec, facts: DataFacts) -> Iterator[Fault]:
     if images < 1:
         yield Fault("/data/validation", "leaves no image to train on", limit=0, value=spec.data.validation)
     elif spec.training.batch_size > images:
-        message = f"is more than the {images} images that are trained on (after limit and validation)"
+        message = f"is more than the {counted(images, 'image')} trained on (after limit and validation)"
         yield Fault("/training/batch_size", message, limit=images, value=spec.training.batch_size)
     if spec.training.early_stopping is not None and held_out == 0:
         yield Fault("/training/early_stopping", "needs validation images: raise data.validation", limit=1, value=0)
@@ -103,11 +104,15 @@ def training_faults(spec: JobSpec, most_epochs: int) -> Iterator[Fault]:
         message = f"is more than the {most_epochs} epochs that a job may train here"
         yield Fault("/training/epochs", message, limit=most_epochs, value=training.epochs)
     if training.warmup_epochs > training.epochs > 0:
-        message = f"the warm-up is longer than the training of {training.epochs} epochs"
+        message = f"the warm-up is longer than the training of {counted(training.epochs, 'epoch')}"
         yield Fault("/training/schedule/warmup", message, limit=training.epochs, value=training.warmup_epochs)
-    for position, milestone in enumerate(training.milestones):
+    if training.milestones and training.epochs == 0:
+        yield Fault(
+            "/training/schedule/milestones", "with 0 epochs there is no training whose rate could fall: leave them out"
+        )
+    for position, milestone in enumerate(training.milestones if training.epochs else ()):
         if milestone >= training.epochs:
-            message = f"lies behind the last of {training.epochs} epochs"
+            message = f"lies behind the last of {counted(training.epochs, 'epoch')}"
             at = f"/training/schedule/milestones/{position}"
             yield Fault(at, message, limit=training.epochs - 1, value=milestone)
     for position, step in enumerate(spec.optimizations):
@@ -120,11 +125,20 @@ def _retraining_faults(spec: JobSpec, step: Compression, pointer: str, most_epoc
     epochs = retrain.epochs or 0
     rounds = step.rounds
     if epochs * rounds > most_epochs:
-        message = f"retraining takes {epochs} epochs in each of {rounds} rounds; a job may train {most_epochs} here"
+        message = (
+            f"retraining takes {counted(epochs, 'epoch')} in each of {counted(rounds, 'round')}; a job may train "
+            f"{most_epochs} here"
+        )
         yield Fault(f"{pointer}/retrain/epochs", message, limit=most_epochs // rounds, value=epochs)
     if retrain.policy == "weight_rewind" and epochs > spec.training.epochs:
-        message = f"weight_rewind goes back {epochs} epochs, but the training has only {spec.training.epochs}"
+        message = (
+            f"weight_rewind goes back {counted(epochs, 'epoch')}, but the training has only {spec.training.epochs}"
+        )
         yield Fault(f"{pointer}/retrain/epochs", message, limit=spec.training.epochs, value=epochs)
+    warmup = spec.training.schedule.warmup or 0
+    if spec.training.epochs == 0 and retrain.policy == "lr_rewind" and warmup > epochs:
+        message = f"the warm-up is longer than the retraining of {counted(epochs, 'epoch')} at {pointer}"
+        yield Fault("/training/schedule/warmup", message, limit=epochs, value=warmup)
     if isinstance(step, Prune) and step.schedule.name == "cubic":
         if epochs == 0:
             yield Fault(
@@ -132,7 +146,7 @@ def _retraining_faults(spec: JobSpec, step: Compression, pointer: str, most_epoc
                 "cubic raises the sparsity while retraining: policy none has no epochs for it",
             )
         elif step.schedule.epochs is not None and step.schedule.epochs > epochs:
-            message = f"the sparsity rises during the {epochs} epochs of retraining, not longer"
+            message = f"the sparsity rises during the {counted(epochs, 'epoch')} of retraining, not longer"
             yield Fault(f"{pointer}/schedule/epochs", message, limit=epochs, value=step.schedule.epochs)
 
 
@@ -157,7 +171,8 @@ def order_faults(spec: JobSpec) -> Iterator[Fault]:
             yield Fault(pointer, f"{step.type} changes weights that quantize has rounded: put quantize last")
         for earlier in range(position):
             if _repeats(spec.optimizations[earlier], step):
-                message = f"{step.type} stands at /optimizations/{earlier} too: say it once, or give each other layers"
+                narrowed = ", or give each other layers" if "layers" in type(step).model_fields else ""
+                message = f"{step.type} stands at /optimizations/{earlier} too: say it once{narrowed}"
                 yield Fault(pointer, message)
                 break
         if isinstance(step, COMPRESSIONS):

@@ -42,6 +42,7 @@ _MESSAGES = {
     "literal_error": "must be one of: {expected}",
     "union_tag_invalid": "is not offered; offered are: {expected_tags}",
     "union_tag_not_found": "is required",
+    "string_pattern_mismatch": "must match {pattern}",
     "json_invalid": "is not valid JSON: a string holds one half of a surrogate pair",
 }
 _LIMITS = ("gt", "ge", "lt", "le", "max_length", "min_length")
@@ -52,6 +53,11 @@ def pointer(*path: str | int) -> str:
     return "".join("/" + str(part)[:_KEY_LENGTH].replace("~", "~0").replace("/", "~1") for part in path)[
         :_POINTER_LENGTH
     ]
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 channel`, `3 channels`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def echo(value: object) -> JsonValue:

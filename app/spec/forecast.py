@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Literal
 
@@ -91,6 +91,8 @@ class Forecast:
     """Layers whose width, or number of zeros, is an estimate."""
     unsure: set[str] = field(default_factory=set)
     """Names of layers that come beside others or do not, as the trained weights decide."""
+    estimated: bool = False
+    """Whether widths are estimates."""
     choices: int = 0
     """Channels of the layers' outputs, summed over the steps that choose among them."""
 
@@ -202,21 +204,23 @@ class Forecast:
         if not exact:
             parts = possible_parts(before, done.layers)
             self.unsure |= parts
+            self.estimated = True
             self.guessed |= parts | {place.name for layer in done.layers.values() for place in layer.places}
         self.graph, self.floor = done.graph, done.floor
 
     def _mask(self, step: Prune, pointer: str) -> None:
         nodes = [node for node in _weighted(self.graph) if node.shares is None]
         dense = dense_layers(nodes, step)
-        faults = [
-            Fault(pointer + pointer_to("overrides", name), dense[name]) for name in step.overrides if name in dense
-        ]
+        faults = [_misfit(step, name, dense[name], pointer) for name in step.overrides if name in dense]
         if len(dense) == len(nodes):
             faults.append(_nothing_to_mask(step, dense, pointer))
-        if faults:
+        if faults and (not self.estimated or set(dense.values()) == {"excluded"}):
             raise InvalidSpec(faults[:MOST_FAULTS])
+        # with the widths that the trained weights will decide it may be otherwise
+        self.warnings += [replace(fault, message=f"as estimated, {fault.message}") for fault in faults[:MOST_NAMED]]
+        self.warnings += _unused_fields(step, pointer)
         found = planned_zeros([node for node in nodes if node.name not in dense], step, self.zeros, self.guessed)
-        if all(plan.exact and plan.zeros == self.zeros.get(name, 0) for name, plan in found.items()):
+        if found and all(plan.exact and plan.zeros == self.zeros.get(name, 0) for name, plan in found.items()):
             message = "removes nothing: what would go is zero already, or less than one weight or block"
             self.warnings.append(Fault(pointer, message))
         for node in nodes:
@@ -256,12 +260,13 @@ class Forecast:
         self.floor = removals.floor
         exact = step.scope == "layer" and _is_simulated(before, step) and not measured
         if not exact:
+            self.estimated = True
             self.guessed.update(node.name for node in _weighted(before))
         reasons = why_kept(before, classes, step, block)
         self.rows += [
             _narrowed(node, after[node.name], step, exact, reasons, before, pointer) for node in _weighted(before)
         ]
-        if not removals.dropped:
+        if not removals.dropped and not measured:
             self.warnings.append(Fault(pointer, f"removes nothing: {_why_nothing(step, cost(before), self.baseline)}"))
         self.warnings += _channel_warnings(before, step, pointer)
 
@@ -280,9 +285,15 @@ class Forecast:
             raise InvalidSpec([Fault(f"{pointer}/budget/latency_ms", f"no channel may be removed: {reasons}")])
         share = budget.allowed_ms(1.0)
         in_ms = budget.absolute or share > 1
-        macs = cost(self.graph).macs if in_ms else max(floor.floor.macs, int(share * self.baseline.macs))
-        shown = "the network before it" if in_ms else f"{share:g} of the MACs"
-        message = f"a latency is measured on the worker, in ONNX Runtime: the plan shows {shown} in its place"
+        macs, least = int(share * self.baseline.macs), floor.floor.macs
+        if in_ms:
+            macs, shown = cost(self.graph).macs, "the plan shows the network before it in its place"
+        elif macs >= least:
+            shown = f"the plan shows {share:g} of the MACs in its place"
+        else:
+            part, macs = least / max(1, self.baseline.macs), least
+            shown = f"the plan shows the smallest network that may be left, with {part:.3g} of the MACs: the budget may be missed"
+        message = f"a latency is measured on the worker, in ONNX Runtime: {shown}"
         self.warnings.append(Fault(f"{pointer}/budget/latency_ms", message))
         return step.model_copy(update={"budget": Budget(macs=max(2, macs))})
 
@@ -333,12 +344,35 @@ def _weighted(graph: Graph) -> list[Node]:
     return [node for node in graph.nodes if node.type in WEIGHTED]
 
 
+def _misfit(step: Prune, name: str, reason: str, pointer: str) -> Fault:
+    """What is wrong with an override for a layer that the step leaves as it is."""
+    override = step.overrides[name]
+    at = pointer + pointer_to("overrides", name)
+    if override.pattern is not None:
+        at += "/pattern"
+    return Fault(at, f"does not fit {name}: {reason}{_ADVICE[step.structure]}", value=override.pattern)
+
+
+_ADVICE: dict[Structure, str] = {  # where no layer, or not the one that is named, can be masked
+    "weights": "",
+    "channels": "",
+    "n:m": "; N:M needs a number of inputs that M divides",
+    "blocks": "; choose smaller blocks",
+}
+
+
 def _nothing_to_mask(step: Prune, dense: Mapping[str, str], pointer: str) -> Fault:
     if set(dense.values()) == {"excluded"}:
         return Fault(f"{pointer}/exclude", "every layer with weights is excluded: nothing is left to prune")
     field = "pattern" if step.structure == "n:m" else "block"
-    held = ", ".join(f"{name} ({reason})" for name, reason in list(dense.items())[:_SIMILAR_AMONG])
-    return Fault(f"{pointer}/{field}", f"no layer can be pruned: {held}")
+    held = ", ".join(f"{name} ({reason})" for name, reason in list(dense.items())[:MOST_NAMED])
+    return Fault(f"{pointer}/{field}", f"no layer can be pruned: {held}{_ADVICE[step.structure]}")
+
+
+def _unused_fields(step: Prune, pointer: str) -> Iterator[Fault]:
+    for name in _CHANNEL_FIELDS:
+        if getattr(step, name) != Prune.model_fields[name].default:
+            yield Fault(f"{pointer}/{name}", f"has no meaning for structure {step.structure}: it is not used")
 
 
 def _narrowed(

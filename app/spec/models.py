@@ -113,16 +113,24 @@ class JobModel(Strict):
     ] = "auto"
 
 
-def _model_kind(model: object) -> str:
-    for kind, tag in ((JobModel, "job"), (PresetModel, "preset")):
-        if isinstance(model, kind) or (isinstance(model, dict) and tag in model):
-            return f"<{tag}>"
-    return "<layers>"
+_KINDS: dict[str, type[Strict]] = {"preset": PresetModel, "layers": LayersModel, "job": JobModel}
+
+
+def _model_kind(model: object) -> str | None:
+    """The field that says which kind of model it is; None where it has none of them, or two."""
+    if not isinstance(model, dict):
+        return next((f"<{name}>" for name, kind in _KINDS.items() if isinstance(model, kind)), "<layers>")
+    stated = [name for name in _KINDS if name in model]
+    return f"<{stated[0]}>" if len(stated) == 1 else None
 
 
 ModelSpec = Annotated[
     Annotated[PresetModel, Tag("<preset>")]
     | Annotated[LayersModel, Tag("<layers>")]
     | Annotated[JobModel, Tag("<job>")],
-    Discriminator(_model_kind),
+    Discriminator(
+        _model_kind,
+        custom_error_type="one_model",
+        custom_error_message=f"state exactly one of: {', '.join(_KINDS)}",
+    ),
 ]

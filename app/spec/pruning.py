@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
 from app.spec.strict import Count, JobId, Strict, Text, fault
 
@@ -40,12 +40,13 @@ CRITERIA: dict[Structure, tuple[Criterion, ...]] = {
     "blocks": PATTERN_CRITERIA,
 }
 MOST_OF_A_PATTERN = 64
+_PATTERN = r"^([0-9]{1,3}):([0-9]{1,3})$"
 
 
 def _known_pattern(pattern: str) -> str:
-    found = re.fullmatch(r"([0-9]{1,3}):([0-9]{1,3})", pattern)
+    found = re.fullmatch(_PATTERN, pattern)
     if found is None:
-        raise fault('is two numbers with a colon: "2:4" keeps at most 2 of 4 weights in a row')
+        raise fault('must be two numbers with a colon: "2:4" keeps at most 2 of 4 weights in a row')
     kept, of = int(found[1]), int(found[2])
     if not 1 <= kept < of <= MOST_OF_A_PATTERN:
         raise fault(f"keeps N of M weights with 1 <= N < M <= {MOST_OF_A_PATTERN}", limit=MOST_OF_A_PATTERN)
@@ -58,7 +59,7 @@ def kept_of(pattern: str) -> tuple[int, int]:
     return int(kept), int(of)
 
 
-Pattern = Annotated[str, Field(max_length=7), AfterValidator(_known_pattern)]
+Pattern = Annotated[str, AfterValidator(_known_pattern), WithJsonSchema({"type": "string", "pattern": _PATTERN})]
 Side = Annotated[int, Field(ge=1, le=1024)]
 
 

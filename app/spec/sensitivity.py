@@ -11,7 +11,8 @@ from app.spec.strict import Strict, Text, fault
 
 SensitivityCriterion = Literal["l1", "l2", "taylor", "bn_scale", "fpgm", "lamp", "activation", "random"]
 PARTS_KEPT = (0.9, 0.75, 0.5, 0.25, 0.1)
-ALMOST_ALL = 0.999999
+FEWEST_KEPT = 1e-6
+ALMOST_ALL = 1 - FEWEST_KEPT
 
 
 class Sensitivity(Strict):
@@ -21,7 +22,7 @@ class Sensitivity(Strict):
     """
 
     kept: Annotated[
-        tuple[Annotated[float, Field(gt=0, lt=1)], ...],
+        tuple[Annotated[float, Field(ge=FEWEST_KEPT, lt=1)], ...],
         Field(min_length=1, max_length=32, description="Parts of a group's channels that are kept, falling."),
     ] = PARTS_KEPT
     criterion: Annotated[SensitivityCriterion, Field(description="Which channels leave first.")] = "l2"

@@ -13,6 +13,7 @@ from typing import Any
 from app.errors import Fault, InvalidSpec, JsonValue
 from app.spec.data import DataFacts
 from app.spec.draft import WEIGHTED
+from app.spec.faults import counted
 from app.spec.graph import Graph, Limits, build_graph
 from app.spec.job import JobSpec
 from app.spec.layers import read_layers
@@ -112,7 +113,7 @@ def network_at(source: Source, input_shape: Shape, limits: Limits) -> Graph:
     assert source.layers is not None, "the source of a job has layers"
     assert source.input_shape is not None
     if input_shape[0] != source.input_shape[0]:
-        raise Misfit(f"it takes {source.input_shape[0]} channels, not {input_shape[0]}")
+        raise Misfit(f"it takes {counted(source.input_shape[0], 'channel')}, not {input_shape[0]}")
     try:
         return build_graph(read_layers(source.layers), input_shape, limits=limits)
     except InvalidSpec as exc:
@@ -232,7 +233,7 @@ def start_faults(spec: JobSpec, start: Start, input_shape: Shape) -> Iterator[Fa
         message = f"0 leaves layers untrained that start fresh: {listed(start.fresh)}"
         yield Fault("/training/epochs", message, limit=1, value=0)
     if start.mean is not None and len(start.mean) != input_shape[0]:
-        message = f"has {len(start.mean)} numbers, the images have {input_shape[0]} channels"
+        message = f"has {counted(len(start.mean), 'number')}, the images have {counted(input_shape[0], 'channel')}"
         at = "/model/job" if start.reference.kind == "job" else "/model/preprocessing/mean"
         yield Fault(at, message, limit=input_shape[0], value=len(start.mean))
 

@@ -198,6 +198,15 @@ def test_a_latency_is_planned_as_macs_and_the_plan_says_so() -> None:
 def test_milliseconds_cannot_be_planned_and_leave_the_network_as_it_is() -> None:
     found = plan(optimizations=[{"type": "prune", "budget": {"latency_ms": 0.5, "absolute": True}}])
     assert found.planned_cost == found.baseline_cost
+    said = [warning.message for warning in found.warnings]
+    assert any("the plan shows the network before it" in sentence for sentence in said)
+    assert not any("removes nothing" in sentence for sentence in said)
+
+
+def test_a_latency_below_what_widths_can_bring_is_planned_as_the_smallest_network_with_a_warning() -> None:
+    found = plan(optimizations=[{"type": "prune", "budget": {"latency_ms": 1e-6}}])
+    assert found.planned_cost == found.floor
+    assert any("the budget may be missed" in warning.message for warning in found.warnings)
 
 
 def test_a_latency_without_a_channel_to_remove_is_refused() -> None:

@@ -351,11 +351,13 @@ def test_long_keys_and_values_do_not_come_back() -> None:
 
 
 def test_a_model_is_a_preset_or_layers_and_data_one_source() -> None:
-    assert refused(document(model={}))[0].pointer == "/model/layers"
-    both = {"preset": "simple_cnn", "layers": [{"type": "flatten"}]}
-    assert refused(document(model=both))[0].pointer == "/model/layers"
-    assert refused(document(model={"job": "j1", "layers": [{"type": "flatten"}]}))[0].pointer == "/model/layers"
-    assert refused(document(model={"job": "j 1"}))[0].pointer == "/model/job"
+    layers = {"layers": [{"type": "flatten"}]}
+    for none_or_two in ({}, {"weights": "w1"}, {"preset": "simple_cnn", **layers}, {"job": "j1", **layers}):
+        (fault,) = refused(document(model=none_or_two))
+        assert (fault.pointer, fault.message) == ("/model", "state exactly one of: preset, layers, job")
+    assert [fault.message for fault in refused(document(model=None))] == ["must be an object"]
+    (fault,) = refused(document(model={"job": "j 1"}))
+    assert (fault.pointer, fault.message) == ("/model/job", "must match ^[A-Za-z0-9_-]{1,64}$")
     assert not refused(document(model={"job": "j1", "artifact": "pruned"}))
     assert [fault.pointer for fault in refused(document(data={}))] == ["/data"]
     assert refused(document(data={"dataset": "mnist", "synthetic": {}}))

@@ -165,7 +165,7 @@ def test_another_spatial_size_is_fine_where_the_network_takes_it() -> None:
 def test_other_input_channels_are_a_fault_at_the_input_shape() -> None:
     (fault,) = faults_with(COLOUR, {KEY: source_of()}, model={"job": "j1", "input_shape": [3, 32, 32]})
     assert (fault.pointer, fault.limit, fault.value) == ("/model/input_shape", [1, 28, 28], [3, 32, 32])
-    assert "takes 1 channels, not 3" in fault.message
+    assert "takes 1 channel, not 3" in fault.message
 
 
 def test_pictures_take_the_shape_that_the_network_knows_unless_the_job_states_one() -> None:
@@ -220,7 +220,7 @@ def test_layers_that_rewrites_bring_are_fresh_and_the_rest_is_not() -> None:
 
 
 def test_a_job_has_a_preset_or_a_job_and_unknown_fields_are_refused() -> None:
-    assert [f.pointer for f in refused(document(model={"job": "j1", "preset": "simple_cnn"}))] == ["/model/preset"]
+    assert [f.pointer for f in refused(document(model={"job": "j1", "preset": "simple_cnn"}))] == ["/model"]
     assert [f.pointer for f in refused(document(model={"job": "j1", "weights": "w"}))] == ["/model/weights"]
     assert [f.pointer for f in refused(document(model={"job": "j1", "head": "old"}))] == ["/model/head"]
     assert [f.pointer for f in refused(document(model={"job": "../secret"}))] == ["/model/job"]

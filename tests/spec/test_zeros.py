@@ -131,7 +131,11 @@ def faults_of(**step: Any) -> list[tuple[str, str]]:
         ({"pattern": "7:63"}, "/pattern", "no layer can be pruned: conv1 (7:63 on 3 input channels), conv2"),
         ({"sparsity": 0.5, "block": [999, 999], "exclude": ["conv2", "conv3"]}, "/block", "one block of 999 x 999"),
         ({"pattern": "2:4", "exclude": list(SIZES)}, "/exclude", "every layer with weights is excluded"),
-        ({"pattern": "2:4", "overrides": {"conv1": {"pattern": "1:4"}}}, "/overrides/conv1", "1:4 on 3 input channels"),
+        (
+            {"pattern": "2:4", "overrides": {"conv1": {"pattern": "1:4"}}},
+            "/overrides/conv1/pattern",
+            "1:4 on 3 input channels",
+        ),
         ({"pattern": "2:4", "overrides": {"conv2": {"sparsity": 0.5}}}, "/overrides/conv2/sparsity", "structure n:m"),
         ({"pattern": "2:4", "overrides": {"conv2": {"threshold": 1}}}, "/overrides/conv2/threshold", "structure n:m"),
         (

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.finished import network_files
 from support.jobs import SHAPE, SYNTHETIC, task_of, tiny_data, tiny_layers, tiny_spec, train_alone
 from support.specs import graph_of
+from support.wishes import ACCEPTED, described
 
 from app.spec.cost import cost
 from worker.journal import MemoryJournal
@@ -46,6 +49,32 @@ def reached(data: Path, scratch: Path, *steps: dict[str, Any], **fields: Any) ->
     """What a tiny job of one epoch reaches."""
     spec = tiny_spec(*steps, **fields, training={"epochs": 1})
     return train_alone(task_of(spec, data, scratch), MemoryJournal())
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The networks that odd wishes refer to, as a worker gets them."""
+    folder = tmp_path_factory.mktemp("sources")
+    for name, classes in (("three", 3), ("ten", 10)):
+        layers = [*tiny_layers()[:-1], {"type": "linear", "out_features": classes}]
+        files = network_files(layers, SHAPE, tuple(f"class {number}" for number in range(classes)))
+        for key in (f"job-{name}-pruned", f"job-{name}-baseline", "weights-weights")[: 3 if name == "three" else 2]:
+            (folder / key).mkdir()
+            (folder / key / "weights.safetensors").write_bytes(files["pruned.safetensors"])
+            (folder / key / "architecture.json").write_bytes(files["architecture.json"])
+    return folder
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_an_odd_wish_that_is_accepted_is_carried_out(data: Path, sources: Path, tmp_path: Path, name: str) -> None:
+    spec = described(ACCEPTED[name][0], {"@three": "three", "@ten": "ten", "@weights": "weights"})
+    shape = tuple(spec["model"].get("input_shape", SHAPE))
+    given = data if shape == SHAPE else tiny_data(tmp_path, SYNTHETIC, shape)
+    found = train_alone(task_of(spec, given, tmp_path, sources=sources), MemoryJournal())
+    assert found.ledger.baseline is not None
+    assert all(record.complete for record in found.ledger.steps)
+    assert all(bool(tensor.isfinite().all()) for tensor in found.network.state_dict().values())
+    json.dumps(found.ledger.document(), allow_nan=False)
 
 
 BY_SENSITIVITY = {"type": "prune", "scope": "sensitivity", "retrain": {"policy": "none"}}
