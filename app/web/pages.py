@@ -18,6 +18,7 @@ POLICY = (
 ASSETS = {"page.css": "text/css", "page.js": "text/javascript"}
 ASSET_FOLDER = Path(__file__).parent / "assets"
 STATES = ("queued", "running", "paused", "succeeded", "failed", "cancelled")
+MOST_NAMED = 3
 BUSY = frozenset({"queued", "running", "cancelling"})
 EVENT_TYPES = (
     "job.submitted",
@@ -25,13 +26,16 @@ EVENT_TYPES = (
     "job.resumed_from_checkpoint",
     "phase.started",
     "epoch.finished",
+    "training.stopped_early",
     "prune.planned",
     "prune.applied",
     "quantize.applied",
+    "sensitivity.measured",
     "checkpoint.saved",
     "checkpoint.corrupt",
     "warning",
     "worker.lost",
+    "job.released",
     "job.stopping",
     "job.paused",
     "job.resumed",
@@ -90,15 +94,15 @@ def jobs_page(jobs: Sequence[Document], next_cursor: str | None, state: str | No
 
 
 def job_page(job: Document, report: Document | None, artifacts: Sequence[Document], events: Sequence[Document]) -> str:
-    """One job: the verdict first, then progress or error, the table, the files, the events."""
+    """One job: the verdict first, then progress or error, the tables, the files, the events."""
+    table = (report or {}).get("sensitivity")
     live = element(
         "div",
         element("p", _state(job), " ", _progress(job)),
         _waiting(job),
         _error(job),
-        _verdict(job),
-        _comparison(job),
-        _classes(report),
+        *([_verdict(job), _comparison(job), _classes(report)] if table is None else [_sensitivity(table)]),
+        _notes(report),
         _downloads(job, artifacts, report),
         id="live",
     )
@@ -220,6 +224,49 @@ def _compared(title: str, before: float | None, after: float | None, int8: float
     return title, _number(before), _number(after), kept, _number(int8)
 
 
+def _sensitivity(table: Document) -> Html:
+    """The accuracy when one group of channels alone is cut, a row for each group, a column for each part kept."""
+    groups, whole = table["groups"], table["whole"]
+    parts = [f"{point['kept'] * 100:.4g} % kept" for point in groups[0]["points"]] if groups else []
+    head = element("tr", *(element("th", title) for title in ("layers whose channels go together", "channels", *parts)))
+    body = [
+        element(
+            "tr",
+            element("td", _named(row["layers"]), title=", ".join(row["layers"])),
+            element("td", row["channels"], class_="number"),
+            *(
+                element("td", _percent(one["after_recalibration"]), title=_cut(one), class_="number")
+                for one in row["points"]
+            ),
+        )
+        for row in groups
+    ]
+    words = (
+        f"Accuracy on {table['examples']:,} test images when one group alone is cut, the weakest channels by "
+        f"{table['criterion']} first, batch norm recalibrated, nothing retrained. Uncut: "
+    )
+    left = ", ".join(f"{row['name']} ({row['reason']})" for row in whole)
+    return join(
+        [
+            element("h2", "Sensitivity"),
+            element("p", words, element("strong", _percent(table["accuracy"])), "."),
+            element("table", head, *body),
+            element("p", f"Left whole: {left}.", class_="soft") if whole else None,
+        ]
+    )
+
+
+def _named(layers: Sequence[str]) -> str:
+    """Names of layers as words, at most three."""
+    more = f" and {len(layers) - MOST_NAMED} more" if len(layers) > MOST_NAMED else ""
+    return ", ".join(layers[:MOST_NAMED]) + more
+
+
+def _cut(point: Document) -> str:
+    cut = _percent(point["after_cut"])
+    return f"{point['channels']} channels left, {point['macs']:,} MACs; {cut} before batch norm was recalibrated"
+
+
 def _classes(report: Document | None) -> Html | None:
     rows = (report or {}).get("classes") or []
     if not rows:
@@ -237,6 +284,13 @@ def _classes(report: Document | None) -> Html | None:
         for row in worst
     ]
     return join([element("h2", "Classes"), element("table", head, *body)])
+
+
+def _notes(report: Document | None) -> Html | None:
+    notes = (report or {}).get("notes") or []
+    if not notes:
+        return None
+    return join([element("h2", "Notes"), element("ul", *(element("li", note) for note in notes))])
 
 
 def _downloads(job: Document, artifacts: Sequence[Document], report: Document | None) -> Html | None:

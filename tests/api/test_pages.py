@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from support.api import SUMMARY, Api, open_api
@@ -13,6 +14,7 @@ from app import attempts
 from app.web.html import Html, element
 from app.web.pages import EVENT_TYPES
 
+ROOT = Path(__file__).resolve().parents[2]
 EVIL = '<script>alert("1")</script>"\'&'
 
 
@@ -131,6 +133,45 @@ def test_an_8_bit_file_has_a_column_of_its_own(api):
     assert (figures["accuracy"], figures["bytes"]) == ("0.915", "777")
     assert (figures["onnxruntime, batch 1, p50 ms"], figures["torch, batch 1, p50 ms"]) == ("0.2", "")
     assert "8 bits" not in _page(api, f"/jobs/{api.delivered()}").text
+
+
+def test_a_table_of_sensitivities_has_a_row_for_each_group_and_a_column_for_each_part(api):
+    points = [
+        {"kept": 0.5, "channels": 4, "macs": 1200, "params": 99, "after_cut": 0.41, "after_recalibration": 0.87},
+        {"kept": 0.001, "channels": 1, "macs": 300, "params": 9, "after_cut": 0.11, "after_recalibration": 0.1234},
+    ]
+    tied = ["conv2", "conv4", EVIL, "conv8", "conv10"]
+    table = {
+        "criterion": "l2",
+        "examples": 10_000,
+        "accuracy": 0.93,
+        "groups": [{"layers": layers, "channels": 8, "points": points} for layers in (["conv1"], tied)],
+        "whole": [{"name": "linear1", "reason": "network output"}],
+    }
+    job_id = api.submit(kind="sensitivity")["id"]
+    api.deliver(api.claim(job_id), report={"sensitivity": table, "notes": ["a note"]})
+    page = _page(api, f"/jobs/{job_id}")
+    for words in (
+        *["Accuracy on 10,000 test images", "by l2 first", "Uncut: 93.00 %", "Left whole: linear1 (network output)"],
+        *["50 % kept", "0.1 % kept", "87.00 %", "12.34 %", f"conv2, conv4, {EVIL} and 2 more", "a note"],
+    ):
+        assert words in page.text, words
+    assert "Dense against pruned" not in page.text
+    assert {"class": "number", "title": "4 channels left, 1,200 MACs; 41.00 % before batch norm was recalibrated"} in [
+        dict(sorted(cell.items())) for cell in page.found("td")
+    ]
+    early = api.submit(kind="sensitivity")["id"]
+    api.deliver(api.claim(early), early=True, report={"sensitivity": table | {"groups": [], "whole": []}})
+    assert "Uncut: 93.00 %" in _page(api, f"/jobs/{early}").text
+
+
+def test_the_page_of_a_job_follows_every_type_of_event():
+    sources = [path for folder in ("app", "worker") for path in (ROOT / folder).rglob("*.py")]
+    emitted = {
+        kind for path in sources for kind in re.findall(r'(?:NewEvent|\.event)\(\s*"([a-z_.]+)"', path.read_text())
+    }
+    assert {"job.submitted", "epoch.finished", "sensitivity.measured"} <= emitted
+    assert emitted <= set(EVENT_TYPES)
 
 
 def test_a_failed_job_opens_with_its_error_and_a_link_to_its_code(api):

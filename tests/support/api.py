@@ -94,8 +94,9 @@ class Api:
         *,
         early: bool = False,
         summary: dict[str, Any] | None = None,
+        report: dict[str, Any] | None = None,
     ) -> None:
-        """Finish the job with these files."""
+        """Finish the job with these files; `report` has parts in the place of the usual ones, or beside them."""
         rows = []
         for name, content in (files or FILES).items():
             key = artifact_key(claim.job_id, claim.attempt, name)
@@ -106,7 +107,7 @@ class Api:
             self.db,
             claim,
             summary=SUMMARY if summary is None else summary,
-            report={"job_id": claim.job_id, **REPORT},
+            report={"job_id": claim.job_id, **REPORT, **(report or {})},
             artifacts=rows,
             stopped_early=early,
         )
