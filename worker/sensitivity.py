@@ -50,17 +50,19 @@ def tabulate(job: Job) -> None:
 
 
 def table_document(job: Job) -> dict[str, Any]:
-    """The report's `sensitivity`: the dense accuracy, a row for each group, and the layers that stay whole with why."""
+    """The report's `sensitivity`: the dense accuracy on the same images, a row for each group, and what stays whole."""
     options, ledger = job.plan.spec.sensitivity, job.reached.ledger
     assert options is not None
     assert ledger.baseline is not None
     graph = job.plan.baseline
     step = options.step(options.kept[-1])
+    examples = len(_test_positions(job, options))
+    seen_all = examples == len(job.splits.test.labels)
     whole = why_kept(graph, channel_classes(graph), step)
     return {
         "criterion": options.criterion,
-        "examples": len(_test_positions(job, options)),
-        "accuracy": ledger.baseline.accuracy,
+        "examples": examples,
+        "accuracy": ledger.baseline.accuracy if seen_all else _accuracy(job, job.reached.network, options),
         "groups": ledger.sensitivity,
         "whole": [{"name": name, "reason": reason} for name, reason in whole.items()],
     }

@@ -237,17 +237,153 @@ class LayerRow(Answer):
     macs: int
 
 
+class PlanRow(Answer):
+    """What one optimization does to one layer; numbers are widths, of `mask` weights that are not zero."""
+
+    layer: str
+    action: Literal["narrow", "follow", "keep", "mask", "insert", "replace"]
+    before: int | None
+    after: int | None
+    exact: bool = Field(description="false: an estimate, the trained weights decide.")
+    reason: str
+    optimization: str | None = Field(description="Pointer of the optimization.")
+
+
+class Phase(Answer):
+    """One stretch of the job."""
+
+    phase: str
+    epochs: int | None = None
+    optimization: str | None = None
+
+
 class Plan(Answer):
     """What a job would be."""
 
     valid: Literal[True]
+    plan_version: int
     layers: list[LayerRow]
     given: Cost
-    baseline: Cost
-    planned: Cost
+    baseline: Cost = Field(description="After the rewrites: what is trained.")
+    planned: Cost = Field(description="After the compressions.")
+    floor: Cost | None = Field(description="The least that the last removal of channels could leave.")
     memory: dict[str, Any]
     estimate: dict[str, Any]
-    warnings: list[Any]
+    plan: list[PlanRow]
+    phases: list[Phase]
+    warnings: list[Fault]
+    spec: dict[str, Any] = Field(description="The job with every default filled in.")
+
+
+class Measures(Answer):
+    """`M`: what a network can do and costs, on the test part and on this worker; null: not measured."""
+
+    accuracy: float | None
+    loss: float | None
+    params: int
+    nonzero_params: int
+    macs: int
+    bytes: int
+    latency_ms: dict[str, dict[str, dict[str, float]]] | None = Field(
+        description="Runtime to batch size to p50 and p95."
+    )
+
+
+class Step(Answer):
+    """One optimization of a finished job."""
+
+    optimization: dict[str, Any]
+    applied: bool
+    before: Measures
+    after: Measures
+    layers: list[dict[str, Any]]
+    seconds: float
+
+
+class ClassRow(Answer):
+    """What became of one class; null: the test part has no example."""
+
+    name: str
+    baseline_accuracy: float | None
+    final_accuracy: float | None
+    change: float | None
+    examples: int
+
+
+class Proof(Answer):
+    """What a delivered file gave in a clean process."""
+
+    max_abs_difference: float
+    accuracy: float
+
+
+class Layer(Answer):
+    """A layer, and why it is as it is."""
+
+    name: str
+    reason: str
+
+
+class Int8(Measures):
+    """The 8-bit file, delivered or not."""
+
+    met: bool = Field(description="Whether it keeps to max_accuracy_drop, and so is delivered.")
+    max_accuracy_drop: float
+    accuracy_drop: float
+    left_in_float32: list[Layer]
+
+
+class Cut(Answer):
+    """A group of channels cut to one width: the accuracy right after it, and with batch norm recalibrated."""
+
+    kept: float
+    channels: int
+    macs: int
+    params: int
+    after_cut: float
+    after_recalibration: float
+
+
+class GroupRow(Answer):
+    """A group of channels: the layers that lose them together, and a cut for each part that was asked for."""
+
+    layers: list[str]
+    channels: int
+    points: list[Cut]
+
+
+class SensitivityTable(Answer):
+    """What each group of channels costs when it alone is cut; nothing is trained again."""
+
+    criterion: str
+    examples: int = Field(description="Test images that were looked at.")
+    accuracy: float = Field(description="Of the whole network, on these images.")
+    groups: list[GroupRow]
+    whole: list[Layer]
+
+
+class SparseFile(Answer):
+    """The size of the file without zeros beside that of the same weights with them."""
+
+    name: str
+    size_bytes: int
+    dense_bytes: int
+
+
+class Report(Answer):
+    """Dense against compressed, step by step and class by class."""
+
+    job_id: str
+    baseline: Measures
+    final: Measures
+    steps: list[Step]
+    classes: list[ClassRow]
+    verification: dict[str, Proof]
+    environment: dict[str, Any]
+    notes: list[str]
+    int8: Int8 | None = Field(None, description="Where an 8-bit file was asked for.")
+    sensitivity: SensitivityTable | None = Field(None, description="Of a job of kind sensitivity.")
+    sparse: SparseFile | None = Field(None, description="Where weights were set to zero.")
 
 
 class Worker(Answer):
@@ -340,7 +476,7 @@ EVENTS = _gives(Events, "Events in order.")
 EVENTS[200]["content"] = {"text/event-stream": {"schema": _TEXT}}
 METRICS = _gives(Metrics, "The curves.")
 LOG = _content("text/plain", "The log.", _TEXT)
-REPORT = _content("application/json", "The report.", {"type": "object"})
+REPORT = _gives(Report, "The report.")
 CHECKPOINTS = _gives(Checkpoints, "The checkpoints.")
 ARTIFACTS = _gives(Artifacts, "The files.")
 FILE = (

@@ -128,7 +128,7 @@ def test_every_answer_fits_its_schema(api):
     for method, path, model in while_it_runs:
         model.model_validate_json(api.client.request(method, path).content, strict=True)
     api.deliver(claim)
-    for path, model in ((base, answers.Job), (f"{base}/artifacts", answers.Artifacts)):
+    for path, model in ((base, answers.Job), (f"{base}/artifacts", answers.Artifacts), (f"{base}/report", answers.Report)):
         model.model_validate_json(api.client.get(path).content, strict=True)
     answers.Plan.model_validate_json(api.client.post("/v1/jobs/validate", json=SPEC).content, strict=True)
     answers.Job.model_validate_json(api.client.post("/v1/jobs", json=SPEC).content, strict=True)

@@ -13,6 +13,7 @@ import pytest
 from onnx import numpy_helper
 from support.jobs import SHAPE, SYNTHETIC, task_of, tiny_data, tiny_spec
 
+from app.api import answers
 from app.errors import QuantizationFailed, VerificationFailed
 from app.spec.compressions import Quantize
 from worker import delivery, quantizing
@@ -65,6 +66,8 @@ def test_the_8_bit_file_is_delivered_proven_and_listed(job: tuple[Delivered, Mem
     assert listed[INT8_MODEL]["verification"] == proof
     assert listed[INT8_MODEL]["size_bytes"] == outcome.report["int8"]["bytes"] == delivery.size_bytes
     assert {node.op_type for node in onnx.load(delivery.path).graph.node} >= {"QuantizeLinear", "DequantizeLinear"}
+    described = answers.Report.model_validate_json(json.dumps(outcome.report, allow_nan=False), strict=True)
+    assert described.int8 is not None
     (event,) = journal.of_type("quantize.applied")
     assert event.data["accuracy"] == outcome.report["int8"]["accuracy"]
     phases = [progress.phase for progress in journal.progresses]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from support.jobs import resume_folder, task_of, tiny_data, tiny_spec
 
+from app.api import answers
 from app.spec.budget import Curve
 from worker.journal import MemoryJournal, Progress, Wish
 from worker.pipeline import Delivered, Paused, run
@@ -51,6 +53,14 @@ def test_every_group_has_a_row_and_every_part_a_cell(report: dict[str, Any]) -> 
         assert report["baseline"]["macs"] > macs[0] > macs[1] > macs[2]
 
 
+def test_the_report_is_as_the_api_describes_it(report: dict[str, Any]) -> None:
+    described = answers.Report.model_validate_json(json.dumps(report, allow_nan=False), strict=True)
+    assert described.sensitivity is not None
+    assert [len(row.points) for row in described.sensitivity.groups] == [3, 3]
+    assert described.model_extra is not None
+    assert described.sensitivity.model_extra == described.sensitivity.groups[0].points[0].model_extra == {}
+
+
 @pytest.mark.parametrize(("layer", "others"), [("conv1", ["conv2"]), ("conv2", ["conv1"])])
 def test_a_cell_is_what_really_pruning_that_group_gives(
     report: dict[str, Any], data: Path, tmp_path: Path, layer: str, others: list[str]
@@ -78,8 +88,10 @@ def test_the_network_itself_is_delivered_as_it_was_trained(report: dict[str, Any
 
 
 def test_a_part_of_the_test_images_can_do(data: Path, tmp_path: Path) -> None:
-    table = report_of(table_spec(images=10, exclude=["conv1"]), data, tmp_path)["sensitivity"]
+    spec = table_spec(images=10, exclude=["conv1"], kept=[0.99, 0.5])  # 0.99 of 8 channels are all of them
+    table = report_of(spec, data, tmp_path)["sensitivity"]
     assert table["examples"] == 10
+    assert table["accuracy"] == table["groups"][0]["points"][0]["after_cut"]
     assert [row["layers"] for row in table["groups"]] == [["conv2"]]
     assert {"name": "conv1", "reason": "excluded"} in table["whole"]
     assert all(point["after_cut"] * 10 == round(point["after_cut"] * 10) for point in table["groups"][0]["points"])
