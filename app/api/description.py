@@ -40,6 +40,12 @@ def docs(request: Request) -> Response:
     return HTMLResponse(reference.routes_page(request.app.openapi()), headers={"Content-Security-Policy": POLICY})
 
 
+@router.get("/docs/jobs")
+def language_docs(request: Request) -> Response:
+    """The job language: what the body of a submit may hold."""
+    return HTMLResponse(reference.language_page(request.app.openapi()), headers={"Content-Security-Policy": POLICY})
+
+
 @router.get("/docs/errors")
 def error_docs() -> Response:
     """Every error code: what the `type` of a problem points to."""

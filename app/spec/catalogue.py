@@ -49,7 +49,16 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
 }
 _MORE_EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "low_rank": [{"type": "low_rank", "rank": 16}, {"type": "low_rank", "energy": 0.7, "exclude": ["conv1"]}],
+    "regularization": [{"type": "regularization", "group_lasso": 1e-4}, {"type": "regularization", "bn_l1": 1e-4}],
     "prune": [
+        {"type": "prune", "budget": {"latency_ms": 0.6}, "criterion": "taylor"},
+        {
+            "type": "prune",
+            "budget": {"params": 0.4},
+            "schedule": {"name": "iterative", "steps": 3},
+            "overrides": {"conv1": {"max_sparsity": 0.5}},
+            "retrain": {"epochs": 2, "distillation": {"alpha": 0.7, "temperature": 4.0}},
+        },
         {"type": "prune", "sparsity": 0.9, "criterion": "lamp", "schedule": {"name": "cubic"}},
         {"type": "prune", "sparsity": 0.9, "criterion": "erk", "overrides": {"conv1": {"sparsity": 0.5}}},
         {"type": "prune", "structure": "n:m", "pattern": "2:4"},

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from html import escape
 from typing import Any
 
 import pytest
@@ -128,7 +130,11 @@ def test_every_answer_fits_its_schema(api):
     for method, path, model in while_it_runs:
         model.model_validate_json(api.client.request(method, path).content, strict=True)
     api.deliver(claim)
-    for path, model in ((base, answers.Job), (f"{base}/artifacts", answers.Artifacts), (f"{base}/report", answers.Report)):
+    for path, model in (
+        (base, answers.Job),
+        (f"{base}/artifacts", answers.Artifacts),
+        (f"{base}/report", answers.Report),
+    ):
         model.model_validate_json(api.client.get(path).content, strict=True)
     answers.Plan.model_validate_json(api.client.post("/v1/jobs/validate", json=SPEC).content, strict=True)
     answers.Job.model_validate_json(api.client.post("/v1/jobs", json=SPEC).content, strict=True)
@@ -157,6 +163,28 @@ def test_the_docs_list_every_route_of_the_description(api, openapi):
     for path, methods in openapi["paths"].items():
         for method in methods:
             assert f"{method.upper()} {path}" in html
+
+
+def test_the_job_language_has_a_page_with_every_field_and_every_link_leads_somewhere(api, openapi):
+    html = api.client.get("/docs/jobs").text
+    for part in (
+        "JobSpec",
+        "Sensitivity",
+        "Budget",
+        "Distillation",
+        "JobModel",
+        "StatedPreprocessing",
+        "Conv",
+        "Quantize",
+    ):
+        assert f'<h2 id="{part}">' in html
+        for field, schema in openapi["components"]["schemas"][part]["properties"].items():
+            assert f"<td><code>{field}</code></td>" in html
+            assert escape(schema.get("description", "")) in html
+    links = set(re.findall(r'href="/docs/jobs#(\w+)"', html))
+    assert links <= set(re.findall(r'<h2 id="(\w+)"', html))
+    assert "Problem" not in links
+    assert 'href="/docs/jobs"' in api.client.get("/docs").text
 
 
 def test_the_catalogue_has_schemas_and_examples_that_are_accepted(api):

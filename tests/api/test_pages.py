@@ -197,7 +197,7 @@ def test_no_name_is_markup(api):
         assert [script.get("src") for script in page.found("script")] == ["/assets/page.js"]
 
 
-@pytest.mark.parametrize("path", ["/", "/docs", "/docs/errors", "job"])
+@pytest.mark.parametrize("path", ["/", "/docs", "/docs/jobs", "/docs/errors", "job"])
 def test_a_page_loads_nothing_from_elsewhere_and_runs_nothing_inline(api, path):
     path = f"/jobs/{api.submit()['id']}" if path == "job" else path
     answer = api.client.get(path)

@@ -173,7 +173,7 @@ GETS = ["/v1/jobs", "/v1/jobs/{done}", "/v1/jobs/{done}/events", "/v1/jobs/{done
 GETS += ["/v1/jobs/{done}/report", "/v1/jobs/{done}/artifacts", "/v1/jobs/{done}/artifacts/model.py", "/v1/datasets"]
 GETS += ["/v1/jobs/{done}/checkpoints", "/v1/presets", "/v1/optimizations", "/v1/workers", "/healthz", "/readyz"]
 GETS += ["/v1/weights"]
-GETS += ["/metrics", "/openapi.json", "/docs", "/docs/errors", "/", "/jobs/{done}", "/assets/page.js"]
+GETS += ["/metrics", "/openapi.json", "/docs", "/docs/jobs", "/docs/errors", "/", "/jobs/{done}", "/assets/page.js"]
 
 
 @pytest.mark.parametrize("path", GETS)
