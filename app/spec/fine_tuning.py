@@ -21,8 +21,10 @@ from app.spec.starting import Start, listed
 FROZEN = "/training/frozen"
 RATES = "/training/lr_factors"
 MOST_NAMED = 3
+MOST_MATCHES = 200_000  # of globs with layers' names: a second
 MOST_ADVICE = 20  # looking for similar names takes longer than everything else
 FEW_NAMES = 200
+_WILD = frozenset("*?[")  # what makes a name a glob
 
 
 def frozen_layers(training: Training, graph: Graph) -> frozenset[str]:
@@ -40,12 +42,17 @@ def rate_factors(training: Training, graph: Graph) -> dict[str, float]:
 def fine_tuning_faults(training: Training, graph: Graph) -> Iterator[Fault]:
     """Patterns that match nothing that could be trained, and a job that would train nothing."""
     names = _trained(graph)
+    globs = sum(1 for pattern in (*training.frozen, *training.lr_factors) if set(pattern) & _WILD)
+    if globs * len(names) > MOST_MATCHES:
+        message = f"{globs} globs are too many for a network with {len(names)} layers that train: state fewer"
+        yield Fault(FROZEN if training.frozen else RATES, message, limit=MOST_MATCHES // len(names), value=globs)
+        return
     places = [(pattern, f"{FROZEN}/{position}") for position, pattern in enumerate(training.frozen)]
     places += [(pattern, RATES + pointer(pattern)) for pattern in training.lr_factors]
-    advised = 0
+    advised, known = 0, set(names)
     for pattern, place in places:
         form = re.compile(translate(pattern))
-        if any(form.match(name) for name in names):
+        if pattern in known or any(form.match(name) for name in names):
             continue
         yield Fault(place, _why_nothing(form, pattern, graph, advise=advised < MOST_ADVICE), value=pattern[:64])
         advised += 1
@@ -80,7 +87,11 @@ def _trained(graph: Graph) -> list[str]:
 def _first_matches(patterns: Sequence[str], names: Sequence[str]) -> dict[str, str]:
     """Name -> the first pattern that it matches, for names that match one."""
     found: dict[str, str] = {}
+    known = set(names)
     for pattern in patterns:
+        if not set(pattern) & _WILD:
+            found |= {pattern: pattern} if pattern in known and pattern not in found else {}
+            continue
         form = re.compile(translate(pattern))
         found |= {name: pattern for name in names if name not in found and form.match(name)}
     return found

@@ -29,6 +29,7 @@ __all__ = ["JobModel", "JobSpec", "LayersModel", "PresetModel", "completed", "pa
 SPEC_VERSIONS = (1,)
 MOST_OPTIMIZATIONS = 24
 MOST_PATTERNS = 256
+MOST_STARS = 8  # in one pattern: each is a search
 USUAL_RETRAINING = 3  # epochs, where there is no training whose length could tell
 
 Augmentation = Literal["random_crop", "horizontal_flip", "cutout"]
@@ -43,7 +44,15 @@ def _known_version(version: object) -> object:
     return version
 
 
-Pattern = Annotated[Text, Field(description="A layer's name, or a glob of names: *, ?, [...].")]
+def _few_stars(pattern: str) -> str:
+    if pattern.count("*") > MOST_STARS:
+        raise fault(f"has more than {MOST_STARS} *: state several patterns", limit=MOST_STARS, value=pattern.count("*"))
+    return pattern
+
+
+Pattern = Annotated[
+    Text, AfterValidator(_few_stars), Field(description="A layer's name, or a glob of names: *, ?, [...].")
+]
 
 
 def _without_repetition(values: tuple[Any, ...]) -> tuple[Any, ...]:

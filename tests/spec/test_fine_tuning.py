@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -70,6 +71,21 @@ def test_a_job_that_freezes_everything_is_refused() -> None:
 def test_factors_have_limits_and_names_come_once(training: dict[str, Any], pointer: str, limit: Any) -> None:
     (fault,) = refused(document(training=training))
     assert (fault.pointer, fault.limit) == (pointer, limit)
+
+
+def test_more_globs_than_can_be_looked_at_in_a_moment_are_refused_and_names_are_not() -> None:
+    block = [{"type": "conv", "out_channels": 2, "kernel_size": 1, "name": "a" * 150}, {"type": "relu"}]
+    layers = [{"type": "repeat", "times": 3000, "layers": block}, {"type": "flatten"}]
+    model = {"layers": [*layers, {"type": "linear", "out_features": 10}]}
+    globs = [f"*{'a*' * 7}{number}" for number in range(256)]
+    start = time.perf_counter()
+    (fault,) = misplanned(model=model, training={"frozen": globs})
+    assert (fault.pointer, fault.limit, fault.value) == ("/training/frozen", 200_000 // 3001, 256)
+    names = [f"repeat1_{number}_{'a' * 150}" for number in range(1, 257)]
+    assert plan(model=model, training={"frozen": names}).frozen == set(names)
+    assert time.perf_counter() - start < 5
+    (fault,) = refused(document(training={"frozen": ["*" * 9]}))
+    assert (fault.pointer, fault.limit, fault.value) == ("/training/frozen/0", 8, 9)
 
 
 def test_patterns_are_for_the_network_after_the_rewrites() -> None:
