@@ -208,6 +208,8 @@ def _repeats(earlier: object, step: object) -> bool:
 
 def graph_faults(spec: JobSpec, graph: Graph) -> Iterator[Fault]:
     """What is wrong between the network and its training."""
+    if not any(node.params for node in graph.nodes):
+        yield Fault("/model", "none of the layers has parameters: there is nothing to train")
     norms = [node for node in graph.nodes if node.type == "batch_norm"]
     if spec.training.batch_size == 1 and norms:
         message = f"batch norm ({norms[0].name}) needs at least two examples in a batch to have a variance"

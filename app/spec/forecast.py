@@ -121,6 +121,7 @@ class Forecast:
 
         Raises InvalidSpec if a named layer is unknown, or no group of channels may be cut.
         """
+        self._check_weighted(pointer)
         step = options.step(options.kept[-1])
         faults = _named_faults(self.graph, step, pointer)
         if faults:
@@ -140,6 +141,7 @@ class Forecast:
 
         Raises InvalidSpec if a named layer is unknown or unfit, nothing may be removed, or the budget is out of reach.
         """
+        self._check_weighted(pointer)
         faults = [*_named_faults(self.graph, step, pointer)]
         if faults:
             raise InvalidSpec(faults)
@@ -147,6 +149,12 @@ class Forecast:
             self._mask(step, pointer)
         else:
             self._narrow(step, pointer)
+
+    def _check_weighted(self, pointer: str) -> None:
+        if not _weighted(self.graph):
+            raise InvalidSpec(
+                [Fault(pointer, "the network has no convolution and no linear layer: nothing can be removed")]
+            )
 
     def _quantize(self, step: Quantize, pointer: str) -> None:
         """Says which layers stay in float32. The network, and so its cost, stays as it is."""

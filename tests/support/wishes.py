@@ -63,6 +63,8 @@ SHARED = network(
 )
 WIDE = network(tiny_layers(channels=32))
 ONLY_LINEAR = network([{"type": "flatten"}, {"type": "linear", "out_features": 3}])
+WEIGHTLESS = network([{"type": "global_avg_pool"}, {"type": "flatten"}], (3, 8, 8))
+ONLY_NORM = network([{"type": "batch_norm"}, {"type": "global_avg_pool"}, {"type": "flatten"}], (3, 8, 8))
 TRANSPOSED = network(
     [{"type": "conv_transpose", "out_channels": 3, "kernel_size": 3}, {"type": "global_avg_pool"}, {"type": "flatten"}]
 )
@@ -139,6 +141,12 @@ REFUSED: dict[str, tuple[Parts, str, str]] = {
         f"{OPT}/budget/macs",
         "8 of 8 channels stay",
     ),
+    "nothing to train": (WEIGHTLESS, "/model", "nothing to train"),
+    "channels of no layer": (prune(budget={"macs": 0.5}) | ONLY_NORM, OPT, "no convolution and no linear layer"),
+    "time of no layer": (prune(budget={"latency_ms": 0.5}) | ONLY_NORM, OPT, "no convolution and no linear layer"),
+    "weights of no layer": (prune(sparsity=0.5) | ONLY_NORM, OPT, "no convolution and no linear layer"),
+    "a table of no layer": ({"kind": "sensitivity", **ONLY_NORM}, "/sensitivity", "no convolution and no linear layer"),
+    "ranks of no layer": (steps({"type": "low_rank", "rank": 2}) | ONLY_NORM, OPT, "none has weights"),
     "one linear layer": (prune(budget={"params": 0.5}) | ONLY_LINEAR, f"{OPT}/budget/params", "network output"),
     "shares for channels": (prune(budget={"macs": 0.5}, criterion="erk"), f"{OPT}/criterion", "structure channels"),
     "gradients of weights": (prune(sparsity=0.5, criterion="taylor"), f"{OPT}/criterion", "structure weights"),
