@@ -57,7 +57,7 @@ def fine_tuning_faults(training: Training, graph: Graph) -> Iterator[Fault]:
         yield Fault(place, _why_nothing(form, pattern, graph, advise=advised < MOST_ADVICE), value=pattern[:64])
         advised += 1
     if training.frozen and names and len(frozen_layers(training, graph)) == len(names):
-        yield Fault(FROZEN, f"leaves nothing to train: it names all {len(names)} layers with parameters")
+        yield Fault(FROZEN, f"leaves nothing to train: it names every layer with parameters ({len(names)})")
 
 
 def fine_tuning_warnings(training: Training, graph: Graph, start: Start | None) -> Iterator[Fault]:
