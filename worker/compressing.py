@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from app.errors import BudgetMissed
-from app.spec.budget import BLOCKS, BudgetUnreachable, Removals, choose_removals, settle, why_kept
+from app.spec.budget import (
+    BLOCKS,
+    CLOSE_ENOUGH,
+    BudgetUnreachable,
+    Removals,
+    allowed_cost,
+    choose_removals,
+    settle,
+    why_kept,
+)
 from app.spec.channels import channel_classes
 from app.spec.compressions import Quantize, Separable
 from app.spec.cost import Cost, cost
@@ -132,11 +141,24 @@ def cut_channels(network: Network, step: Prune, stage: Stage, materials: Materia
         else:
             block, _ = settle(start, channel_classes(start), step, baseline=materials.baseline)
             removals = choose(step, stage.fraction)
+            while block > 1 and not _comes_near(removals, network.graph, step, materials.baseline, stage.fraction):
+                block //= 2  # shares that are not equal may miss in blocks with which equal ones come near
+                finer = choose(step, stage.fraction)
+                removals = max(removals, finer, key=lambda found: found.cost.macs)
     except BudgetUnreachable as exc:
         raise BudgetMissed(str(exc)) from exc
     smaller = shrink(network, classes, removals.dropped)
     materials.precision.place(smaller)
     return smaller
+
+
+def _comes_near(removals: Removals, graph: Graph, step: Prune, baseline: Cost, fraction: float) -> bool:
+    """Whether at least nine tenths of the budget are used, or nothing finer was asked for."""
+    if step.budget is None or step.round_to is not None:
+        return True
+    measure = step.budget.measure
+    most = min(allowed_cost(step, baseline, fraction), getattr(cost(graph), measure))
+    return bool(getattr(removals.cost, measure) >= CLOSE_ENOUGH * most)
 
 
 def recalibrate(network: Network, materials: Materials) -> bool:

@@ -157,7 +157,7 @@ def choose_removals(
 
     if step.budget is not None:
         assert step.budget.measure != "latency_ms", "a latency is measured, not counted"
-        measure, allowed = step.budget.measure, _allowed(step, dense, fraction)
+        measure, allowed = step.budget.measure, allowed_cost(step, dense, fraction)
         least = int(getattr(floor, measure))
         if least > allowed:
             holds = _heaviest(shrink_graph(graph, everything, classes), graph, classes, rooms, measure)
@@ -202,7 +202,7 @@ def settle(graph: Graph, classes: Classes, step: Prune, *, baseline: Cost | None
 def _share_reached(graph: Graph, classes: Classes, step: Prune, removals: Removals, dense: Cost) -> float:
     """How near the removal comes: of a budget the part that is used, of a sparsity the part of it that leaves."""
     if step.budget is not None:
-        allowed = _allowed(step, dense, 1.0)
+        allowed = allowed_cost(step, dense, 1.0)
         unpruned = int(getattr(cost(graph), step.budget.measure))
         return int(getattr(removals.cost, step.budget.measure)) / max(1, min(allowed, unpruned))
     assert step.sparsity is not None
@@ -230,7 +230,7 @@ def why_kept(graph: Graph, classes: Classes, step: Prune, block: int = BLOCKS[0]
     return reasons
 
 
-def _allowed(step: Prune, dense: Cost, fraction: float) -> int:
+def allowed_cost(step: Prune, dense: Cost, fraction: float) -> int:
     """The largest cost after the part `fraction` of the way: geometric between the baseline and the budget."""
     assert step.budget is not None
     whole = int(getattr(dense, step.budget.measure))

@@ -102,7 +102,7 @@ def test_a_job_with_this_combination_succeeds_and_delivers_what_was_asked(
     total, zeros = sum(w.size for w in weights.values()), sum(int((w == 0).sum()) for w in weights.values())
     match combination[0]:
         case "channels":
-            assert 0.4 < report["final"]["macs"] / report["baseline"]["macs"] <= 0.5
+            assert 0.35 < report["final"]["macs"] / report["baseline"]["macs"] <= 0.5
         case "weights":
             assert abs(zeros - 0.6 * total) <= 2
         case "blocks":
