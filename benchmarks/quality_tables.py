@@ -27,7 +27,9 @@ def document(rows: Sequence[Row]) -> str:
         return "No results yet."
     settings = sorted({_setting(row) for row in results}, key=str)
     threads = sorted({header["threads"] for header in headers})
-    parts = [f"{conditions(headers[-1])} Threads: {', '.join(map(str, threads))}."]
+    revisions = dict.fromkeys(header["revision"] for header in headers if header.get("revision"))
+    measured = f" Revision {', '.join(revisions)}." if revisions else ""
+    parts = [f"{conditions(headers[-1])} Threads: {', '.join(map(str, threads))}.{measured}"]
     for epochs, retrain_epochs, limit in settings:
         of_setting = [row for row in results if _setting(row) == (epochs, retrain_epochs, limit)]
         images = "all" if limit is None else f"{limit:,}"
