@@ -6,6 +6,9 @@ Widths are those of a job's plan, weights are random: what a layer computes does
 pruned network takes turns with the dense one, run by run, on one thread, whose own time is counted: what else the machine
 does is left out. A figure is the median over the rounds of the ratio of their medians. `--write` stores the figures as
 benchmarks/results/<date>-latency.json, `--table` prints the newest.
+
+Trained networks share a budget out by what their layers are worth, so the same is measured with the widths that
+`quality.py` stored for `deep_cnn`, ours and Torch-Pruning's.
 """
 
 from __future__ import annotations
@@ -15,22 +18,28 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
+import data_sets
 import records
 
 from app.errors import InvalidSpec
 from app.spec.data import synthetic_facts
+from app.spec.graph import build_graph
 from app.spec.job import parse_job
+from app.spec.layers import read_layers
 from app.spec.plan import Plan, make_plan
+from app.spec.presets import preset_layers
 from worker.latency import Stopwatch
-from worker.network import build_network
+from worker.network import Network, build_network
 
 SHAPE, CLASSES = (3, 32, 32), 10
 BATCH_SIZES = (1, 16)
 ALIGNMENTS = (1, 4, 8, 16)
 BUDGETS = (0.5, 0.25)
 SWEEP = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.1)
+METHODS = ("espalier default", "Torch-Pruning global", "Torch-Pruning local")
 GOALS = {(0.5, 1): 0.65, (0.5, 16): 0.70, (0.25, 1): 0.35, (0.25, 16): 0.45}  # deep_cnn, default round_to
 NEVER_SLOWER = 1.03  # the dense network against itself comes to 0.97 to 1.03 on a busy machine
 
@@ -74,19 +83,52 @@ def measure(name: str, *, rounds: int, seconds: float) -> list[Row]:
                 "round_to": round_to,
                 "macs": plan.planned_cost.macs / plan.baseline_cost.macs,
                 "widths": [node.shape[0] for node in plan.planned.nodes if node.type in ("conv", "linear")],
-                "ratios": {},
             }
         )
+    ratios = take_turns(dense, networks, rounds=rounds, seconds=seconds)
+    return [row | {"ratios": found} for row, found in zip(rows, ratios, strict=True)]
+
+
+def measure_trained(*, rounds: int, seconds: float) -> list[Row]:
+    """One row for each widths of `deep_cnn` that stored results of `quality.py` have; of several seeds the first."""
+    path = records.latest("quality", ".jsonl")
+    chosen: dict[tuple[Any, ...], Row] = {}
+    for line in records.rows(path) if path is not None else ():
+        if line.get("model") == "deep_cnn" and line.get("structure") == "channels" and "widths" in line:
+            chosen.setdefault((line["data"], line["amount"], line["method"]), line)
+    rows = []
+    for (data, budget, method), line in sorted(chosen.items(), key=lambda item: (item[0][0], -item[0][1], item[0][2])):
+        if method not in METHODS:
+            continue
+        shape = data_sets.SHAPES[data]
+        dense, smaller = (deep_cnn(shape, line["widths"][-1], widths) for widths in (None, line["widths"]))
+        (ratios,) = take_turns(dense, [smaller], rounds=rounds, seconds=seconds)
+        row = {"data": data, "budget": budget, "method": method, "macs": line["macs"], "widths": line["widths"]}
+        rows.append(row | {"accuracy": line["accuracy"], "ratios": ratios})
+    return rows
+
+
+def deep_cnn(shape: tuple[int, ...], classes: int, widths: Sequence[int] | None) -> Network:
+    """The preset with these output widths, layer by layer; None: its own."""
+    layers = preset_layers("deep_cnn", shape, classes)
+    large = [layer for layer in layers if layer["type"] in ("conv", "linear")]
+    for layer, width in zip(large, widths or (), strict=widths is not None):
+        layer["out_channels" if layer["type"] == "conv" else "out_features"] = width
+    return build_network(build_graph(read_layers(layers), shape), seed=0).eval()
+
+
+def take_turns(
+    dense: Network, networks: Sequence[Network], *, rounds: int, seconds: float
+) -> list[dict[str, list[float]]]:
+    """For each network its time relative to the dense one, by batch size: one number a round."""
+    ratios: list[dict[str, list[float]]] = [{} for _ in networks]
     for batch_size in BATCH_SIZES:
         watch = Stopwatch(dense, seconds=seconds, batch_size=batch_size, clock=time.thread_time)
-        ratios: list[list[float]] = [[] for _ in rows]
         for _ in range(rounds):
-            for place, smaller in enumerate(networks):
-                ratios[place].append(watch.time_ms(smaller) / watch.dense_ms)
-        for row, found in zip(rows, ratios, strict=True):
-            row["ratios"][f"batch_{batch_size}"] = [round(ratio, 4) for ratio in found]
-            row.setdefault("dense_ms", {})[f"batch_{batch_size}"] = round(watch.dense_ms, 4)
-    return rows
+            for found, network in zip(ratios, networks, strict=True):
+                ratio = watch.time_ms(network) / watch.dense_ms
+                found.setdefault(f"batch_{batch_size}", []).append(round(ratio, 4))
+    return ratios
 
 
 def table(result: Row) -> str:
@@ -101,6 +143,10 @@ def table(result: Row) -> str:
     )
     parts = [about, records.markdown(head, by_alignment), "With the default `round_to`:"]
     parts += [records.markdown(head, sweep), *verdicts(rows)]
+    if result.get("trained"):
+        about = "`deep_cnn` with the widths that trained networks got, with their accuracy in %:"
+        head = ["data", "budget", "method", "MACs kept", "widths", "accuracy", *head[-len(BATCH_SIZES) :]]
+        parts += [about, records.markdown(head, [_trained_line(row) for row in result["trained"]])]
     return "\n\n".join(parts)
 
 
@@ -123,10 +169,17 @@ def verdicts(rows: list[Row]) -> list[str]:
 def _line(row: Row) -> list[str]:
     widths = "-".join(map(str, row["widths"])) if len(row["widths"]) <= 8 else f"{len(row['widths'])} layers"
     line = [row["network"], f"{row['budget']:g}", str(row["round_to"] or "-"), f"{row['macs']:.3f}", widths]
-    for size in BATCH_SIZES:
-        found = row["ratios"][f"batch_{size}"]
-        line.append(f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})")
-    return line
+    return [*line, *_ratios(row)]
+
+
+def _trained_line(row: Row) -> list[str]:
+    line = [row["data"], f"{row['budget']:g}", row["method"].removesuffix(" default"), f"{row['macs']:.3f}"]
+    return [*line, "-".join(map(str, row["widths"])), f"{100 * row['accuracy']:.1f}", *_ratios(row)]
+
+
+def _ratios(row: Row) -> list[str]:
+    found = [row["ratios"][f"batch_{size}"] for size in BATCH_SIZES]
+    return [f"{statistics.median(one):.2f} ({min(one):.2f} to {max(one):.2f})" for one in found]
 
 
 def _median(row: Row, batch_size: int) -> float:
@@ -151,10 +204,12 @@ def main() -> None:
         for name in options.network or ("deep_cnn", "resnet20")
         for row in measure(name, rounds=rounds, seconds=seconds)
     ]
-    result = records.about() | {"rounds": rounds, "rows": rows}
-    print(table(result))
+    found = {"rounds": rounds, "rows": rows}
+    if not options.short:
+        found["trained"] = measure_trained(rounds=rounds, seconds=seconds)
+    print(table(records.about() | found))
     if options.write:
-        print(f"\n{records.write('latency', {'rounds': rounds, 'rows': rows}).name}")
+        print(f"\n{records.write('latency', found).name}")
 
 
 if __name__ == "__main__":
