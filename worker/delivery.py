@@ -18,7 +18,7 @@ from worker.latency import Latency, measure_latency
 from worker.network import Network, build_network
 from worker.preparation import Job
 from worker.proof import Logits, NetworkKey, compute_logits, prove
-from worker.quantizing import Int8, int8_document, int8_measures, int8_step, make_int8, write_int8
+from worker.quantizing import Int8, int8_document, int8_measures, int8_rows, make_int8, write_int8
 from worker.report import class_rows, compressed_bytes, environment, measures, sparse_row, step_rows
 from worker.sensitivity import table_document
 
@@ -95,6 +95,7 @@ def _deliver(job: Job, stopped_early: bool) -> Delivered:
         images=test.images,
         labels=test.labels,
         reference_logits=references,
+        scheme="int8_static" if int8 is None else int8.step.scheme,
         threads=torch.get_num_threads(),
         waiting=job.watch.look_to_leave,
     )
@@ -106,7 +107,7 @@ def _deliver(job: Job, stopped_early: bool) -> Delivered:
     if int8 is not None and int8.met:
         summary["int8"] = int8_measures(int8, final, latency.int8)
     job.watch.charge()
-    rows = {} if int8 is None else {int8.position: int8_step(int8, pruned, final, latency.int8)}
+    rows = int8_rows(job, int8, pruned, final, latency.int8)
     report = {
         "job_id": job.task.job_id,
         "attempt": job.task.attempt,
@@ -143,7 +144,7 @@ def _deliver(job: Job, stopped_early: bool) -> Delivered:
 
 def _measure(job: Job, dense: Network, pruned: Network, int8: Int8 | None) -> Latency:
     """The latencies of both networks and the 8-bit file; what they have to say is noted."""
-    phase = len(job.stages) + (1 if int8 is None else 2)
+    phase = len(job.stages) + (1 if job.quantization is None else 2)
     job.watch.enter(phase, message="measuring latencies, dense and pruned in turns")
     latency = measure_latency(
         dense,
@@ -163,7 +164,7 @@ def _measure(job: Job, dense: Network, pruned: Network, int8: Int8 | None) -> La
 
 def _export(job: Job, dense: Network, pruned: Network, int8: Int8 | None, folder: Path) -> list[Path]:
     """The files of both networks, written into `folder`; of the 8-bit file only if it meets the wish."""
-    phase = len(job.stages) + (2 if int8 is None else 3)
+    phase = len(job.stages) + (2 if job.quantization is None else 3)
     job.watch.enter(phase, message="exporting, and proving each file in a clean process")
     job.watch.look_to_leave()
     masks = job.reached.masks

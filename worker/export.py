@@ -126,6 +126,8 @@ def write_manifest(
 ) -> Path:
     """`manifest.json` in `folder`: job, attempt, and of each file name, kind, size in bytes, sha256 and proof, if any.
 
+    The entry of the 8-bit file states its scheme too.
+
     It is written last: a folder that has a manifest is complete.
     """
     entries: list[JsonValue] = []
@@ -139,7 +141,10 @@ def write_manifest(
             "sha256": file_sha256(path),
         }
         if verification and path.name in verification:
-            entry["verification"] = verification[path.name]
+            proof = verification[path.name]
+            entry["verification"] = proof
+            if isinstance(proof, dict) and "scheme" in proof:
+                entry["scheme"] = proof["scheme"]
         entries.append(entry)
     manifest = folder / "manifest.json"
     write_json(manifest, {"format_version": MANIFEST_VERSION, "job_id": job_id, "attempt": attempt, "files": entries})

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -24,8 +24,10 @@ from numpy.typing import NDArray
 from app.errors import JsonValue, VerificationFailed
 from app.failpoints import failpoint
 from app.spec.architecture import Preprocessing, read_architecture
+from app.spec.compressions import Scheme
 from app.spec.cost import cost
 from app.spec.graph import Graph
+from worker.compression.saturation import PairSums, check_pair_sums
 from worker.evaluation import score
 from worker.export import INT8_MODEL, MODEL_SOURCE, Stem, architecture_name, portable_network
 from worker.network import Network
@@ -49,7 +51,10 @@ Layout = Literal["channels_first", "channels_last", "no_channels"]
 
 @dataclass(frozen=True)
 class FileProof:
-    """What one delivered file gave on the test split, against the trained network's logits."""
+    """What one delivered file gave on the test split, against the trained network's logits.
+
+    `pair_sums` bounds the arithmetic of an 8-bit file; of others it is None.
+    """
 
     max_abs_difference: float
     tolerance: float
@@ -57,6 +62,7 @@ class FileProof:
     loss: float
     examples: int
     changed_answers: int  # close calls only: anything else fails
+    pair_sums: PairSums | None = None
 
     def document(self) -> dict[str, JsonValue]:
         """The file's entry in `report.verification`."""
@@ -67,6 +73,7 @@ class FileProof:
             "loss": self.loss,
             "examples": self.examples,
             "changed_answers": self.changed_answers,
+            **({} if self.pair_sums is None else self.pair_sums.document()),
         }
 
 
@@ -98,6 +105,7 @@ class _Check:
     bound: float
     model: Path | None = None
     twin: Path | None = None
+    pair_sums: PairSums | None = None
 
     def order(self) -> dict[str, str | None]:
         return {
@@ -216,6 +224,7 @@ def prove(
     images: NDArray[Any],
     labels: NDArray[np.int64],
     reference_logits: Mapping[NetworkKey, Logits],
+    scheme: Scheme = "int8_static",
     threads: int,
     waiting: Callable[[], None] | None = None,
     timeout_s: float | None = None,
@@ -228,17 +237,20 @@ def prove(
         labels: N class numbers.
         reference_logits: `N x K` of the trained network on the CPU (`compute_logits`), by stem ("pruned", "baseline");
             of "int8" those that its file gave when it was made, in the settings of the clean process.
+        scheme: of the 8-bit file. Its logits prove it on this processor only; that it is right on all of them is
+            shown by the arithmetic of its weights.
         threads: of each process; the reference's count gives the same bits.
         waiting: called a few times per second; may raise to give up.
         timeout_s: of the processes; default by the work there is.
 
     Raises:
-        VerificationFailed: a file crashes, is missing, gives other logits or a file says something else than another.
+        VerificationFailed: a file crashes, is missing, gives other logits or a file says something else than another,
+            or sums of the 8-bit file can saturate against its scheme.
     """
     failpoint("proof")
     with TemporaryDirectory(prefix="proof-", dir=folder.parent) as temporary, ExitStack() as stack:
         scratch = Path(temporary)
-        torch_checks, onnx_checks, graph = _checks(folder, scratch, tuple(reference_logits))
+        torch_checks, onnx_checks, graph = _checks(folder, scratch, tuple(reference_logits), scheme)
         path, layout = _stored(images, scratch)
         seconds = timeout_s or START_ALLOWANCE_S + 2 * cost(graph).macs * len(images) / SLOWEST_MACS_PER_S
         order = {
@@ -263,7 +275,9 @@ def prove(
         return _judge([*torch_checks, *onnx_checks], reference_logits, labels, sha256)
 
 
-def _checks(folder: Path, scratch: Path, networks: Sequence[NetworkKey]) -> tuple[list[_Check], list[_Check], Graph]:
+def _checks(
+    folder: Path, scratch: Path, networks: Sequence[NetworkKey], scheme: Scheme
+) -> tuple[list[_Check], list[_Check], Graph]:
     """What has to be loaded, per runtime, and the largest graph among it (the baseline's, if there is one)."""
     torch_checks, onnx_checks, graphs = [], [], []
     for stem in networks:
@@ -271,7 +285,8 @@ def _checks(folder: Path, scratch: Path, networks: Sequence[NetworkKey]) -> tupl
             file, architecture = folder / INT8_MODEL, folder / architecture_name("pruned")
             if not file.is_file():
                 raise VerificationFailed(f"{file.name} was not written")
-            onnx_checks.append(_Check(stem, (file.name,), file, architecture, scratch / "int8.npy", SAME_RUNTIME))
+            check = _Check(stem, (file.name,), file, architecture, scratch / "int8.npy", SAME_RUNTIME)
+            onnx_checks.append(replace(check, pair_sums=check_pair_sums(file, scheme)))
             continue
         weights, architecture = folder / f"{stem}.safetensors", folder / architecture_name(stem)
         for path in (weights, architecture):
@@ -344,7 +359,8 @@ def _judge(
     for check in checks:
         found = np.load(check.logits)
         for name in check.proves:
-            files[name] = compare(name, found, reference_logits[check.network], labels, check.bound)
+            proof = compare(name, found, reference_logits[check.network], labels, check.bound)
+            files[name] = replace(proof, pair_sums=check.pair_sums)
         if check.model is not None or check.network == "int8":
             logits[check.network] = found
     return Verification(files, logits, sha256)

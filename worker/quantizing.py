@@ -30,6 +30,7 @@ from worker.compression.quantization import (
     rmse_ratio,
     saturates,
 )
+from worker.compression.saturation import EVERYWHERE, SATURATES_ABOVE, PairSums, read_pair_sums
 from worker.data import derive_seed
 from worker.evaluation import Scores, score
 from worker.export import INT8_MODEL, portable_tensors, write_whole
@@ -39,6 +40,11 @@ from worker.proof import proof_batch_size
 
 MOST_CHOSEN_ON, FEWEST_CHOSEN_ON = 10_000, 500  # images; between them as many as CHOSEN_ON_MACS allow
 CHOSEN_ON_MACS = 5e11
+UNPROVABLE = (
+    "the 8-bit file is not delivered: with the scheme int8_vnni it is right only on processors with VNNI or AMX, and on "
+    "ARM, and this worker's processor is none of them, so that the file cannot be proven here; submit the job to a worker "
+    "that has one, or with the scheme int8_static, which is right on every processor"
+)
 USUAL_AGREEMENT, USUAL_RMSE_RATIO = 0.97, 0.05  # what is worse is said in the report
 
 
@@ -47,10 +53,9 @@ class Int8:
     """The 8-bit file: its bytes, logits `N x K` and scores on the test part, and whether it meets the wish.
 
     `agreement` and `rmse_ratio` are against float32; `left` has every layer in float32 with the reason; `chosen_on`
-    says on what it was chosen.
+    says on what it was chosen, `pair_sums` on which processors it is right.
     """
 
-    position: int
     step: Quantize
     model: bytes
     logits: Logits
@@ -63,12 +68,14 @@ class Int8:
     left: dict[str, str]
     calibration_images: int
     chosen_on: dict[str, Any]
-    reduce_range: bool
+    pair_sums: PairSums
     seconds: float
 
 
 def make_int8(job: Job, network: Network, wanted_NK: Logits) -> Int8 | None:
     """The 8-bit file of `network`, whose logits on the test part are `wanted`; None where the job asks for none.
+
+    None also where its scheme is int8_vnni and this worker's processor saturates: the report then says why.
 
     Raises:
         QuantizationFailed: ONNX Runtime does not manage it.
@@ -76,21 +83,25 @@ def make_int8(job: Job, network: Network, wanted_NK: Logits) -> Int8 | None:
     """
     if job.quantization is None:
         return None
-    position, step = job.quantization
+    _, step = job.quantization
+    if step.scheme == "int8_vnni" and saturates():
+        job.journal.event("warning", UNPROVABLE, level="warn", scheme=step.scheme)
+        job.reached.ledger.note(UNPROVABLE)
+        return None
     began = time.monotonic()
     job.watch.enter(len(job.stages) + 1, message="quantizing to 8 bits: ranges from training images, then a comparison")
     job.watch.look_to_leave()
     folder = job.task.scratch / "int8"
     folder.mkdir()
     try:
-        int8 = _make(job, network, wanted_NK, position, step, began)
+        int8 = _make(job, network, wanted_NK, step, began)
     finally:
         shutil.rmtree(folder)
     _tell(job, int8, network)
     return int8
 
 
-def _make(job: Job, network: Network, wanted_NK: Logits, position: int, step: Quantize, began: float) -> Int8:
+def _make(job: Job, network: Network, wanted_NK: Logits, step: Quantize, began: float) -> Int8:
     from worker.onnx_model import onnx_bytes
 
     graph = network.graph
@@ -100,7 +111,7 @@ def _make(job: Job, network: Network, wanted_NK: Logits, position: int, step: Qu
         graph=graph,
         calibration=calibration,
         folder=job.task.scratch / "int8",
-        reduce_range=saturates(),
+        scheme=step.scheme,
         threads=torch.get_num_threads(),
         waiting=job.watch.look_to_leave,
     )
@@ -118,7 +129,6 @@ def _make(job: Job, network: Network, wanted_NK: Logits, position: int, step: Qu
             moved = found.in_float[node.home]
             left[node.name] = f"quantized alone it moves the logits by {moved:.3g} of their standard deviation"
     return Int8(
-        position=position,
         step=step,
         model=found.file.read_bytes(),
         logits=logits_NK,
@@ -131,7 +141,7 @@ def _make(job: Job, network: Network, wanted_NK: Logits, position: int, step: Qu
         left=left,
         calibration_images=len(calibration.part),
         chosen_on={"part": part, "images": len(chosen_on.part), "accuracy_drop": found.drop, "files": found.tries},
-        reduce_range=quantizer.reduce_range,
+        pair_sums=read_pair_sums(found.file, step.scheme),
         seconds=time.monotonic() - began,
     )
 
@@ -188,8 +198,11 @@ def _tell(job: Job, int8: Int8, network: Network) -> None:
         )
     if int8.chosen_on["part"] == "train":
         note("nothing was held out for validation: what stays in float32 was decided on training images")
-    if int8.reduce_range:
-        note("this processor has no VNNI instructions: the weights of the 8-bit file have 7 bits, so that sums fit")
+    if int8.pair_sums.right_on != EVERYWHERE:
+        note(
+            f"{INT8_MODEL} is right only on {int8.pair_sums.right_on}: elsewhere sums of two products are cut off at "
+            f"{SATURATES_ABOVE}, and in layer {int8.pair_sums.layer} they can reach {int8.pair_sums.largest}"
+        )
 
 
 def write_int8(folder: Path, int8: Int8) -> Path:
@@ -215,7 +228,8 @@ def int8_document(int8: Int8, final: Mapping[str, Any], latency_ms: Mapping[str,
         "calibration": int8.found.calibration,
         "calibration_images": int8.calibration_images,
         "chosen_on": int8.chosen_on,
-        "reduce_range": int8.reduce_range,
+        "reduce_range": int8.step.scheme == "int8_static",
+        **int8.pair_sums.document(),
     }
 
 
@@ -230,8 +244,21 @@ def int8_measures(int8: Int8, final: Mapping[str, Any], latency_ms: Mapping[str,
     }
 
 
-def int8_step(int8: Int8, network: Network, final: Mapping[str, Any], latency_ms: Mapping[str, Any]) -> dict[str, Any]:
-    """The row of the report's `steps` (without the optimization itself)."""
+def int8_rows(
+    job: Job, int8: Int8 | None, network: Network, final: Mapping[str, Any], latency_ms: Mapping[str, Any]
+) -> dict[int, dict[str, Any]]:
+    """The row of the report's `steps` (without the optimization itself), by its position; empty: none was asked for."""
+    if job.quantization is None:
+        return {}
+    position, step = job.quantization
+    if int8 is None:
+        unchanged = {"before": final, "after": final, "layers": [], "seconds": 0.0}
+        return {position: {"applied": False, **unchanged, "scheme": step.scheme, "reason": UNPROVABLE}}
+    return {position: _step(int8, network, final, latency_ms) | int8.pair_sums.document()}
+
+
+def _step(int8: Int8, network: Network, final: Mapping[str, Any], latency_ms: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of an 8-bit file that was made, delivered or not."""
     return {
         "applied": int8.met,
         "before": final,

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.spec.compressions import Scheme
+
 JobState = Literal["queued", "running", "paused", "cancelling", "succeeded", "failed", "cancelled"]
 Responses = dict[int | str, dict[str, Any]]
 _SHA256 = Field(pattern="^[0-9a-f]{64}$")
@@ -311,10 +313,16 @@ class ClassRow(Answer):
 
 
 class Proof(Answer):
-    """What a delivered file gave in a clean process."""
+    """What a delivered file gave in a clean process; of the 8-bit file also the bound of its arithmetic."""
 
     max_abs_difference: float
     accuracy: float
+    scheme: Scheme | None = Field(None, description="Of the 8-bit file.")
+    largest_pair_sum: int | None = Field(
+        None, description="The largest sum of two products of uint8 activations and the file's weights."
+    )
+    saturates_above: int | None = Field(None, description="What processors without VNNI cut such sums off at.")
+    right_on: str | None = Field(None, description="The processors on which the file computes what was proven.")
 
 
 class Layer(Answer):
@@ -331,6 +339,8 @@ class Int8(Measures):
     max_accuracy_drop: float
     accuracy_drop: float
     left_in_float32: list[Layer]
+    scheme: Scheme | None = None
+    right_on: str | None = Field(None, description="The processors on which the file computes what was measured.")
 
 
 class Cut(Answer):
@@ -381,7 +391,9 @@ class Report(Answer):
     verification: dict[str, Proof]
     environment: dict[str, Any]
     notes: list[str]
-    int8: Int8 | None = Field(None, description="Where an 8-bit file was asked for.")
+    int8: Int8 | None = Field(
+        None, description="Where an 8-bit file was asked for, and the worker's processor computes its scheme."
+    )
     sensitivity: SensitivityTable | None = Field(None, description="Of a job of kind sensitivity.")
     sparse: SparseFile | None = Field(None, description="Where weights were set to zero.")
 

@@ -49,6 +49,7 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
 }
 _MORE_EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "low_rank": [{"type": "low_rank", "rank": 16}, {"type": "low_rank", "energy": 0.7, "exclude": ["conv1"]}],
+    "quantize": [{"type": "quantize", "scheme": "int8_vnni"}],
     "regularization": [{"type": "regularization", "group_lasso": 1e-4}, {"type": "regularization", "bn_l1": 1e-4}],
     "prune": [
         {"type": "prune", "budget": {"latency_ms": 0.6}, "criterion": "taylor"},

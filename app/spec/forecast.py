@@ -157,7 +157,7 @@ class Forecast:
             )
 
     def _quantize(self, step: Quantize, pointer: str) -> None:
-        """Says which layers stay in float32. The network, and so its cost, stays as it is."""
+        """Note which layers stay in float32, and where the file is right. The network, and so its cost, stays as it is."""
         unfit = (
             (position, name, _unfit(self.graph, name, done="quantized")) for position, name in enumerate(step.exclude)
         )
@@ -172,6 +172,12 @@ class Forecast:
         for name, reason in left.items():
             width = self.graph[name].shape[0]
             self.rows.append(LayerPlan(name, "keep", width, width, True, f"stays in float32: {reason}", pointer))
+        if step.scheme == "int8_vnni":
+            message = (
+                "the 8-bit file will be right only on processors with VNNI or AMX, and on ARM, and be delivered only by "
+                "a worker that has one; int8_static is right on every processor"
+            )
+            self.warnings.append(Fault(f"{pointer}/scheme", message, value=step.scheme))
 
     def _replace(self, step: LowRank | Separable, pointer: str) -> None:
         """Goes through one step that replaces layers by several smaller ones.

@@ -38,6 +38,14 @@ def test_a_plan_names_each_layer_that_stays_in_float32_with_the_reason() -> None
     }
 
 
+def test_a_plan_warns_that_the_full_range_is_not_right_everywhere() -> None:
+    assert planned(conv(8)).spec.optimizations[0].scheme == "int8_static"
+    assert not planned(conv(8)).warnings
+    (warning,) = planned(conv(8), scheme="int8_vnni").warnings
+    assert (warning.pointer, warning.value) == ("/optimizations/0/scheme", "int8_vnni")
+    assert "right only on processors with VNNI or AMX, and on ARM" in warning.message
+
+
 def test_the_planned_cost_and_the_network_stay_and_the_phases_have_one_more() -> None:
     found = planned(conv(8))
     assert found.planned_cost == found.baseline_cost

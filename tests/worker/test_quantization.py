@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -14,10 +14,12 @@ import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
+from support.saturation import Machine
 from support.topologies import CLASSES, HEAD, TOPOLOGIES, conv, layer, pictures, topology, trained
 
 from app.errors import QuantizationFailed
 from app.spec.architecture import Preprocessing
+from app.spec.compressions import Scheme
 from app.spec.graph import Graph, build_graph
 from app.spec.layers import CONTAINERS, LAYERS, read_layers
 from app.spec.quantization import INTEGER, float_layers, integer_layers
@@ -44,11 +46,13 @@ def sample_of(graph: Graph, count: int = 48, *, seed: int = 0, labels: Any = Non
     return Sample(part, Preprocessing(1.0, (0.0,) * channels, (1.0,) * channels), batch)
 
 
-def quantizer_of(network: Network, folder: Path, waiting: Callable[[], None] | None = None) -> Quantizer:
+def quantizer_of(
+    network: Network, folder: Path, waiting: Callable[[], None] | None = None, scheme: Scheme = "int8_static"
+) -> Quantizer:
     tensors = {name: tensor.numpy() for name, tensor in portable_tensors(network).items()}
     folder.mkdir(exist_ok=True)
     return Quantizer(
-        onnx_bytes(network.graph, tensors), network.graph, sample_of(network.graph), folder, False, 1, waiting
+        onnx_bytes(network.graph, tensors), network.graph, sample_of(network.graph), folder, scheme, 1, waiting
     )
 
 
@@ -65,24 +69,29 @@ def stored(file: Path) -> dict[str, np.ndarray[Any, Any]]:
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(file).graph.initializer}
 
 
+def true_logits(quantizer: Quantizer, file: Path) -> np.ndarray[Any, Any]:
+    """The logits of the calibration images that the runtime gives where it is right, and else the simulation."""
+    if quantizer.scheme == "int8_vnni" and saturates():
+        return Machine(file).logits(quantizer.calibration.part.images, saturating=False)[0]
+    return quantizer.logits(file, quantizer.calibration)
+
+
+@pytest.mark.parametrize("scheme", get_args(Scheme))
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_every_convolution_and_linear_layer_becomes_an_integer_kernel_and_the_logits_stay(
-    name: str, tmp_path: Path
+    name: str, scheme: Scheme, tmp_path: Path
 ) -> None:
     network = trained(topology(name))
-    quantizer = quantizer_of(network, tmp_path)
+    quantizer = quantizer_of(network, tmp_path, scheme=scheme)
     file = quantizer.file(())
     found = optimized(file, tmp_path)
     wanted = Counter(node.type for node in integer_layers(network.graph))
     assert found["QLinearConv"] == wanted["conv"]
     assert found["QGemm"] == wanted["linear"]
     assert not found["Conv"] + found["Gemm"]
-    assert (
-        rmse_ratio(
-            quantizer.logits(file, quantizer.calibration), quantizer.logits(quantizer.source, quantizer.calibration)
-        )
-        < 0.12
-    )
+    wanted_NK = quantizer.logits(quantizer.source, quantizer.calibration)
+    # measured, at most: 0.097 with 7 bits and 0.100 with 8 ("norms"), 0.077 and 0.051 in the other topologies
+    assert rmse_ratio(true_logits(quantizer, file), wanted_NK) < 0.12
     assert onnx.load(file).graph.node[-1].output == ["logits"]
     assert not [node for node in onnx.load(file).graph.node if node.op_type == "Gemm" and "logits" in node.name]
 
@@ -173,11 +182,11 @@ def test_the_batch_does_not_change_the_logits(tmp_path: Path) -> None:
     assert np.array_equal(quantizer.logits(file, alone), quantizer.logits(file, together))
 
 
-def test_seven_bits_keep_within_64(tmp_path: Path) -> None:
-    quantizer = quantizer_of(trained(topology("chain")), tmp_path)
-    quantizer.reduce_range = True
+@pytest.mark.parametrize(("scheme", "largest"), [("int8_static", 64), ("int8_vnni", 127)])
+def test_the_scheme_decides_the_range_of_the_weights(scheme: Scheme, largest: int, tmp_path: Path) -> None:
+    quantizer = quantizer_of(trained(topology("chain")), tmp_path, scheme=scheme)
     weight = stored(quantizer.file(()))["conv1.weight_quantized"]
-    assert np.abs(weight.astype(int)).max() == 64
+    assert np.abs(weight.astype(int)).max() == largest
 
 
 def test_pruned_weights_are_zero_in_8_bits_and_a_channel_of_zeros_is_no_obstacle(tmp_path: Path) -> None:
@@ -236,9 +245,9 @@ def test_the_layers_that_lose_most_are_left_in_float32_and_no_others(tmp_path: P
     errors = quantizer.errors()
     assert set(list(errors)[:2]) == {"conv2", "conv3"}
     assert list(errors.values()) == sorted(errors.values(), reverse=True)
-    found = quantize(quantizer, sample, most_drop=0.04)
+    found = quantize(quantizer, sample, most_drop=0.06)  # measured: 0.043 with these two, 0.81 with one
     assert set(found.in_float) == {"conv2", "conv3"}
-    assert found.drop <= 0.04
+    assert found.drop <= 0.06
     assert found.tries == 2 + 2, "both calibrations, then 2 and 1 layers of 5"
     labels = sample.part.labels
     assert (quantizer.logits(found.file, sample).argmax(axis=1) == labels).mean() == pytest.approx(1 - found.drop)
@@ -271,7 +280,7 @@ def test_a_wish_that_nothing_meets_gives_the_file_that_loses_least(tmp_path: Pat
 
 def test_excluded_layers_stay_out_of_the_search(tmp_path: Path) -> None:
     quantizer = quantizer_of(spoilt(), tmp_path)
-    found = quantize(quantizer, judged(quantizer), most_drop=0.04, exclude=["conv2", "conv3"])
+    found = quantize(quantizer, judged(quantizer), most_drop=0.06, exclude=["conv2", "conv3"])
     assert (found.tries, found.in_float) == (1, {})
     assert {"conv2.weight", "conv3.weight"} <= stored(found.file).keys()
     with pytest.raises(QuantizationFailed, match="excluded"):

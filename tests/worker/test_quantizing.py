@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -15,8 +15,9 @@ from support.jobs import SHAPE, SYNTHETIC, task_of, tiny_data, tiny_spec
 
 from app.api import answers
 from app.errors import QuantizationFailed, VerificationFailed
-from app.spec.compressions import Quantize
+from app.spec.compressions import Quantize, Scheme
 from worker import delivery, quantizing
+from worker.compression import quantization
 from worker.compression.quantization import Quantizer
 from worker.export import INT8_MODEL, media_type_of
 from worker.journal import MemoryJournal, Progress, Wish
@@ -64,6 +65,10 @@ def test_the_8_bit_file_is_delivered_proven_and_listed(job: tuple[Delivered, Mem
     manifest = json.loads(outcome.artifacts[-1].path.read_text())
     listed = {entry["name"]: entry for entry in manifest["files"]}
     assert listed[INT8_MODEL]["verification"] == proof
+    assert listed[INT8_MODEL]["scheme"] == proof["scheme"] == "int8_static"
+    assert {name for name, entry in listed.items() if "scheme" in entry} == {INT8_MODEL}
+    assert 0 < proof["largest_pair_sum"] <= 255 * (64 + 64) < proof["saturates_above"] == 32_767
+    assert proof["right_on"] == "every processor"
     assert listed[INT8_MODEL]["size_bytes"] == outcome.report["int8"]["bytes"] == delivery.size_bytes
     assert {node.op_type for node in onnx.load(delivery.path).graph.node} >= {"QuantizeLinear", "DequantizeLinear"}
     described = answers.Report.model_validate_json(json.dumps(outcome.report, allow_nan=False), strict=True)
@@ -107,9 +112,11 @@ def test_the_report_has_its_own_figures_and_the_step_before_and_after(job: tuple
     assert int8["left_in_float32"] == []
     assert int8["calibration_images"] == 108
     assert int8["chosen_on"]["part"] == "validation"
-    assert isinstance(int8["reduce_range"], bool)
+    assert int8["reduce_range"] is True
+    assert (int8["scheme"], int8["right_on"]) == ("int8_static", "every processor")
     row = report["steps"][1]
     assert (row["applied"], row["before"], row["after"]) == (True, final, measures)
+    assert (row["scheme"], row["largest_pair_sum"]) == ("int8_static", int8["largest_pair_sum"])
     assert [(layer["name"], layer["bits"]) for layer in row["layers"]] == [("conv1", 8), ("conv2", 8), ("linear1", 8)]
     lines = table(outcome.summary).splitlines()
     assert lines[0].split() == ["dense", "pruned", "int8"]
@@ -239,6 +246,82 @@ def test_a_file_that_is_not_the_one_that_was_judged_is_found(
     monkeypatch.setattr(delivery, "write_int8", another)
     with pytest.raises(VerificationFailed, match=r"pruned\.int8\.onnx does not reproduce"):
         run(task_of(tiny_spec(INT8), data, tmp_path), MemoryJournal())
+
+
+@pytest.mark.parametrize("scheme", get_args(Scheme))
+def test_the_processor_decides_only_whether_a_file_of_the_full_range_is_delivered(
+    scheme: Scheme, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = tiny_spec(INT8 | {"scheme": scheme, "max_accuracy_drop": 1.0}, exports=["safetensors", "onnx"])
+    outcomes = []
+    for saturating in (False, True):
+        for module in (quantization, quantizing):
+            monkeypatch.setattr(module, "saturates", lambda saturating=saturating: saturating)
+        outcomes.append(delivered_of(spec, data, tmp_path))
+    elsewhere, here = outcomes
+    other = {artifact.name: artifact.sha256 for artifact in elsewhere.artifacts if artifact.kind != "report"}
+    found = {artifact.name: artifact.sha256 for artifact in here.artifacts if artifact.kind != "report"}
+    del found["manifest.json"], other["manifest.json"]
+    if scheme == "int8_vnni":
+        assert other.pop(INT8_MODEL)
+    assert found == other
+
+
+def test_a_file_of_the_full_range_says_where_it_is_right(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantizing, "saturates", lambda: False)
+    outcome = delivered_of(tiny_spec(INT8 | {"scheme": "int8_vnni", "max_accuracy_drop": 1.0}), data, tmp_path)
+    proof, (row,) = outcome.report["verification"][INT8_MODEL], outcome.report["steps"]
+    assert proof["largest_pair_sum"] > proof["saturates_above"]
+    assert outcome.report["int8"]["reduce_range"] is False
+    for part in (proof, outcome.report["int8"], row):
+        assert (part["scheme"], part["right_on"]) == ("int8_vnni", "processors with VNNI or AMX, and ARM")
+    (note,) = [note for note in outcome.report["notes"] if note.startswith(INT8_MODEL)]
+    assert f"right only on {proof['right_on']}" in note
+    assert note.endswith(f"they can reach {proof['largest_pair_sum']}")
+    manifest = json.loads(outcome.artifacts[-1].path.read_text())
+    assert [entry["scheme"] for entry in manifest["files"] if entry["name"] == INT8_MODEL] == ["int8_vnni"]
+
+
+def test_a_worker_that_saturates_delivers_the_other_files_and_says_what_to_do(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantizing, "saturates", lambda: True)
+    journal = MemoryJournal()
+    outcome = delivered_of(tiny_spec(NARROW, INT8 | {"scheme": "int8_vnni"}), data, tmp_path, journal)
+    assert outcome.artifacts[0].name == "pruned.safetensors"
+    assert INT8_MODEL not in {artifact.name for artifact in outcome.artifacts}
+    report = outcome.report
+    assert "int8" not in report.keys() | outcome.summary.keys()
+    (note,) = [note for note in report["notes"] if note.startswith("the 8-bit file is not delivered")]
+    assert "int8_vnni" in note
+    assert note.endswith("or with the scheme int8_static, which is right on every processor")
+    row = report["steps"][1]
+    assert (row["applied"], row["before"], row["after"]) == (False, report["final"], report["final"])
+    assert (row["scheme"], row["reason"]) == ("int8_vnni", note)
+    assert note in [event.message for event in journal.of_type("warning")]
+    answers.Report.model_validate_json(json.dumps(report, allow_nan=False), strict=True)
+    assert [progress.phase for progress in journal.progresses][-1] == "exporting"
+    fractions = [progress.fraction for progress in journal.progresses]
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1
+
+
+def test_weights_that_can_saturate_are_no_proven_file_for_every_processor(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = Quantizer.file
+
+    def full_range(self: Quantizer, *arguments: Any) -> Path:
+        self.scheme = "int8_vnni"
+        return make(self, *arguments)
+
+    monkeypatch.setattr(Quantizer, "file", full_range)
+    with pytest.raises(
+        VerificationFailed, match=r"in layer \w+ two products can add up to \d+, and 16 bits hold 32767"
+    ):
+        run(task_of(tiny_spec(INT8 | {"max_accuracy_drop": 1.0}), data, tmp_path), MemoryJournal())
 
 
 def test_a_job_cancelled_while_it_quantizes_ends_and_leaves_nothing(data: Path, tmp_path: Path) -> None:

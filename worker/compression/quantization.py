@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from app.errors import EspalierError, QuantizationFailed
 from app.spec.architecture import Preprocessing
+from app.spec.compressions import Scheme
 from app.spec.cost import cost
 from app.spec.graph import Graph
 from app.spec.quantization import integer_layers
@@ -93,7 +94,7 @@ class Quantized:
 def saturates(cpuinfo: Path = Path("/proc/cpuinfo"), machine: str | None = None) -> bool:
     """Whether sums of two 8-bit products overflow on this processor: x86 without VNNI adds them up in 16 bits.
 
-    There weights get 7 bits ("reduce_range"), as ONNX Runtime advises.
+    Files of the scheme int8_static do not depend on it; one of int8_vnni cannot be proven where it holds.
     """
     if (machine or platform.machine()).lower() not in ("x86_64", "amd64", "i686", "x86"):
         return False
@@ -144,13 +145,14 @@ class Quantizer:
     """Makes 8-bit files of one float32 ONNX file, `model`, of the network `graph`.
 
     Ranges are measured once for each calibration, on `calibration`. `folder` takes files that are needed meanwhile.
+    `scheme` decides the range of the weights: -64 to 64 (int8_static), or -127 to 127 (int8_vnni).
     """
 
     model: bytes
     graph: Graph
     calibration: Sample
     folder: Path
-    reduce_range: bool
+    scheme: Scheme
     threads: int
     waiting: Callable[[], None] | None = None
     files: int = field(default=0, init=False)
@@ -199,7 +201,7 @@ class Quantizer:
                 op_types_to_quantize=sorted(WEIGHTED | BETWEEN | FOLLOWING),
                 nodes_to_exclude=left_out,
                 per_channel=True,
-                reduce_range=self.reduce_range,
+                reduce_range=self.scheme == "int8_static",
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 calibrate_method=methods[calibration],
