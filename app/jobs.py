@@ -37,7 +37,7 @@ from app.events import NewEvent, list_events, read_log, read_metrics, write_even
 from app.failpoints import failpoint
 from app.moves import allowed_verbs, clear_objects, move, purge, shown_state
 from app.spec.job import parse_job
-from app.spec.sources import Reference, references
+from app.spec.sources import Reference, references_in
 from app.tables import STATES, TERMINAL, IdempotencyKey, Job, JobLabel, new_id
 
 __all__ = [
@@ -238,7 +238,7 @@ def retry_job(
         idempotency=idempotency,
         retry_of=job_id,
         route=f"POST /v1/jobs/{job_id}/retry",
-        needs=references(parse_job(earlier.spec)),
+        needs=references_in(parse_job(earlier.spec)),
     )
 
 

@@ -21,7 +21,7 @@ from app.errors import Fault, InUse, InvalidSpec, InvalidWeights, ObjectNotFound
 from app.ingest.weights import Entry, read_entries
 from app.spec.job import JobSpec
 from app.spec.pruning import Artifact as Stem
-from app.spec.sources import Kind, Reference, Source, every_reference, references
+from app.spec.sources import Kind, Reference, Source, every_reference, references_in
 from app.storage import Storage
 from app.tables import TERMINAL, Artifact, Job, JobSource, WeightsRow
 
@@ -62,7 +62,7 @@ def resolve(db: Database, storage: Storage, tenant: str, spec: JobSpec) -> dict[
 
     Raises InvalidSpec with a fault at each place that names something unknown, unfinished, failed or gone; Unavailable.
     """
-    named = references(spec)
+    named = references_in(spec)
     if not named:
         return {}
     with db.read() as session:

@@ -28,7 +28,7 @@ from app.events import LOG_CAP_BYTES
 from app.failpoints import failpoint
 from app.settings import Settings
 from app.spec.job import parse_job
-from app.spec.sources import references
+from app.spec.sources import references_in
 from app.storage import Storage
 from worker.nursery import Nursery, TrainerProcess
 from worker.porter import CheckpointFiles, Porter
@@ -211,7 +211,7 @@ class JobRun:
                 settings=self._settings,
             )
         )
-        sources = self._scratch / "sources" if (named := references(spec)) else None
+        sources = self._scratch / "sources" if (named := references_in(spec)) else None
         if sources is not None:
             self._porter.fetch_sources(named, sources)
         folder = self._scratch / "resume"

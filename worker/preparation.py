@@ -22,7 +22,7 @@ from app.spec.job import JobSpec, Training, parse_job
 from app.spec.optimizations import Compression, Distill, Regularization
 from app.spec.plan import Plan, make_plan
 from app.spec.pruning import Distillation
-from app.spec.sources import Reference, Source, references
+from app.spec.sources import Reference, Source, references_in
 from worker.averaging import put
 from worker.checkpoint import CheckpointRefused, read_checkpoint, spec_digest
 from worker.compressing import RECALIBRATION_IMAGES, Materials
@@ -333,7 +333,7 @@ def _plan(spec: JobSpec, task: Task, sources: Mapping[str, Source]) -> Plan:
         return make_plan(spec, facts, limits=NO_LIMITS, sources=sources)
     except InvalidSpec as refused:
         first = refused.faults[0]
-        if first.pointer in {reference.pointer for reference in references(spec)}:
+        if first.pointer in {reference.pointer for reference in references_in(spec)}:
             message = f"a network is not what the job was accepted with: {first.message}"
             raise SourceUnavailable(message, pointer=first.pointer) from refused
         raise DataInvalid(f"the job does not fit its data: {first.message}", pointer=first.pointer) from refused

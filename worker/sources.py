@@ -18,7 +18,7 @@ from app.errors import SourceUnavailable, WeightsInvalid
 from app.spec.graph import Graph
 from app.spec.job import JobSpec
 from app.spec.shapes import Shape
-from app.spec.sources import Reference, Source, references
+from app.spec.sources import Reference, Source, references_in
 from app.spec.starting import VARIANCE, Misfit, Start, listed, network_at
 from worker.network import Network, build_network
 from worker.optimizers import layer_of
@@ -34,7 +34,7 @@ def read_sources(spec: JobSpec, folder: Path | None) -> dict[str, Source]:
 
     Raises SourceUnavailable: one is not in the folder, or is no network.
     """
-    return {reference.key: _read(reference, folder) for reference in references(spec)}
+    return {reference.key: _read(reference, folder) for reference in references_in(spec)}
 
 
 def _read(reference: Reference, folder: Path | None) -> Source:

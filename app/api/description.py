@@ -59,10 +59,10 @@ def describe(app: FastAPI) -> dict[str, Any]:
             title=app.title, version=app.version, description=app.description, routes=app.routes, tags=app.openapi_tags
         )
         _, spec = models_json_schema([(JobSpec, "validation"), (answers.Problem, "serialization")], ref_template=SCHEMA)
-        schemas: dict[str, Any] = document.setdefault("components", {}).setdefault("schemas", {})
+        components: dict[str, Any] = document.setdefault("components", {}).setdefault("schemas", {})
         for name in ("HTTPValidationError", "ValidationError"):
-            schemas.pop(name, None)
-        schemas |= spec["$defs"]
+            components.pop(name, None)
+        components |= spec["$defs"]
         for operation in (operation for path in document["paths"].values() for operation in path.values()):
             operation["responses"].pop("422", None)
         app.openapi_schema = document

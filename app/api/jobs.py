@@ -34,7 +34,7 @@ from app.api.planning import plan_job
 from app.db import Database
 from app.jobs import JobView
 from app.spec.plan import plan_answer
-from app.spec.sources import references
+from app.spec.sources import references_in
 
 POLL_S = 2  # Retry-After of a job that is not over
 
@@ -59,7 +59,7 @@ def submit_job(
         name=plan.spec.name,
         labels=plan.spec.labels,
         idempotency=None if key is None else (key, hashlib.sha256(raw).hexdigest()),
-        needs=references(plan.spec),
+        needs=references_in(plan.spec),
     )
     return _made(given, view, created)
 

@@ -3,7 +3,7 @@
 A description names finished jobs and uploaded weights. Whoever has the store (the API, the worker) reads what is named
 into a `Source` each and gives them to `make_plan`, by `Reference.key`:
 
-    for reference in references(spec):
+    for reference in references_in(spec):
         sources[reference.key] = ...          # Source.of_architecture(...) or Source.of_tensors(...)
     plan = make_plan(spec, facts, sources=sources)
 """
@@ -84,7 +84,7 @@ class Source:
         return cls(tensors={name: tuple(shape) for name, shape in tensors.items()}, dtypes=dict(dtypes or {}))
 
 
-def references(spec: JobSpec) -> tuple[Reference, ...]:
+def references_in(spec: JobSpec) -> tuple[Reference, ...]:
     """Every network that `spec` names, in the order of the description; one that is named twice comes once."""
     found: dict[str, Reference] = {}
     for reference in every_reference(spec):

@@ -24,7 +24,7 @@ from app.db import Database
 from app.errors import Fault, InUse, InvalidSpec, InvalidWeights, NotFound, SourceUnavailable, Unavailable
 from app.settings import Settings
 from app.spec.job import parse_job
-from app.spec.sources import Reference, Source, references
+from app.spec.sources import Reference, Source, references_in
 from app.storage import LocalStorage, Storage
 from app.tables import Job, JobSource, WeightsRow
 from app.weights import WeightsView
@@ -157,7 +157,7 @@ def test_another_tenants_weights_and_jobs_do_not_exist(db: Database, local_stora
         with pytest.raises(InvalidSpec):
             submit(db, spec)
     with pytest.raises(SourceUnavailable):
-        sources.locate(db, TENANT, references(parse_job(from_job(their_job))))
+        sources.locate(db, TENANT, references_in(parse_job(from_job(their_job))))
 
 
 def test_of_a_finished_job_everything_but_the_weights_is_known(db: Database, storage: Storage) -> None:

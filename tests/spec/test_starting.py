@@ -13,7 +13,7 @@ from app.spec.architecture import Preprocessing
 from app.spec.data import DataFacts
 from app.spec.job import parse_job
 from app.spec.plan import make_plan
-from app.spec.sources import Reference, Source, references
+from app.spec.sources import Reference, Source, references_in
 from app.spec.starting import head_layers
 
 KEY = "job-j1-pruned"
@@ -56,14 +56,14 @@ def test_each_network_that_a_job_names_is_a_reference_once_with_the_place_that_n
             PRUNE | {"retrain": {"distillation": {}}},
         ],
     )
-    assert references(spec) == (
+    assert references_in(spec) == (
         Reference("job", "j1", "pruned", "/model/job"),
         Reference("job", "j2", "baseline", "/optimizations/0/teacher"),
         Reference("job", "j2", "pruned", "/optimizations/1/retrain/distillation/teacher"),
     )
-    assert [found.key for found in references(spec)] == [KEY, "job-j2-baseline", "job-j2-pruned"]
-    assert [(r.key, r.pointer) for r in references(job(model=WEIGHTS))] == [("weights-w1", "/model/weights")]
-    assert references(job()) == ()
+    assert [found.key for found in references_in(spec)] == [KEY, "job-j2-baseline", "job-j2-pruned"]
+    assert [(r.key, r.pointer) for r in references_in(job(model=WEIGHTS))] == [("weights-w1", "/model/weights")]
+    assert references_in(job()) == ()
 
 
 def test_a_network_that_is_not_there_is_a_fault_where_it_is_named() -> None:

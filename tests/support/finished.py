@@ -18,7 +18,7 @@ from app.artifacts import NewArtifact, artifact_key
 from app.db import Database
 from app.spec.architecture import architecture_document
 from app.spec.job import parse_job
-from app.spec.sources import references
+from app.spec.sources import references_in
 from app.storage import Storage
 
 NAMES = tuple("abcdefghij")
@@ -48,7 +48,7 @@ def both_networks() -> dict[str, bytes]:
 
 def submit(db: Database, spec: Mapping[str, Any] = lives.SPEC, *, tenant: str = lives.TENANT) -> str:
     """The id of a new job, which needs what its spec refers to."""
-    needs = references(parse_job(dict(spec)))
+    needs = references_in(parse_job(dict(spec)))
     return jobs.submit(db, tenant=tenant, spec=dict(spec), needs=needs)[0].id
 
 

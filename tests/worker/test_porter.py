@@ -17,7 +17,7 @@ from app import weights
 from app.db import Database
 from app.errors import SourceUnavailable, Unavailable
 from app.spec.job import parse_job
-from app.spec.sources import Reference, references
+from app.spec.sources import Reference, references_in
 from app.storage import LocalStorage
 from app.tables import Job
 from worker import porter
@@ -64,7 +64,7 @@ def spec_of(source: str, **more: Any) -> dict[str, Any]:
 def carried(db: Database, store: Store, source: str) -> Iterator[tuple[Porter, tuple[Reference, ...]]]:
     """The porter of a job that starts from a finished one and learns from its baseline, and what it is to fetch."""
     made = Porter(lives.claim(db, submit(db, spec_of(source))), db, store)
-    yield made, references(parse_job(spec_of(source)))
+    yield made, references_in(parse_job(spec_of(source)))
     made.close()
 
 
@@ -91,7 +91,7 @@ def test_uploaded_weights_come_alone(db: Database, store: Store, tmp_path: Path)
     )
     spec = {**lives.SPEC, "model": {"preset": "simple_cnn", "weights": view.id}}
     made = Porter(lives.claim(db, submit(db, spec)), db, store)
-    made.fetch_sources(references(parse_job(spec)), tmp_path / "sources")
+    made.fetch_sources(references_in(parse_job(spec)), tmp_path / "sources")
     made.close()
     folder = tmp_path / "sources" / f"weights-{view.id}"
     assert [path.name for path in folder.iterdir()] == ["weights.safetensors"]

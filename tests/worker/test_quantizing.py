@@ -88,8 +88,8 @@ def test_its_accuracy_is_the_one_that_a_user_measures(job: tuple[Delivered, Memo
     images = np.load(data / "test.images.npy").astype(np.float32).reshape(-1, *SHAPE)
     images = (images * stated["scale"] - np.float32(stated["mean"][0])) / np.float32(stated["std"][0])
     session = onnxruntime.InferenceSession(str(file_of(outcome)), providers=["CPUExecutionProvider"])
-    answers = session.run(None, {"images": images.astype(np.float32)})[0].argmax(axis=1)
-    accuracy = float((answers == np.load(data / "test.labels.npy")).mean())
+    answered = session.run(None, {"images": images.astype(np.float32)})[0].argmax(axis=1)
+    accuracy = float((answered == np.load(data / "test.labels.npy")).mean())
     int8 = outcome.report["int8"]
     assert int8["accuracy"] == accuracy == outcome.report["verification"][INT8_MODEL]["accuracy"]
     assert int8["accuracy_drop"] == pytest.approx(outcome.report["final"]["accuracy"] - accuracy)
@@ -191,11 +191,11 @@ def test_a_layer_left_in_float32_for_the_accuracy_is_named_with_the_reason(
     job = prepare(task_of(tiny_spec(INT8), data, tmp_path), MemoryJournal())
     carry_out(job)
     network = delivery.on_cpu(job.reached.network)
-    int8 = quantizing.make_int8(job, network, compute_logits(network, job.splits.test.images, job.preprocessing))
+    made = quantizing.make_int8(job, network, compute_logits(network, job.splits.test.images, job.preprocessing))
     job.close()
-    assert int8 is not None
-    assert int8.met
-    document = quantizing.int8_document(int8, {}, {})
+    assert made is not None
+    assert made.met
+    document = quantizing.int8_document(made, {}, {})
     (left,) = document["left_in_float32"]
     assert left["name"] == "linear1"
     assert left["reason"].startswith("quantized alone it moves the logits by ")
