@@ -8,8 +8,8 @@ import hmac
 from pydantic import SecretStr
 from sqlalchemy import ColumnElement, and_
 
+from app.database.tables import Job
 from app.errors import Unauthorized
-from app.tables import Job
 
 DEFAULT_TENANT = "default"
 

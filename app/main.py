@@ -11,27 +11,14 @@ from importlib.metadata import version
 
 from fastapi import Depends, FastAPI
 
-from app.api import (
-    artifacts,
-    catalogue,
-    datasets,
-    description,
-    events,
-    health,
-    jobs,
-    meters,
-    pages,
-    parameters,
-    problems,
-    weights,
-    workers,
-)
-from app.api.backends import Backends, Watch
-from app.api.edges import LOOPBACK, Edge
-from app.db import Database
+from app.api import parameters, problems, prometheus
+from app.api.context import Backends, Watch
+from app.api.middleware import LOOPBACK, Edge
+from app.api.routes import artifacts, catalogue, datasets, events, health, jobs, openapi, pages, weights, workers
+from app.database.engine import Database
 from app.errors import StartupError
-from app.queue import open_bell
-from app.recovery import Sweeper
+from app.jobs.doorbell import open_bell
+from app.jobs.recovery import Sweeper
 from app.settings import Settings
 from app.storage import Storage
 
@@ -58,7 +45,7 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
         lifespan=_lifespan,
         dependencies=[Depends(parameters.refuse_unknown_query)],
-        responses=description.EVERY_ROUTE,
+        responses=openapi.EVERY_ROUTE,
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     database = Database(settings.database)
@@ -67,7 +54,7 @@ def create_app(settings: Settings) -> FastAPI:
         db=database,
         storage=Storage.open(settings.storage),
         bell=open_bell(settings),
-        meters=meters.Meters(lambda: meters.count_jobs(database)),
+        meters=prometheus.Meters(lambda: prometheus.count_jobs(database)),
         checks=ThreadPoolExecutor(CHECKS, thread_name_prefix="check"),
         checking=set(),
         stopping=asyncio.Event(),
@@ -78,11 +65,11 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.meters = given.meters
     app.state.stopping = given.stopping
     app.state.streams = events.Streams()
-    app.openapi = lambda: description.describe(app)  # type: ignore[method-assign]
+    app.openapi = lambda: openapi.describe(app)  # type: ignore[method-assign]
     problems.install(app)
     app.add_middleware(Edge, settings=settings, observe=given.meters.observe)
-    for room in (jobs, events, artifacts, datasets, weights, catalogue, workers, health, meters, description, pages):
-        app.include_router(room.router)
+    for routes in (jobs, events, artifacts, datasets, weights, catalogue, workers, health, prometheus, openapi, pages):
+        app.include_router(routes.router)
     return app
 
 

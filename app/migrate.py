@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from app.db import Database
+from app.database.engine import Database
 from app.errors import StartupError
 from app.settings import load_settings
 

@@ -25,11 +25,11 @@ from types import FrameType
 import structlog
 
 from app.api.server import ApiServer
-from app.db import Database
+from app.database.engine import Database
 from app.errors import StartupError
-from app.lifeline import parent_environment
 from app.logs import configure_logs
 from app.main import create_app
+from app.parent_death import parent_environment
 from app.settings import Settings, load_settings, trainer_threads
 
 log = structlog.get_logger()

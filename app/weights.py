@@ -16,13 +16,13 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, and_, delete, insert, select
 
-from app import outbox
-from app.db import Database
+from app.database.engine import Database
+from app.database.tables import WeightsRow, new_id
 from app.errors import JsonValue, NotFound
-from app.ingest.weights import NAMES, check_weights
-from app.sources import check_unused, weights_key, weights_prefix
+from app.jobs import outbox
+from app.jobs.references import check_unused, weights_key, weights_prefix
 from app.storage import Storage
-from app.tables import WeightsRow, new_id
+from app.validation.safetensors_header import NAMES, check_weights
 
 PAGE_LIMIT = 200
 ID = re.compile(r"wt_[0-9a-z]{26}", re.ASCII)

@@ -36,17 +36,17 @@ def measure_here(name: str, size: int, criterion: str, scope: str) -> Row:
     """Seconds of each part and the peak of memory, in this process, which has measured nothing before."""
     import torch
 
-    from app.spec.channels import channel_classes
+    from app.planning.plan import make_plan
+    from app.pruning.channel_classes import channel_classes
     from app.spec.data import DataFacts
     from app.spec.job import parse_job
-    from app.spec.plan import make_plan
-    from app.spec.pruning import Prune
-    from worker.compressing import Materials, cut_channels
+    from app.spec.prune import Prune
     from worker.network import build_network
     from worker.precision import choose_precision
     from worker.pruning.importance import class_scores
     from worker.pruning.schedules import prune_stages
-    from worker.state import NO_LIMITS
+    from worker.run.removal import Materials, cut_channels
+    from worker.run.state import NO_LIMITS
 
     torch.set_num_threads(1)
     shape = (3, size, size)

@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from app.ingest.limits import Limits
-from app.ingest.pack import ingest
-from app.ingest.packed import ensure_packed
-from app.ingest.sources import ensure_builtin
-from app.ingest.synthetic import ensure_synthetic
+from app.datasets.ingest.builtin import ensure_builtin
+from app.datasets.ingest.limits import Limits
+from app.datasets.ingest.pack import ingest
+from app.datasets.ingest.synthetic import ensure_synthetic
+from app.datasets.packed.packed import ensure_packed
 from app.settings import load_settings
 from app.spec.data import Synthetic
 

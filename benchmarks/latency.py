@@ -25,12 +25,12 @@ import data_sets
 import records
 
 from app.errors import InvalidSpec
+from app.network.graph import build_graph
+from app.network.layers.registry import read_layers
+from app.network.presets import preset_layers
+from app.planning.plan import Plan, make_plan
 from app.spec.data import synthetic_facts
-from app.spec.graph import build_graph
 from app.spec.job import parse_job
-from app.spec.layers import read_layers
-from app.spec.plan import Plan, make_plan
-from app.spec.presets import preset_layers
 from worker.latency import Stopwatch
 from worker.network import Network, build_network
 

@@ -36,14 +36,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from app.errors import EspalierError
-from app.spec.cost import cost
-from app.spec.presets import preset_layers
-from app.spec.pruning import Prune
-from worker import preparation, stages
-from worker.averaging import put, snapshot
+from app.network.cost import cost
+from app.network.presets import preset_layers
+from app.spec.prune import Prune
 from worker.evaluation import Scores
 from worker.journal import MemoryJournal
 from worker.pruning.schedules import retrain_schedule
+from worker.run import preparation, stages
+from worker.training.averaging import put, snapshot
 
 CACHE = records.ROOT / "var" / "benchmarks" / "cache"
 AFTER_TRAINING = 2  # stages of every job: training, evaluating

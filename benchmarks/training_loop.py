@@ -27,13 +27,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from app.ingest.synthetic import ensure_synthetic
+from app.datasets.ingest.synthetic import ensure_synthetic
 from app.spec.data import Synthetic
-from worker import preparation, stages
+from worker.export.pytorch_source import model_source
 from worker.journal import MemoryJournal, Progress
-from worker.source import model_source
-from worker.training import EpochResult, Fit
-from worker.watching import JobWatch
+from worker.run import preparation, stages
+from worker.run.monitor import JobWatch
+from worker.training.loop import EpochResult, Fit
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {"simple_cnn": (1, 28, 28), "deep_cnn": (3, 32, 32), "resnet20": (3, 32, 32)}

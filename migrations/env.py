@@ -8,9 +8,9 @@ from alembic import context
 from sqlalchemy import Connection
 from sqlalchemy.types import TypeDecorator
 
-from app.db import upgrading
+from app.database.engine import upgrading
+from app.database.tables import Row
 from app.settings import load_settings
-from app.tables import Row
 
 
 def render(kind: str, item: Any, _: Any) -> str | Literal[False]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from app.network.cost import Cost, cost
+from app.network.graph import build_graph
+from app.network.layers.registry import read_layers
+from app.network.presets import preset_layers
+from app.network.presets.published import PUBLISHED, UNPUBLISHED, Published
 from app.settings import Settings
 from app.spec.catalogue import preset_catalogue
-from app.spec.cost import Cost, cost
-from app.spec.graph import build_graph
-from app.spec.layers import read_layers
-from app.spec.presets import preset_layers
-from app.spec.presets.published import PUBLISHED, UNPUBLISHED, Published
 
 ROOT = Path(__file__).resolve().parent.parent
 

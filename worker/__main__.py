@@ -7,14 +7,14 @@ import signal
 import sys
 import threading
 
-from app.db import Database
+from app.database.engine import Database
 from app.errors import StartupError
-from app.lifeline import end_with_parent
+from app.jobs.doorbell import BellListener
 from app.logs import configure_logs
-from app.queue import BellListener
+from app.parent_death import end_with_parent
 from app.settings import Settings, load_settings
 from app.storage import Storage
-from worker.supervisor import Supervisor
+from worker.supervision.supervisor import Supervisor
 
 
 def main() -> int:
@@ -43,7 +43,7 @@ def serve(settings: Settings) -> None:
                 signal.signal(number, lambda _number, _frame: supervisor.stopping.set())
             _poll(supervisor, settings)
         else:
-            from worker.tasks import run_celery
+            from worker.supervision.celery_task import run_celery
 
             poller.start()
             run_celery(supervisor, settings.broker_url, settings.slots)

@@ -2,7 +2,7 @@
 
 A checkpoint is two files, `<name>.safetensors` and `<name>.json`. The JSON is written last and holds size and sha256
 of the first, so a pair is whole exactly when `check_checkpoint` accepts it. What the tensors mean is told in
-`worker/state.py`.
+`worker/run/state.py`.
 """
 
 from __future__ import annotations

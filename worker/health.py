@@ -5,9 +5,9 @@ from __future__ import annotations
 import platform
 import sys
 
-from app import attempts
-from app.db import Database
+from app.database.engine import Database
 from app.errors import Unavailable
+from app.jobs import attempts
 from app.settings import load_settings
 
 

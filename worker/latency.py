@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from app.errors import JsonValue
-from app.spec.cost import cost
-from app.spec.draft import WEIGHTED
-from worker.export import portable_network, portable_tensors
+from app.network.cost import cost
+from app.network.editor import WEIGHTED
+from worker.export.files import portable_network, portable_tensors
 from worker.network import Network
 
 BATCH_SIZES = (1, 32)
@@ -148,7 +148,7 @@ def _torch_runs(networks: Sequence[Network], threads: int) -> list[Runner]:
 
 def _onnx_runs(networks: Sequence[Network], threads: int) -> list[Runner]:
     """One maker of runs per network, in a session of the graph as it is exported."""
-    from worker.onnx_model import onnx_bytes
+    from worker.export.onnx_model import onnx_bytes
 
     return [
         _session_runs(

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from app.spec import layers as spec
-from app.spec.graph import Graph, Node
-from app.spec.names import INPUT
+from app.network.graph import Graph, Node
+from app.network.layers import registry as spec
+from app.network.layers.names import INPUT
 
 
 class Step(NamedTuple):

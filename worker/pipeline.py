@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import InvalidSpec, JobError
-from worker.delivery import Delivered, Delivery, deliver
 from worker.journal import Journal, MemoryJournal
-from worker.preparation import Task, prepare
-from worker.stages import carry_out
-from worker.watching import Interrupted
+from worker.run.delivery import Delivered, Delivery, deliver
+from worker.run.monitor import Interrupted
+from worker.run.preparation import Task, prepare
+from worker.run.stages import carry_out
 
 __all__ = ["Cancelled", "Delivered", "Delivery", "Outcome", "Paused", "Task", "run"]
 

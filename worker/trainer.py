@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from app.errors import DataInvalid, Diverged, JobError, JsonValue, OutOfMemory
-from app.lifeline import end_with_parent
+from app.parent_death import end_with_parent
 from app.settings import load_settings
 from worker.journal import Progress, SavedCheckpoint, Wish
 

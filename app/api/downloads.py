@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from app.api.edges import HEAD
+from app.api.middleware import HEAD
 from app.api.problems import ProblemResponse, request_id
 from app.errors import RangeNotSatisfiable
 

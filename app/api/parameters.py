@@ -25,7 +25,7 @@ from app.errors import (
     NotFound,
     PreconditionFailed,
 )
-from app.spec.strict import TEXT_LENGTH
+from app.validation.strict import TEXT_LENGTH
 
 LARGEST = 2**31 - 1
 LONGEST_WAIT_S = 60

@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
-from app.api.backends import Backends
 from app.api.bodies import refuse_encoding
+from app.api.context import Backends
 from app.errors import InvalidParameter, StorageFull
 
 PIECE_BYTES = 1 << 20

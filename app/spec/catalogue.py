@@ -6,11 +6,11 @@ from copy import deepcopy
 from functools import cache
 from typing import Any
 
-from app.spec.cost import cost
-from app.spec.graph import build_graph
-from app.spec.layers import read_layers
+from app.network.cost import cost
+from app.network.graph import build_graph
+from app.network.layers.registry import read_layers
+from app.network.presets import PRESETS, preset_layers
 from app.spec.optimizations import OPTIMIZATIONS
-from app.spec.presets import PRESETS, preset_layers
 
 _TITLES = {
     "batch_norm": "Insert batch normalization",

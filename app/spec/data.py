@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from app.spec.strict import LARGEST_INT, Count, Strict, Text, fault
+from app.validation.strict import LARGEST_INT, Count, Strict, Text, fault
 
 Layout = Literal["channels_first", "channels_last", "no_channels", "pictures"]
 

@@ -15,14 +15,14 @@ from pydantic import (
 from pydantic.functional_validators import AfterValidator, BeforeValidator
 
 from app.errors import Fault, InvalidSpec
-from app.spec.compressions import Quantize
 from app.spec.data import DataSpec
-from app.spec.faults import bulk_fault, faults_of
-from app.spec.models import JobModel, LayersModel, ModelSpec, PresetModel
+from app.spec.low_rank import Quantize
+from app.spec.model import JobModel, LayersModel, ModelSpec, PresetModel
 from app.spec.optimizations import COMPRESSIONS, Compression, Distill, Optimization
-from app.spec.pruning import Epochs, LearningRate, Prune, Retrain
+from app.spec.prune import Epochs, LearningRate, Prune, Retrain
 from app.spec.sensitivity import Sensitivity
-from app.spec.strict import LABELS, LARGEST_INT, LabelKey, LabelValue, Strict, Text, fault
+from app.validation.faults import bulk_fault, faults_of
+from app.validation.strict import LABELS, LARGEST_INT, LabelKey, LabelValue, Strict, Text, fault
 
 __all__ = ["JobModel", "JobSpec", "LayersModel", "PresetModel", "completed", "parse_job", "retraining"]
 

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, model_validator
 
-from app.spec.compressions import LowRank, Quantize, Separable
-from app.spec.pruning import Artifact, Distillation, Prune
-from app.spec.strict import JobId, Names, Strict, fault
+from app.spec.low_rank import LowRank, Quantize, Separable
+from app.spec.prune import Artifact, Distillation, Prune
+from app.validation.strict import JobId, Names, Strict, fault
 
 
 class Regularization(Strict):

@@ -6,8 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from app.spec.pruning import Prune
-from app.spec.strict import Strict, Text, fault
+from app.spec.prune import Prune
+from app.validation.strict import Strict, Text, fault
 
 SensitivityCriterion = Literal["l1", "l2", "taylor", "bn_scale", "fpgm", "lamp", "activation", "random"]
 PARTS_KEPT = (0.9, 0.75, 0.5, 0.25, 0.1)

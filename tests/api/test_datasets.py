@@ -15,8 +15,9 @@ import pytest
 from support.api import SPEC, Api, open_api, served_api
 from support.uploads import images, labels, npz
 
-from app import datasets as registry
-from app.api import answers, datasets, uploads
+from app.api import schemas, uploads
+from app.api.routes import datasets
+from app.datasets import registry as registry
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def test_a_good_upload_is_ready_with_its_hash_size_splits_and_classes(api, uploa
     document = answer.json()
     assert answer.status_code == 201
     assert answer.headers["location"] == f"/v1/datasets/{document['id']}"
-    answers.Dataset.model_validate(document)
+    schemas.Dataset.model_validate(document)
     assert (document["name"], document["state"], document["format"]) == ("tiny", "ready", "npz")
     assert (document["splits"], document["shape"]) == ({"train": 40, "test": 10}, [8, 8, 3])
     assert document["classes"] == ["0", "1"]

@@ -12,8 +12,9 @@ import pytest
 from support.api import FILES, SPEC, Api, open_api
 from support.weights import good
 
-from app import attempts, errors
-from app.api import answers
+from app import errors
+from app.api import schemas
+from app.jobs import attempts
 
 
 @pytest.fixture(scope="module")
@@ -112,39 +113,39 @@ def test_every_answer_fits_its_schema(api):
         api.db, claim, step=1, epoch=1, phase="training", key=key, size_bytes=1, sha256="0" * 64, metrics={}
     )
     base = f"/v1/jobs/{job_id}"
-    while_it_runs: list[tuple[str, str, type[answers.Answer]]] = [
-        ("GET", base, answers.Job),
-        ("GET", f"{base}/events", answers.Events),
-        ("GET", f"{base}/metrics", answers.Metrics),
-        ("GET", f"{base}/checkpoints", answers.Checkpoints),
-        ("GET", f"{base}/report", answers.Problem),
-        ("GET", "/v1/jobs", answers.Jobs),
-        ("GET", "/v1/workers", answers.Workers),
-        ("GET", "/v1/presets", answers.Presets),
-        ("GET", "/v1/optimizations", answers.Optimizations),
-        ("GET", "/healthz", answers.Health),
-        ("GET", "/readyz", answers.Health),
-        ("GET", "/v1/jobs/x", answers.Problem),
-        ("POST", f"{base}/pause", answers.Job),
+    while_it_runs: list[tuple[str, str, type[schemas.Answer]]] = [
+        ("GET", base, schemas.Job),
+        ("GET", f"{base}/events", schemas.Events),
+        ("GET", f"{base}/metrics", schemas.Metrics),
+        ("GET", f"{base}/checkpoints", schemas.Checkpoints),
+        ("GET", f"{base}/report", schemas.Problem),
+        ("GET", "/v1/jobs", schemas.Jobs),
+        ("GET", "/v1/workers", schemas.Workers),
+        ("GET", "/v1/presets", schemas.Presets),
+        ("GET", "/v1/optimizations", schemas.Optimizations),
+        ("GET", "/healthz", schemas.Health),
+        ("GET", "/readyz", schemas.Health),
+        ("GET", "/v1/jobs/x", schemas.Problem),
+        ("POST", f"{base}/pause", schemas.Job),
     ]
     for method, path, model in while_it_runs:
         model.model_validate_json(api.client.request(method, path).content, strict=True)
     api.deliver(claim)
     for path, model in (
-        (base, answers.Job),
-        (f"{base}/artifacts", answers.Artifacts),
-        (f"{base}/report", answers.Report),
+        (base, schemas.Job),
+        (f"{base}/artifacts", schemas.Artifacts),
+        (f"{base}/report", schemas.Report),
     ):
         model.model_validate_json(api.client.get(path).content, strict=True)
-    answers.Plan.model_validate_json(api.client.post("/v1/jobs/validate", json=SPEC).content, strict=True)
-    answers.Job.model_validate_json(api.client.post("/v1/jobs", json=SPEC).content, strict=True)
-    answers.Dataset.model_validate_json(api.client.post("/v1/datasets", content=b"x").content, strict=True)
-    answers.Datasets.model_validate_json(api.client.get("/v1/datasets").content, strict=True)
+    schemas.Plan.model_validate_json(api.client.post("/v1/jobs/validate", json=SPEC).content, strict=True)
+    schemas.Job.model_validate_json(api.client.post("/v1/jobs", json=SPEC).content, strict=True)
+    schemas.Dataset.model_validate_json(api.client.post("/v1/datasets", content=b"x").content, strict=True)
+    schemas.Datasets.model_validate_json(api.client.get("/v1/datasets").content, strict=True)
     weights = api.client.post("/v1/weights", content=good(head__weight=(2, 3)))
-    answers.Weights.model_validate_json(weights.content, strict=True)
-    answers.WeightsPage.model_validate_json(api.client.get("/v1/weights").content, strict=True)
+    schemas.Weights.model_validate_json(weights.content, strict=True)
+    schemas.WeightsPage.model_validate_json(api.client.get("/v1/weights").content, strict=True)
     refused = api.client.post("/v1/jobs", json={"spec_version": 1, "name": "\0"})
-    answers.Problem.model_validate_json(refused.content, strict=True)
+    schemas.Problem.model_validate_json(refused.content, strict=True)
 
 
 def test_every_error_code_has_its_place_in_the_docs(api):

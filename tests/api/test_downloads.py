@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Message
 
 from app.api.downloads import StoredFile, disposition, download, parse_range
-from app.api.edges import HEAD
+from app.api.middleware import HEAD
 from app.errors import NotFound, RangeNotSatisfiable
 
 CONTENT = b"0123456789"

@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 from support.raw_http import RawAnswer, send_raw, serving
 
-from app.api import edges, problems
+from app.api import middleware, problems
 from app.api.bodies import read_json
 from app.errors import Unavailable
 from app.settings import Settings
@@ -65,7 +65,7 @@ def toy(settings: Settings, answers: Answers) -> FastAPI:
         raise Unavailable()
 
     problems.install(app)
-    app.add_middleware(edges.Edge, settings=settings, observe=answers.observe)
+    app.add_middleware(middleware.Edge, settings=settings, observe=answers.observe)
     return app
 
 
@@ -262,7 +262,7 @@ def test_broken_framing_is_400_or_an_error_of_the_body(port, framing):
 
 
 def test_a_chunk_that_claims_a_quintillion_bytes_does_not_hang(port, monkeypatch):
-    monkeypatch.setattr(edges, "BODY_S", 0.5)
+    monkeypatch.setattr(middleware, "BODY_S", 0.5)
     request = (
         b"POST /v1/jobs HTTP/1.1\r\n" + HOST + b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
     )
@@ -271,13 +271,13 @@ def test_a_chunk_that_claims_a_quintillion_bytes_does_not_hang(port, monkeypatch
 
 
 def test_a_body_that_does_not_come_is_408(port, monkeypatch):
-    monkeypatch.setattr(edges, "BODY_S", 0.3)
+    monkeypatch.setattr(middleware, "BODY_S", 0.3)
     answer = post(port, "/v1/jobs", b"Content-Type: application/json\r\nContent-Length: 10\r\n", b"{")
     assert (answer.problem["code"], answer.headers["connection"]) == ("request_timeout", "close")
 
 
 def test_an_upload_that_falls_silent_is_408_and_a_steady_one_is_not(port, monkeypatch):
-    monkeypatch.setattr(edges, "UPLOAD_SILENCE_S", 0.4)
+    monkeypatch.setattr(middleware, "UPLOAD_SILENCE_S", 0.4)
     answer = post(port, "/v1/datasets", b"Content-Length: 10\r\n", b"12345")
     assert answer.problem["code"] == "request_timeout"
     steady = send_raw(
@@ -290,7 +290,7 @@ def test_an_upload_that_falls_silent_is_408_and_a_steady_one_is_not(port, monkey
 
 
 def test_an_upload_slower_than_64_kib_a_second_is_408(port, monkeypatch):
-    monkeypatch.setattr(edges, "UPLOAD_SILENCE_S", 0.4)
+    monkeypatch.setattr(middleware, "UPLOAD_SILENCE_S", 0.4)
     answer = send_raw(
         port,
         b"POST /v1/datasets HTTP/1.1\r\n" + HOST + b"Content-Length: 10\r\n\r\n1",

@@ -14,8 +14,9 @@ import httpx2
 import pytest
 from support.api import Api, served_api
 
-from app import jobs
-from app.api import backends, events
+from app.api import context
+from app.api.routes import events
+from app.jobs import commands
 
 STREAM = {"Accept": "text/event-stream"}
 
@@ -34,7 +35,7 @@ def _served(home: Path) -> Iterator[tuple[Api, httpx2.Client]]:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Api, httpx2.Client]]:
     with pytest.MonkeyPatch.context() as patch, _served(tmp_path_factory.mktemp("home")) as both:
         patch.setattr(events, "LOOK_S", 0.1)
-        patch.setattr(backends, "LOOK_S", 0.1)
+        patch.setattr(context, "LOOK_S", 0.1)
         yield both
 
 
@@ -170,7 +171,7 @@ def test_a_stream_ends_after_its_time_and_the_client_goes_on(served, monkeypatch
 def test_the_stream_of_a_job_that_is_deleted_ends(served):
     api, client = served
     job_id = api.submit()["id"]
-    timer = threading.Timer(0.3, lambda: jobs.delete_job(api.db, "default", job_id))
+    timer = threading.Timer(0.3, lambda: commands.delete_job(api.db, "default", job_id))
     timer.start()
     assert [int(event.id) for event in _follow(client, job_id)] == [1]
     timer.join()
@@ -196,13 +197,13 @@ def test_many_readers_of_one_job_ask_the_database_once_a_look(served, monkeypatc
     api, client = served
     job_id = api.submit()["id"]
     asked: list[str] = []
-    version = jobs.job_version
+    version = commands.job_version
 
     def counting(db: Any, tenant: str, job: str) -> str:
         asked.append(job)
         return version(db, tenant, job)
 
-    monkeypatch.setattr(jobs, "job_version", counting)
+    monkeypatch.setattr(commands, "job_version", counting)
     streams = [client.stream("GET", f"/v1/jobs/{job_id}/events", headers=STREAM) for _ in range(10)]
     answers = [stream.__enter__() for stream in streams]
     time.sleep(1.0)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from support.api import FILES, REPORT, SPEC, SUMMARY, Api, error_pointers, open_api
 
-from app import attempts
+from app.jobs import attempts
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.api import SUMMARY, Api, open_api
 
-from app import attempts
+from app.jobs import attempts
 from app.web.html import Html, element
 from app.web.pages import EVENT_TYPES
 

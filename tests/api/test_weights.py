@@ -11,7 +11,7 @@ from support.api import SPEC, Api, error_pointers, open_api
 from support.finished import both_networks
 from support.weights import entry, good, tensors_of, weights_file
 
-from app.api import answers
+from app.api import schemas
 
 LAYERS = [
     {"type": "conv", "name": "one", "out_channels": 4, "kernel_size": 3, "padding": 1},
@@ -57,7 +57,7 @@ def test_good_weights_are_201_with_every_tensor(api):
     document = answer.json()
     assert answer.status_code == 201
     assert answer.headers["location"] == f"/v1/weights/{document['id']}"
-    answers.Weights.model_validate(document)
+    schemas.Weights.model_validate(document)
     assert (document["name"], document["size_bytes"]) == ("mine", len(file))
     assert document["sha256"] == hashlib.sha256(file).hexdigest()
     assert {row["name"]: tuple(row["shape"]) for row in document["tensors"]} == {

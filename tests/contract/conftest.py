@@ -10,10 +10,10 @@ import pytest
 from sqlalchemy import NullPool, create_engine, text
 from support import servers
 
-from app.db import Database
+from app.database.engine import Database
+from app.database.tables import Row
 from app.settings import Settings
 from app.storage import Storage
-from app.tables import Row
 
 
 @pytest.fixture(scope="session")

@@ -13,12 +13,12 @@ from sqlalchemy import select
 from support import lives
 from support.lives import SPEC, TENANT, event_types
 
-from app import attempts, jobs
-from app.attempts import NewEvent
-from app.db import Database
+from app.database.engine import Database
+from app.database.tables import Event, Job
 from app.errors import IllegalTransition, LostOwnership
-from app.moves import move
-from app.tables import Event, Job
+from app.jobs import attempts, commands
+from app.jobs.attempts import NewEvent
+from app.jobs.transitions import move
 
 TESTS = Path(__file__).parent.parent
 
@@ -53,7 +53,7 @@ def test_twins_of_a_request_make_one_job(db: Database) -> None:
 
     def send(key: str) -> tuple[str, bool]:
         start.wait()
-        view, created = jobs.submit(db, tenant=TENANT, spec=SPEC, idempotency=(key, "a" * 64))
+        view, created = commands.submit(db, tenant=TENANT, spec=SPEC, idempotency=(key, "a" * 64))
         return view.id, created
 
     with ThreadPoolExecutor(8) as pool:
@@ -61,7 +61,7 @@ def test_twins_of_a_request_make_one_job(db: Database) -> None:
             answers = list(pool.map(send, [key] * 8))
             assert len({job_id for job_id, _ in answers}) == 1
             assert sum(created for _, created in answers) == 1
-    assert len(jobs.list_jobs(db, TENANT)[0]) == 5
+    assert len(commands.list_jobs(db, TENANT)[0]) == 5
 
 
 def test_readers_see_event_numbers_without_gaps_while_six_write(db: Database) -> None:
@@ -74,7 +74,7 @@ def test_readers_see_event_numbers_without_gaps_while_six_write(db: Database) ->
         after = 0
         while True:
             over = done.is_set()
-            for event in jobs.list_events(db, TENANT, job_id, after=after, limit=1000):
+            for event in commands.list_events(db, TENANT, job_id, after=after, limit=1000):
                 if event.seq != after + 1:
                     gaps.append((after, event.seq))
                 after = event.seq
@@ -111,9 +111,12 @@ def test_a_cancel_and_a_finish_at_once_leave_one_end(db: Database) -> None:
         for _ in range(15):
             job_id = lives.submit(db).id
             claim = lives.claim(db, job_id)
-            finished, cancelled = pool.submit(lives.finish, db, claim), pool.submit(jobs.cancel_job, db, TENANT, job_id)
+            finished, cancelled = (
+                pool.submit(lives.finish, db, claim),
+                pool.submit(commands.cancel_job, db, TENANT, job_id),
+            )
             refused = (type(finished.exception()), type(cancelled.exception()))
-            state = jobs.get_job(db, TENANT, job_id).shown_state
+            state = commands.get_job(db, TENANT, job_id).shown_state
             ends.append(state)
             assert (state, refused) in (
                 ("succeeded", (type(None), IllegalTransition)),

@@ -19,11 +19,11 @@ from sqlalchemy.orm import Session
 from support import lives, proxies, servers
 from support.lives import SPEC, TENANT, event_types
 
-from app import attempts, jobs
-from app.attempts import NewEvent
-from app.db import Database, filesystem_type
+from app.database.engine import Database, filesystem_type
+from app.database.tables import Job, Row, new_id
 from app.errors import NewerDatabase, StartupError, StorageFull, Unavailable
-from app.tables import Job, Row, new_id
+from app.jobs import attempts, commands
+from app.jobs.attempts import NewEvent
 
 MIGRATIONS = Path(__file__).parent.parent.parent / "migrations" / "versions"
 
@@ -106,7 +106,7 @@ def test_times_are_aware_and_keep_their_microseconds(db: Database) -> None:
     moment = datetime(2026, 2, 3, 4, 5, 6, 789, tzinfo=timezone(timedelta(hours=5)))
     with db.write() as session:
         session.execute(update(Job).values(created_at=moment))
-    read = jobs.get_job(db, TENANT, job_id).created_at
+    read = commands.get_job(db, TENANT, job_id).created_at
     assert read == moment
     assert read.tzinfo is UTC
     with pytest.raises(sqlalchemy.exc.StatementError, match="naive"), db.write() as session:
@@ -137,7 +137,7 @@ def test_what_is_raised_in_a_session_rolls_everything_back(db: Database) -> None
 
     with pytest.raises(ZeroDivisionError):
         change()
-    assert jobs.get_job(db, TENANT, job_id).name is None
+    assert commands.get_job(db, TENANT, job_id).name is None
 
 
 def test_wrong_sql_is_our_bug_and_not_an_absent_database(db: Database) -> None:
@@ -186,12 +186,12 @@ def test_a_sqlite_database_locked_by_a_backup_says_try_again_and_reads_go_on(dat
     backup.execute("BEGIN IMMEDIATE")
     began = time.monotonic()
     with pytest.raises(Unavailable):
-        jobs.cancel_job(db, TENANT, job_id)
+        commands.cancel_job(db, TENANT, job_id)
     assert 4 < time.monotonic() - began < 9
-    assert jobs.get_job(db, TENANT, job_id).state == "queued"
+    assert commands.get_job(db, TENANT, job_id).state == "queued"
     backup.execute("ROLLBACK")
     backup.close()
-    jobs.cancel_job(db, TENANT, job_id)
+    commands.cancel_job(db, TENANT, job_id)
     db.close()
 
 
@@ -203,11 +203,11 @@ def test_a_full_disk_is_called_so_and_reads_go_on(database_url: str) -> None:
         session.execute(text("PRAGMA max_page_count = 1"))  # is raised to what there is
     big = {**SPEC, "filler": "x" * 1_000_000}
     with pytest.raises(StorageFull, match="free space"):
-        jobs.submit(db, tenant=TENANT, spec=big)
-    assert [job.id for job in jobs.list_jobs(db, TENANT)[0]] == [job_id]
+        commands.submit(db, tenant=TENANT, spec=big)
+    assert [job.id for job in commands.list_jobs(db, TENANT)[0]] == [job_id]
     with db.read() as session:
         session.execute(text("PRAGMA max_page_count = 1000000"))
-    jobs.submit(db, tenant=TENANT, spec=big)
+    commands.submit(db, tenant=TENANT, spec=big)
     db.close()
 
 
@@ -224,7 +224,7 @@ def test_a_killed_backend_is_one_try_again_and_the_next_request_works(postgres_s
 
         with pytest.raises(Unavailable):
             lose_connection()
-        assert jobs.get_job(db, TENANT, job_id).name is None
+        assert commands.get_job(db, TENANT, job_id).name is None
         db.close()
 
 
@@ -233,10 +233,10 @@ def test_a_submit_whose_commit_got_lost_makes_one_job(postgres_server: servers.P
     with postgres_server.database() as url, proxies.proxy(postgres_server.port) as proxy:
         db = Database(url.replace(f":{postgres_server.port}/", f":{proxy.port}/"))
         proxy.cut(b"COMMIT", when)  # type: ignore[arg-type]
-        view, created = jobs.submit(db, tenant=TENANT, spec=SPEC, idempotency=("key", "a" * 64))
+        view, created = commands.submit(db, tenant=TENANT, spec=SPEC, idempotency=("key", "a" * 64))
         assert proxy.cuts == 1
         assert created
-        assert [job.id for job in jobs.list_jobs(db, TENANT)[0]] == [view.id]
+        assert [job.id for job in commands.list_jobs(db, TENANT)[0]] == [view.id]
         assert event_types(db, view.id) == ["job.submitted"]
         db.close()
 
@@ -252,7 +252,7 @@ def test_a_renewal_whose_commit_got_lost_writes_its_events_once(postgres_server:
         lives.finish(db, claim)
         assert proxy.cuts == 2
         assert event_types(db, claim.job_id) == ["job.submitted", "job.claimed", "warning", "job.succeeded"]
-        assert jobs.read_log(db, TENANT, claim.job_id) == "once\n"
+        assert commands.read_log(db, TENANT, claim.job_id) == "once\n"
         db.close()
 
 

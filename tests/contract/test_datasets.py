@@ -12,14 +12,15 @@ from sqlalchemy import func, select
 from support.datasets import PACKED_FILES, TENANT, keys, ready, register, sweep
 from support.uploads import images, labels, npz
 
-from app import datasets, jobs
-from app.db import Database
+from app.database.engine import Database
+from app.database.tables import DatasetRow, Outbox
+from app.datasets import registry
+from app.datasets.packed.packed import read_manifest
 from app.errors import DataInvalid, DataUnavailable, InUse, InvalidSpec, NotFound
-from app.ingest.packed import read_manifest
+from app.jobs import commands
 from app.settings import Settings
 from app.spec.data import DataFacts, DataSpec, Synthetic
 from app.storage import Storage
-from app.tables import DatasetRow, Outbox
 
 
 @pytest.fixture
@@ -29,24 +30,24 @@ def upload(tmp_path: Path) -> Path:
 
 def submit(db: Database, dataset: str) -> str:
     spec: dict[str, Any] = {"spec_version": 1, "data": {"dataset": dataset}, "model": {"preset": "simple_cnn"}}
-    return jobs.submit(db, tenant=TENANT, spec=spec)[0].id
+    return commands.submit(db, tenant=TENANT, spec=spec)[0].id
 
 
 def facts_of(db: Database, dataset_id: str) -> DataFacts:
-    return datasets.facts(db, TENANT, DataSpec(dataset=dataset_id))
+    return registry.facts(db, TENANT, DataSpec(dataset=dataset_id))
 
 
 def test_an_upload_is_checked_used_and_deleted(
     db: Database, storage: Storage, settings: Settings, upload: Path
 ) -> None:
     arrived = register(db, storage, upload)
-    assert (arrived.state, arrived.manifest, datasets.list_pending(db)) == ("checking", None, [arrived.id])
+    assert (arrived.state, arrived.manifest, registry.list_pending(db)) == ("checking", None, [arrived.id])
     with pytest.raises(InvalidSpec, match="is still being checked"):
         facts_of(db, arrived.id)
 
-    datasets.check_upload(db, storage, settings, arrived.id)
-    view = datasets.get_dataset(db, TENANT, arrived.id)
-    assert (view.state, view.format, view.problems, datasets.list_pending(db)) == ("ready", "npz", (), [])
+    registry.check_upload(db, storage, settings, arrived.id)
+    view = registry.get_dataset(db, TENANT, arrived.id)
+    assert (view.state, view.format, view.problems, registry.list_pending(db)) == ("ready", "npz", (), [])
     assert facts_of(db, view.id) == DataFacts("mine", (8, 8), 2, ("0", "1"), 36, 4, "uint8")
     document = view.document()
     assert (document["splits"], document["shape"], document["classes"]) == (
@@ -57,24 +58,24 @@ def test_an_upload_is_checked_used_and_deleted(
     sweep(db, storage, settings)
     assert keys(storage) == [f"{view.id}/packed/{name}" for name in PACKED_FILES], "the upload itself is gone"
 
-    folder = datasets.materialize(DataSpec(dataset=view.id), None, db=db, storage=storage, settings=settings)
+    folder = registry.materialize(DataSpec(dataset=view.id), None, db=db, storage=storage, settings=settings)
     assert read_manifest(folder) == view.manifest
     assert np.load(folder / "train.images.npy").shape == (36, 8, 8)
-    assert datasets.materialize(DataSpec(dataset=view.id), None, db=db, storage=storage, settings=settings) == folder
+    assert registry.materialize(DataSpec(dataset=view.id), None, db=db, storage=storage, settings=settings) == folder
 
     job = submit(db, view.id)
     with pytest.raises(InUse, match=job):
-        datasets.delete_dataset(db, TENANT, view.id)
-    jobs.cancel_job(db, TENANT, job)
-    datasets.delete_dataset(db, TENANT, view.id)
+        registry.delete_dataset(db, TENANT, view.id)
+    commands.cancel_job(db, TENANT, job)
+    registry.delete_dataset(db, TENANT, view.id)
     with pytest.raises(NotFound):
-        datasets.delete_dataset(db, TENANT, view.id)
+        registry.delete_dataset(db, TENANT, view.id)
     with pytest.raises(NotFound):
-        datasets.get_dataset(db, TENANT, view.id)
+        registry.get_dataset(db, TENANT, view.id)
     sweep(db, storage, settings)
     assert keys(storage) == []
     with pytest.raises(DataUnavailable, match="was deleted before the job ran"):
-        datasets.materialize(DataSpec(dataset=view.id), None, db=db, storage=storage, settings=settings)
+        registry.materialize(DataSpec(dataset=view.id), None, db=db, storage=storage, settings=settings)
 
 
 def test_the_same_file_twice_is_stored_once_until_both_are_deleted(
@@ -86,14 +87,14 @@ def test_the_same_file_twice_is_stored_once_until_both_are_deleted(
     sweep(db, storage, settings)
     assert keys(storage) == [f"{first.id}/packed/{name}" for name in PACKED_FILES]
 
-    datasets.delete_dataset(db, TENANT, first.id)
+    registry.delete_dataset(db, TENANT, first.id)
     sweep(db, storage, settings)
     assert len(keys(storage)) == 5, "the second one still uses them"
-    datasets.materialize(DataSpec(dataset=second.id), None, db=db, storage=storage, settings=settings)
+    registry.materialize(DataSpec(dataset=second.id), None, db=db, storage=storage, settings=settings)
     third = ready(db, storage, settings, upload)
     assert third.state == "ready"
-    datasets.delete_dataset(db, TENANT, second.id)
-    datasets.delete_dataset(db, TENANT, third.id)
+    registry.delete_dataset(db, TENANT, second.id)
+    registry.delete_dataset(db, TENANT, third.id)
     sweep(db, storage, settings)
     assert keys(storage) == []
 
@@ -103,8 +104,8 @@ def test_another_tenants_data_sets_do_not_exist(
 ) -> None:
     theirs = ready(db, local_storage, settings, upload, tenant="other")
     mine = ready(db, local_storage, settings, upload)
-    assert [view.id for view in datasets.list_datasets(db, TENANT)[0]] == [mine.id]
-    for call in (datasets.get_dataset, datasets.delete_dataset):
+    assert [view.id for view in registry.list_datasets(db, TENANT)[0]] == [mine.id]
+    for call in (registry.get_dataset, registry.delete_dataset):
         with pytest.raises(NotFound):
             call(db, TENANT, theirs.id)
     with pytest.raises(InvalidSpec, match="there is no such data set"):
@@ -116,9 +117,9 @@ def test_another_tenants_data_sets_do_not_exist(
 @pytest.mark.parametrize("junk", ["", "x", "ds_", "ds_" + "0" * 25 + "\x00", "../x", "ds_" + "\u0661" * 26, "x" * 300])
 def test_an_id_that_is_none_is_not_found(db: Database, junk: str) -> None:
     with pytest.raises(NotFound):
-        datasets.get_dataset(db, TENANT, junk)
+        registry.get_dataset(db, TENANT, junk)
     with pytest.raises(NotFound):
-        datasets.delete_dataset(db, TENANT, junk)
+        registry.delete_dataset(db, TENANT, junk)
 
 
 def test_pages_are_newest_first_and_end(db: Database, local_storage: Storage, upload: Path) -> None:
@@ -126,7 +127,7 @@ def test_pages_are_newest_first_and_end(db: Database, local_storage: Storage, up
     found: list[str] = []
     before = None
     for _ in range(3):
-        page, before = datasets.list_datasets(db, TENANT, limit=2, before=before)
+        page, before = registry.list_datasets(db, TENANT, limit=2, before=before)
         found += [view.id for view in page]
     assert before is None
     assert sorted(found) == sorted(made)
@@ -138,23 +139,23 @@ def test_two_checks_at_once_do_the_work_once(
 ) -> None:
     view = register(db, local_storage, upload)
     with ThreadPoolExecutor(2) as threads:
-        for check in [threads.submit(datasets.check_upload, db, local_storage, settings, view.id) for _ in range(2)]:
+        for check in [threads.submit(registry.check_upload, db, local_storage, settings, view.id) for _ in range(2)]:
             check.result()
-    assert datasets.get_dataset(db, TENANT, view.id).state == "ready"
+    assert registry.get_dataset(db, TENANT, view.id).state == "ready"
     with db.read() as session:
         assert session.scalar(select(func.count()).select_from(Outbox)) == 1, "one of them found nothing to do"
 
 
 def test_built_in_and_synthetic_data_need_no_row(db: Database, local_storage: Storage, settings: Settings) -> None:
-    assert datasets.facts(db, TENANT, DataSpec(dataset="mnist")).train == 60_000
+    assert registry.facts(db, TENANT, DataSpec(dataset="mnist")).train == 60_000
     synthetic = DataSpec(synthetic=Synthetic(classes=3, train=9, test=3))
-    assert datasets.facts(db, TENANT, synthetic).classes == 3
-    folder = datasets.materialize(synthetic, (1, 4, 4), db=db, storage=local_storage, settings=settings)
+    assert registry.facts(db, TENANT, synthetic).classes == 3
+    folder = registry.materialize(synthetic, (1, 4, 4), db=db, storage=local_storage, settings=settings)
     assert np.load(folder / "train.images.npy").shape == (9, 1, 4, 4)
     with pytest.raises(DataInvalid, match="take their shape from the job"):
-        datasets.materialize(synthetic, None, db=db, storage=local_storage, settings=settings)
+        registry.materialize(synthetic, None, db=db, storage=local_storage, settings=settings)
     large = DataSpec(synthetic=Synthetic(train=1_000_000))
     with pytest.raises(DataInvalid, match="the limit is"):
-        datasets.materialize(large, (3, 512, 512), db=db, storage=local_storage, settings=settings)
+        registry.materialize(large, (3, 512, 512), db=db, storage=local_storage, settings=settings)
     with pytest.raises(InvalidSpec, match=r"built-in name \(fashion-mnist, mnist\)"):
         facts_of(db, "cifar-1000")

@@ -18,10 +18,10 @@ from pydantic import SecretStr
 from support import lives, servers
 from support.lives import TENANT
 
-from app import attempts, jobs
-from app.db import Database
-from app.queue import QUEUE, TASK, BellListener, CeleryBell, Doorbell, LocalBell, celery_app, open_bell
-from app.recovery import Sweeper
+from app.database.engine import Database
+from app.jobs import attempts, commands
+from app.jobs.doorbell import QUEUE, TASK, BellListener, CeleryBell, Doorbell, LocalBell, celery_app, open_bell
+from app.jobs.recovery import Sweeper
 from app.settings import Settings
 from app.storage import Storage
 
@@ -113,7 +113,7 @@ def test_a_ring_brings_the_job_to_a_worker_at_once_however_often_it_rings(
             for _ in range(5):
                 delivery.bell.ring(job_id)
             assert worker.next(AT_ONCE_S) == job_id
-            assert jobs.get_job(sqlite_db, TENANT, job_id).attempt == 1
+            assert commands.get_job(sqlite_db, TENANT, job_id).attempt == 1
         assert worker.next(0.3) is None
 
 

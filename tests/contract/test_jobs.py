@@ -10,9 +10,8 @@ from sqlalchemy import func, select
 from support import lives
 from support.lives import SPEC, TENANT, event_types
 
-from app import attempts, jobs
-from app.artifacts import list_artifacts
-from app.db import Database
+from app.database.engine import Database
+from app.database.tables import Job, JobLabel, Outbox
 from app.errors import (
     IdempotencyMismatch,
     IllegalTransition,
@@ -22,13 +21,14 @@ from app.errors import (
     NotFinished,
     NotFound,
 )
-from app.tables import Job, JobLabel, Outbox
+from app.jobs import attempts, commands
+from app.jobs.artifacts import list_artifacts
 
 VERBS = {
-    "cancel": jobs.cancel_job,
-    "stop": jobs.stop_job,
-    "pause": jobs.pause_job,
-    "resume": jobs.resume_job,
+    "cancel": commands.cancel_job,
+    "stop": commands.stop_job,
+    "pause": commands.pause_job,
+    "resume": commands.resume_job,
 }
 # What each verb makes of each state; whatever is not here must be refused.
 LEGAL = {
@@ -63,11 +63,11 @@ def test_each_verb_in_each_state_does_its_move_or_is_refused_with_the_state_and_
 ) -> None:
     for verb, act in VERBS.items():
         job_id = lives.job_in(db, state)
-        before = jobs.get_job(db, TENANT, job_id)
+        before = commands.get_job(db, TENANT, job_id)
         expected = LEGAL.get((state, verb))
         if expected is not None:
             assert act(db, TENANT, job_id).shown_state == expected, verb
-            assert jobs.get_job(db, TENANT, job_id).shown_state == expected
+            assert commands.get_job(db, TENANT, job_id).shown_state == expected
         else:
             with pytest.raises(IllegalTransition) as refused:
                 act(db, TENANT, job_id)
@@ -76,21 +76,21 @@ def test_each_verb_in_each_state_does_its_move_or_is_refused_with_the_state_and_
             assert set(refused.value.allowed) == {v for v in VERBS if (state, v) in LEGAL} | {"delete"} | (
                 {"retry"} if before.terminal else set()
             )
-            assert jobs.get_job(db, TENANT, job_id) == before
+            assert commands.get_job(db, TENANT, job_id) == before
         event_types(db, job_id)
 
 
 @pytest.mark.parametrize("state", lives.EVERY_STATE)
 def test_a_deleted_job_is_gone_at_once_and_its_rows_and_objects_go_with_it(db: Database, state: str) -> None:
     job_id = lives.job_in(db, state)
-    attempt = jobs.get_job(db, TENANT, job_id).attempt
-    running = jobs.get_job(db, TENANT, job_id).state == "running"
-    jobs.delete_job(db, TENANT, job_id)
+    attempt = commands.get_job(db, TENANT, job_id).attempt
+    running = commands.get_job(db, TENANT, job_id).state == "running"
+    commands.delete_job(db, TENANT, job_id)
     with pytest.raises(JobNotFound):
-        jobs.get_job(db, TENANT, job_id)
+        commands.get_job(db, TENANT, job_id)
     with pytest.raises(JobNotFound):
-        jobs.list_events(db, TENANT, job_id)
-    assert jobs.list_jobs(db, TENANT) == ([], None)
+        commands.list_events(db, TENANT, job_id)
+    assert commands.list_jobs(db, TENANT) == ([], None)
     if running:  # its worker is told at the next renewal, and ends it
         claim = attempts.Claim(job_id, attempt, TENANT, SPEC, None, 0, None)
         assert attempts.renew(db, claim, worker_id="w") == "cancel"
@@ -102,39 +102,41 @@ def test_a_deleted_job_is_gone_at_once_and_its_rows_and_objects_go_with_it(db: D
 
 
 def test_a_new_job_waits_and_says_so(db: Database) -> None:
-    view, created = jobs.submit(db, tenant=TENANT, spec=SPEC, name="seed", labels={"team": "vision"})
+    view, created = commands.submit(db, tenant=TENANT, spec=SPEC, name="seed", labels={"team": "vision"})
     assert created
-    assert jobs.get_job(db, TENANT, view.id) == view
+    assert commands.get_job(db, TENANT, view.id) == view
     assert (view.state, view.attempt, view.name, view.labels) == ("queued", 0, "seed", {"team": "vision"})
     assert view.spec == SPEC
     assert list(view.spec) == list(SPEC), "the order of keys is what was sent"
     assert abs(datetime.now(UTC) - view.created_at) < timedelta(seconds=5)
-    [event] = jobs.list_events(db, TENANT, view.id)
+    [event] = commands.list_events(db, TENANT, view.id)
     assert (event.seq, event.type, event.level) == (1, "job.submitted", "info")
     with db.read() as session:
         assert session.execute(select(Outbox.kind, Outbox.subject)).all() == [("ring", view.id)]
 
 
 def test_the_same_key_and_body_give_the_same_job_and_another_body_is_refused(db: Database) -> None:
-    first, created = jobs.submit(db, tenant=TENANT, spec=SPEC, idempotency=("key", "a" * 64))
-    again, created_again = jobs.submit(db, tenant=TENANT, spec=SPEC, idempotency=("key", "a" * 64))
+    first, created = commands.submit(db, tenant=TENANT, spec=SPEC, idempotency=("key", "a" * 64))
+    again, created_again = commands.submit(db, tenant=TENANT, spec=SPEC, idempotency=("key", "a" * 64))
     assert (created, created_again) == (True, False)
     assert again == first
     with pytest.raises(IdempotencyMismatch):
-        jobs.submit(db, tenant=TENANT, spec=SPEC, idempotency=("key", "b" * 64))
-    other_route, created = jobs.submit(db, tenant=TENANT, spec=SPEC, idempotency=("key", "b" * 64), route="POST /v1/x")
+        commands.submit(db, tenant=TENANT, spec=SPEC, idempotency=("key", "b" * 64))
+    other_route, created = commands.submit(
+        db, tenant=TENANT, spec=SPEC, idempotency=("key", "b" * 64), route="POST /v1/x"
+    )
     assert created
     assert other_route.id != first.id
-    assert len(jobs.list_jobs(db, TENANT)[0]) == 2
+    assert len(commands.list_jobs(db, TENANT)[0]) == 2
 
 
 def test_the_key_of_a_deleted_job_is_free_again(db: Database) -> None:
     for state_of_first in ("waits", "runs"):
-        first, _ = jobs.submit(db, tenant=TENANT, spec=SPEC, idempotency=(state_of_first, "a" * 64))
+        first, _ = commands.submit(db, tenant=TENANT, spec=SPEC, idempotency=(state_of_first, "a" * 64))
         if state_of_first == "runs":
             lives.claim(db, first.id)
-        jobs.delete_job(db, TENANT, first.id)
-        second, created = jobs.submit(db, tenant=TENANT, spec=SPEC, idempotency=(state_of_first, "a" * 64))
+        commands.delete_job(db, TENANT, first.id)
+        second, created = commands.submit(db, tenant=TENANT, spec=SPEC, idempotency=(state_of_first, "a" * 64))
         assert created
         assert second.id != first.id
 
@@ -142,16 +144,16 @@ def test_the_key_of_a_deleted_job_is_free_again(db: Database) -> None:
 def test_texts_that_no_database_takes_are_stored_without_what_it_refuses(db: Database) -> None:
     view = lives.submit(db, name="nul \0 lone \ud800 pair \U0001f333")
     assert view.name == "nul \ufffd lone ? pair \U0001f333"
-    assert jobs.get_job(db, TENANT, view.id).name == view.name
+    assert commands.get_job(db, TENANT, view.id).name == view.name
 
 
 def test_pages_are_newest_first_and_hold_each_job_once_while_new_ones_come(db: Database) -> None:
     made = [lives.submit(db).id for _ in range(5)]
-    page, cursor = jobs.list_jobs(db, TENANT, limit=2)
+    page, cursor = commands.list_jobs(db, TENANT, limit=2)
     seen = [job.id for job in page]
     while cursor is not None:
         lives.submit(db)
-        page, cursor = jobs.list_jobs(db, TENANT, limit=2, cursor=cursor)
+        page, cursor = commands.list_jobs(db, TENANT, limit=2, cursor=cursor)
         seen += [job.id for job in page]
     assert seen == made[::-1]
 
@@ -160,8 +162,8 @@ def test_jobs_of_one_moment_are_paged_by_their_ids(db: Database) -> None:
     made = sorted((lives.submit(db).id for _ in range(4)), reverse=True)
     with db.write() as session:
         session.execute(Job.__table__.update().values(created_at=datetime(2026, 1, 1, tzinfo=UTC)))
-    first, cursor = jobs.list_jobs(db, TENANT, limit=3)
-    rest, end = jobs.list_jobs(db, TENANT, limit=3, cursor=cursor)
+    first, cursor = commands.list_jobs(db, TENANT, limit=3)
+    rest, end = commands.list_jobs(db, TENANT, limit=3, cursor=cursor)
     assert [job.id for job in (*first, *rest)] == made
     assert end is None
 
@@ -169,35 +171,35 @@ def test_jobs_of_one_moment_are_paged_by_their_ids(db: Database) -> None:
 def test_jobs_are_found_by_state_and_label(db: Database) -> None:
     by_state = {state: lives.job_in(db, state) for state in ("queued", "running", "cancelling", "succeeded")}
     for state, job_id in by_state.items():
-        assert [job.id for job in jobs.list_jobs(db, TENANT, state=state)[0]] == [job_id], state
+        assert [job.id for job in commands.list_jobs(db, TENANT, state=state)[0]] == [job_id], state
     labelled = lives.submit(db, labels={"team": "vision", "k": "v"}).id
     lives.submit(db, labels={"team": "audio"})
-    assert [job.id for job in jobs.list_jobs(db, TENANT, label=("team", "vision"))[0]] == [labelled]
-    assert jobs.list_jobs(db, TENANT, label=("team", "vision"), state="running")[0] == []
-    jobs.delete_job(db, TENANT, labelled)
+    assert [job.id for job in commands.list_jobs(db, TENANT, label=("team", "vision"))[0]] == [labelled]
+    assert commands.list_jobs(db, TENANT, label=("team", "vision"), state="running")[0] == []
+    commands.delete_job(db, TENANT, labelled)
     with db.read() as session:
         assert session.scalar(select(func.count()).select_from(JobLabel)) == 1
     with pytest.raises(InvalidParameter, match="cancelling"):
-        jobs.list_jobs(db, TENANT, state="dead")
+        commands.list_jobs(db, TENANT, state="dead")
     with pytest.raises(InvalidParameter):
-        jobs.list_jobs(db, TENANT, limit=0)
+        commands.list_jobs(db, TENANT, limit=0)
 
 
 def test_a_cursor_is_good_only_for_its_own_list(db: Database) -> None:
     for _ in range(3):
         lives.submit(db, labels={"a": "b"})
-    _, cursor = jobs.list_jobs(db, TENANT, limit=1, state="queued")
+    _, cursor = commands.list_jobs(db, TENANT, limit=1, state="queued")
     assert cursor is not None
-    assert jobs.list_jobs(db, TENANT, limit=1, state="queued", cursor=cursor)[0]
+    assert commands.list_jobs(db, TENANT, limit=1, state="queued", cursor=cursor)[0]
     with pytest.raises(InvalidCursor):
-        jobs.list_jobs(db, TENANT, limit=1, cursor=cursor)
+        commands.list_jobs(db, TENANT, limit=1, cursor=cursor)
     with pytest.raises(InvalidCursor):
-        jobs.list_jobs(db, TENANT, limit=1, state="queued", label=("a", "b"), cursor=cursor)
+        commands.list_jobs(db, TENANT, limit=1, state="queued", label=("a", "b"), cursor=cursor)
     with pytest.raises(InvalidCursor):
-        jobs.list_jobs(db, "other", limit=1, state="queued", cursor=cursor)
+        commands.list_jobs(db, "other", limit=1, state="queued", cursor=cursor)
     for junk in ("", "x", "%%%", "\ud800", "é", cursor[:-3], cursor[:20] + "A" + cursor[21:], "A" * 10_000):
         with pytest.raises(InvalidCursor):
-            jobs.list_jobs(db, TENANT, limit=1, state="queued", cursor=junk)
+            commands.list_jobs(db, TENANT, limit=1, state="queued", cursor=junk)
 
 
 def test_another_tenants_job_does_not_exist(db: Database) -> None:
@@ -205,24 +207,31 @@ def test_another_tenants_job_does_not_exist(db: Database) -> None:
     for act in VERBS.values():
         with pytest.raises(JobNotFound):
             act(db, "other", job_id)
-    for read in (jobs.get_job, jobs.job_version, jobs.list_events, jobs.read_metrics, jobs.read_log, jobs.read_report):
+    for read in (
+        commands.get_job,
+        commands.job_version,
+        commands.list_events,
+        commands.read_metrics,
+        commands.read_log,
+        commands.read_report,
+    ):
         with pytest.raises(JobNotFound):
             read(db, "other", job_id)
     with pytest.raises(JobNotFound):
-        jobs.delete_job(db, "other", job_id)
+        commands.delete_job(db, "other", job_id)
     with pytest.raises(JobNotFound):
-        jobs.retry_job(db, "other", job_id)
+        commands.retry_job(db, "other", job_id)
     with pytest.raises(JobNotFound):
         list_artifacts(db, "other", job_id)
-    assert jobs.list_jobs(db, "other") == ([], None)
+    assert commands.list_jobs(db, "other") == ([], None)
 
 
 def test_the_version_differs_after_every_visible_change_and_only_then(db: Database) -> None:
     job_id = lives.submit(db).id
 
     def version() -> str:
-        seen = jobs.job_version(db, TENANT, job_id)
-        assert jobs.get_job(db, TENANT, job_id).version == seen
+        seen = commands.job_version(db, TENANT, job_id)
+        assert commands.get_job(db, TENANT, job_id).version == seen
         return seen
 
     versions = [version()]
@@ -232,9 +241,9 @@ def test_the_version_differs_after_every_visible_change_and_only_then(db: Databa
     versions.append(version())
     attempts.renew(db, claim, worker_id="w", log="words\n", metrics=[("train.loss", 1, 2.0)])
     assert version() == versions[-1], "a beat alone is no news"
-    jobs.pause_job(db, TENANT, job_id)
+    commands.pause_job(db, TENANT, job_id)
     versions.append(version())
-    jobs.pause_job(db, TENANT, job_id)
+    commands.pause_job(db, TENANT, job_id)
     assert version() == versions[-1], "the same wish again is no news"
     attempts.obey_pause(db, claim)
     versions.append(version())
@@ -244,37 +253,37 @@ def test_the_version_differs_after_every_visible_change_and_only_then(db: Databa
 def test_a_retry_is_a_new_job_with_the_same_spec(db: Database) -> None:
     first = lives.submit(db, name="seed", labels={"team": "vision"})
     with pytest.raises(IllegalTransition) as refused:
-        jobs.retry_job(db, TENANT, first.id)
+        commands.retry_job(db, TENANT, first.id)
     assert refused.value.state == "queued"
-    jobs.cancel_job(db, TENANT, first.id)
-    second, created = jobs.retry_job(db, TENANT, first.id, idempotency=("key", "a" * 64))
+    commands.cancel_job(db, TENANT, first.id)
+    second, created = commands.retry_job(db, TENANT, first.id, idempotency=("key", "a" * 64))
     assert created
     assert second.retry_of == first.id
     assert replace(second, retry_of=None).spec == first.spec
     assert (second.name, second.labels, second.state, second.attempt) == ("seed", {"team": "vision"}, "queued", 0)
-    assert jobs.retry_job(db, TENANT, first.id, idempotency=("key", "a" * 64)) == (second, False)
-    assert [job.id for job in jobs.list_jobs(db, TENANT, label=("team", "vision"))[0]] == [second.id, first.id]
+    assert commands.retry_job(db, TENANT, first.id, idempotency=("key", "a" * 64)) == (second, False)
+    assert [job.id for job in commands.list_jobs(db, TENANT, label=("team", "vision"))[0]] == [second.id, first.id]
 
 
 def test_the_report_comes_with_success_and_never_for_a_job_that_failed(db: Database) -> None:
     job_id = lives.submit(db).id
     with pytest.raises(NotFinished):
-        jobs.read_report(db, TENANT, job_id)
+        commands.read_report(db, TENANT, job_id)
     lives.finish(db, lives.claim(db, job_id))
-    assert jobs.read_report(db, TENANT, job_id) == {"job_id": job_id, "notes": ["as measured"]}
+    assert commands.read_report(db, TENANT, job_id) == {"job_id": job_id, "notes": ["as measured"]}
     with pytest.raises(NotFound, match="failed has no report"):
-        jobs.read_report(db, TENANT, lives.job_in(db, "failed"))
+        commands.read_report(db, TENANT, lives.job_in(db, "failed"))
 
 
 def test_a_waiting_job_says_why_it_waits(db: Database) -> None:
     first, second = lives.submit(db), lives.submit(db)
-    assert jobs.queue_facts(db, second) == {"position": 2, "reason": "no_worker", "workers_alive": 0}
+    assert commands.queue_facts(db, second) == {"position": 2, "reason": "no_worker", "workers_alive": 0}
     attempts.register_worker(db, "w", host="h", pid=1, slots=1, device="cpu")
-    assert jobs.queue_facts(db, first) == {"position": 1, "reason": "starting", "workers_alive": 1}
+    assert commands.queue_facts(db, first) == {"position": 1, "reason": "starting", "workers_alive": 1}
     claim = lives.claim(db, first.id)
-    assert jobs.queue_facts(db, second) == {"position": 1, "reason": "all_busy", "workers_alive": 1}
+    assert commands.queue_facts(db, second) == {"position": 1, "reason": "all_busy", "workers_alive": 1}
     attempts.crash(db, claim, {"exit_code": 70})
-    waiting = jobs.get_job(db, TENANT, first.id)
-    assert jobs.queue_facts(db, waiting) == {"position": 2, "reason": "backing_off", "workers_alive": 1}
+    waiting = commands.get_job(db, TENANT, first.id)
+    assert commands.queue_facts(db, waiting) == {"position": 2, "reason": "backing_off", "workers_alive": 1}
     attempts.forget_worker(db, "w")
-    assert jobs.queue_facts(db, second)["reason"] == "no_worker"
+    assert commands.queue_facts(db, second)["reason"] == "no_worker"

@@ -10,14 +10,14 @@ from sqlalchemy import func, select, update
 from support import lives
 from support.lives import SPEC, TENANT, event_types
 
-from app import attempts, jobs, outbox
-from app.artifacts import artifact_key, checkpoint_key, list_artifacts, state_key
-from app.db import Database
+from app.database.engine import Database
+from app.database.tables import IdempotencyKey, Outbox, Worker
 from app.errors import LostOwnership, Unavailable
-from app.recovery import Sweeper
+from app.jobs import attempts, commands, outbox
+from app.jobs.artifacts import artifact_key, checkpoint_key, list_artifacts, state_key
+from app.jobs.recovery import Sweeper
 from app.settings import Settings
 from app.storage import LocalStorage, Storage
-from app.tables import IdempotencyKey, Outbox, Worker
 
 NO_AGE = timedelta(seconds=-5)  # the store's clock may be a little ahead
 
@@ -76,7 +76,7 @@ def test_a_job_is_reaped_when_its_lease_is_over_and_its_beat_stood_for_a_third_o
     assert sweeper.reap() == []
     clock.now_s += 0.2
     assert sweeper.reap() == [claim.job_id]
-    job = jobs.get_job(db, TENANT, claim.job_id)
+    job = commands.get_job(db, TENANT, claim.job_id)
     assert (job.state, job.crashes) == ("queued", 1)
     assert event_types(db, claim.job_id)[-1] == "worker.lost"
     with pytest.raises(LostOwnership):
@@ -111,17 +111,19 @@ def test_a_beat_between_the_look_and_the_taking_saves_the_job(db: Database) -> N
 
 
 def test_a_silent_workers_job_does_what_its_user_wished(db: Database, sweeper: Sweeper, clock: Clock) -> None:
-    wishes = {"cancelled": jobs.cancel_job, "paused": jobs.pause_job, "queued": jobs.stop_job}
+    wishes = {"cancelled": commands.cancel_job, "paused": commands.pause_job, "queued": commands.stop_job}
     claims = {state: lives.claim(db, lives.submit(db).id, lease_s=-1) for state in wishes}
     for state, act in wishes.items():
         act(db, TENANT, claims[state].job_id)
     deleted = lives.claim(db, lives.submit(db).id, lease_s=-1)
-    jobs.delete_job(db, TENANT, deleted.job_id)
+    commands.delete_job(db, TENANT, deleted.job_id)
     sweeper.reap()
     clock.now_s += 20
     assert len(sweeper.reap()) == 4
-    assert {state: jobs.get_job(db, TENANT, claims[state].job_id).state for state in wishes} == {s: s for s in wishes}
-    assert {job.id for job in jobs.list_jobs(db, TENANT)[0]} == {claim.job_id for claim in claims.values()}
+    assert {state: commands.get_job(db, TENANT, claims[state].job_id).state for state in wishes} == {
+        s: s for s in wishes
+    }
+    assert {job.id for job in commands.list_jobs(db, TENANT)[0]} == {claim.job_id for claim in claims.values()}
     assert outbox_left(db) >= {f"jobs/{deleted.job_id}/", f"jobs/{claims['cancelled'].job_id}/"}
 
 
@@ -142,7 +144,7 @@ def test_errands_are_carried_out_once_and_objects_of_a_deleted_job_are_gone(
     job_id, other = lives.submit(db).id, lives.submit(db).id
     for owner in (job_id, other):
         local_storage.put_bytes(artifact_key(owner, 1, "model.py"), b"x")
-    jobs.delete_job(db, TENANT, job_id)
+    commands.delete_job(db, TENANT, job_id)
     assert sweeper.drain_outbox() == 3
     assert sorted(bell.rung) == sorted([job_id, other])
     assert [stored.key for stored in local_storage.list("jobs/")] == [artifact_key(other, 1, "model.py")]
@@ -172,7 +174,7 @@ def test_an_errand_whose_store_is_away_comes_again_and_holds_up_no_other(
 ) -> None:
     job_id, waiting = lives.submit(db).id, lives.submit(db).id
     local_storage.put_bytes(artifact_key(job_id, 1, "model.py"), b"x")
-    jobs.delete_job(db, TENANT, job_id)
+    commands.delete_job(db, TENANT, job_id)
     away = Sweeper(db, AwayStorage(tmp_path_factory.mktemp("away")), bell, settings)
     assert away.drain_outbox() == 2
     assert waiting in bell.rung
@@ -224,8 +226,8 @@ def test_garbage_is_what_no_row_names_and_no_living_attempt_can_name(
 
 
 def test_old_keys_workers_and_done_errands_are_forgotten(db: Database, sweeper: Sweeper) -> None:
-    jobs.submit(db, tenant=TENANT, spec=SPEC, idempotency=("old", "a" * 64))
-    young, _ = jobs.submit(db, tenant=TENANT, spec=SPEC, idempotency=("young", "a" * 64))
+    commands.submit(db, tenant=TENANT, spec=SPEC, idempotency=("old", "a" * 64))
+    young, _ = commands.submit(db, tenant=TENANT, spec=SPEC, idempotency=("young", "a" * 64))
     attempts.register_worker(db, "w", host="h", pid=1, slots=1, device="cpu")
     sweeper.drain_outbox()
     sweeper.expire()
@@ -236,8 +238,8 @@ def test_old_keys_workers_and_done_errands_are_forgotten(db: Database, sweeper: 
         session.execute(update(Outbox).values(done_at=db.now(-2 * 86400)))
     sweeper.expire()
     assert counts(db) == (1, 0, 0)
-    assert jobs.submit(db, tenant=TENANT, spec=SPEC, idempotency=("young", "a" * 64)) == (young, False)
-    assert jobs.submit(db, tenant=TENANT, spec=SPEC, idempotency=("old", "b" * 64))[1]
+    assert commands.submit(db, tenant=TENANT, spec=SPEC, idempotency=("young", "a" * 64)) == (young, False)
+    assert commands.submit(db, tenant=TENANT, spec=SPEC, idempotency=("old", "b" * 64))[1]
 
 
 def test_a_sweep_does_all_of_it_and_may_be_repeated(
@@ -251,7 +253,7 @@ def test_a_sweep_does_all_of_it_and_may_be_repeated(
     clock.now_s += 3600
     sweeper.sweep()
     sweeper.sweep()
-    assert jobs.get_job(db, TENANT, silent.job_id).state == "queued"
+    assert commands.get_job(db, TENANT, silent.job_id).state == "queued"
     assert waiting in bell.rung
     assert local_storage.list("jobs/"), "garbage stays for a day"
 

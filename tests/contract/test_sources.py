@@ -19,14 +19,15 @@ from support.lives import TENANT
 from support.sources import SEEN
 from support.weights import good, tensors_of
 
-from app import attempts, jobs, sources, weights
-from app.db import Database
+from app import weights
+from app.database.engine import Database
+from app.database.tables import Job, JobSource, WeightsRow
 from app.errors import Fault, InUse, InvalidSpec, InvalidWeights, NotFound, SourceUnavailable, Unavailable
+from app.jobs import attempts, commands, references
 from app.settings import Settings
 from app.spec.job import parse_job
-from app.spec.sources import Reference, Source, references_in
+from app.spec.references import Reference, Source, references_in
 from app.storage import LocalStorage, Storage
-from app.tables import Job, JobSource, WeightsRow
 from app.weights import WeightsView
 
 UNKNOWN = "job_" + "0" * 26
@@ -54,7 +55,7 @@ def taught_by(job_id: str, artifact: str = "pruned") -> dict[str, Any]:
 
 
 def resolve(db: Database, storage: Storage, spec: dict[str, Any], tenant: str = TENANT) -> dict[str, Source]:
-    return sources.resolve(db, storage, tenant, parse_job(spec))
+    return references.resolve(db, storage, tenant, parse_job(spec))
 
 
 def refused(db: Database, storage: Storage, spec: dict[str, Any], tenant: str = TENANT) -> Fault:
@@ -97,7 +98,7 @@ def test_weights_are_kept_used_and_deleted(db: Database, storage: Storage, setti
     job_id = submit(db, from_weights(view.id))
     with pytest.raises(InUse, match=job_id):
         weights.delete_weights(db, TENANT, view.id)
-    jobs.cancel_job(db, TENANT, job_id)
+    commands.cancel_job(db, TENANT, job_id)
     sweep(db, storage, settings)
     assert keys(storage) == [f"weights/{view.id}/weights.safetensors"], "what has a row is no garbage"
     weights.delete_weights(db, TENANT, view.id)
@@ -157,7 +158,7 @@ def test_another_tenants_weights_and_jobs_do_not_exist(db: Database, local_stora
         with pytest.raises(InvalidSpec):
             submit(db, spec)
     with pytest.raises(SourceUnavailable):
-        sources.locate(db, TENANT, references_in(parse_job(from_job(their_job))))
+        references.locate(db, TENANT, references_in(parse_job(from_job(their_job))))
 
 
 def test_of_a_finished_job_everything_but_the_weights_is_known(db: Database, storage: Storage) -> None:
@@ -250,20 +251,20 @@ def test_a_job_whose_network_is_needed_is_in_use_until_the_other_is_over(
 ) -> None:
     source = finished_job(db, local_storage)
     waiting, running, paused = (submit(db, spec_of(source)) for _ in range(3))
-    jobs.pause_job(db, TENANT, paused)
+    commands.pause_job(db, TENANT, paused)
     claim = lives.claim(db, running)
     for left in ([waiting, running, paused], [waiting, running], [running]):
         with pytest.raises(InUse) as refusal:
-            jobs.delete_job(db, TENANT, source)
+            commands.delete_job(db, TENANT, source)
         assert all(job_id in str(refusal.value) for job_id in left)
-        assert jobs.get_job(db, TENANT, source).state == "succeeded"
+        assert commands.get_job(db, TENANT, source).state == "succeeded"
         if left != [running]:
-            jobs.cancel_job(db, TENANT, left[-1] if left[-1] != running else waiting)
+            commands.cancel_job(db, TENANT, left[-1] if left[-1] != running else waiting)
     attempts.fail(db, claim, lives.ERROR)
-    jobs.delete_job(db, TENANT, source)
+    commands.delete_job(db, TENANT, source)
     with db.read() as session:
         assert session.scalar(select(func.count()).select_from(JobSource)) == 3, "those of the jobs that are over"
-    jobs.delete_job(db, TENANT, waiting)
+    commands.delete_job(db, TENANT, waiting)
     with db.read() as session:
         assert session.scalar(select(func.count()).select_from(JobSource)) == 2
 
@@ -275,17 +276,17 @@ def test_a_retry_needs_the_same_networks_and_says_which_is_gone(
     view = register(db, local_storage, tmp_path, good(a=(2,)))
     over = [submit(db, from_job(source)), submit(db, taught_by(source)), submit(db, from_weights(view.id))]
     for job_id in over:
-        jobs.cancel_job(db, TENANT, job_id)
-    again, _ = jobs.retry_job(db, TENANT, over[0])
+        commands.cancel_job(db, TENANT, job_id)
+    again, _ = commands.retry_job(db, TENANT, over[0])
     with pytest.raises(InUse, match=again.id):
-        jobs.delete_job(db, TENANT, source)
-    jobs.cancel_job(db, TENANT, again.id)
-    jobs.delete_job(db, TENANT, source)
+        commands.delete_job(db, TENANT, source)
+    commands.cancel_job(db, TENANT, again.id)
+    commands.delete_job(db, TENANT, source)
     weights.delete_weights(db, TENANT, view.id)
     pointers = ["/model/job", "/optimizations/0/teacher", "/model/weights"]
     for job_id, pointer in zip(over, pointers, strict=True):
         with pytest.raises(InvalidSpec) as refusal:
-            jobs.retry_job(db, TENANT, job_id)
+            commands.retry_job(db, TENANT, job_id)
         assert [fault.pointer for fault in refusal.value.faults] == [pointer]
     with db.read() as session:
         assert session.scalar(select(func.count()).select_from(Job).where(Job.state == "queued")) == 0
@@ -308,7 +309,7 @@ def test_a_submit_and_a_deletion_at_once_never_leave_a_job_without_its_source(
             start = threading.Barrier(2)
             if number % 2:
                 source = finished_job(db, local_storage, {})
-                spec, delete = from_job(source), partial(jobs.delete_job, db, TENANT, source)
+                spec, delete = from_job(source), partial(commands.delete_job, db, TENANT, source)
             else:
                 source = register(db, local_storage, tmp_path, good(a=(2,))).id
                 spec, delete = from_weights(source), partial(weights.delete_weights, db, TENANT, source)
@@ -365,7 +366,7 @@ def test_the_files_of_each_network_are_found_for_the_worker(
         Reference("job", source, "baseline", "/optimizations/0/teacher"),
         Reference("weights", view.id, None, "/model/weights"),
     )
-    found = sources.locate(db, TENANT, named)
+    found = references.locate(db, TENANT, named)
     assert {key: [file.name for file in files] for key, files in found.items()} == {
         f"job-{source}-baseline": ["weights.safetensors", "architecture.json"],
         f"weights-{view.id}": ["weights.safetensors"],
@@ -376,5 +377,5 @@ def test_the_files_of_each_network_are_found_for_the_worker(
             assert (len(content), hashlib.sha256(content).hexdigest()) == (file.size_bytes, file.sha256)
     weights.delete_weights(db, TENANT, view.id)
     with pytest.raises(SourceUnavailable, match="there are no weights") as gone:
-        sources.locate(db, TENANT, named)
+        references.locate(db, TENANT, named)
     assert (gone.value.pointer, gone.value.code) == ("/model/weights", "source_unavailable")

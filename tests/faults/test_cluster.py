@@ -13,7 +13,7 @@ import pytest
 from support.servers import postgres, redis_url, s3, valkey
 from support.service import FAST_LEASES, Service, running, synthetic_job
 
-from app.db import Database
+from app.database.engine import Database
 
 
 class Cluster:

@@ -14,10 +14,10 @@ from support.topologies import TOPOLOGIES
 from support.wishes import JOB, ONLY_LINEAR, ONLY_NORM, SHARED, TRANSPOSED, WEIGHTLESS, WEIGHTS, WIDE, described
 
 from app.errors import Fault, InvalidSpec
+from app.planning.plan import make_plan, plan_answer
 from app.spec.data import Synthetic, synthetic_facts
 from app.spec.job import parse_job
-from app.spec.plan import make_plan, plan_answer
-from app.spec.sources import Source
+from app.spec.references import Source
 
 SEEDS = range(8)
 EACH = 250

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from app.network.presets import PRESETS
 from app.settings import Settings
-from app.spec.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 SCRIPT: dict[str, Any] = runpy.run_path(str(ROOT / "script" / "docs.py"))

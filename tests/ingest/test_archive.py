@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from support.uploads import tarred, zipped
 
-from app.ingest.archive import clean_name, open_archive
-from app.ingest.limits import Limits, Rejected
+from app.datasets.ingest.archive import clean_name, open_archive
+from app.datasets.ingest.limits import Limits, Rejected
 
 Pack = Callable[[Path, dict[str, bytes]], Path]
 SMALL = Limits(unpacked_bytes=100_000, entries=50, ratio_from_bytes=10_000)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from support.uploads import images, labels, npy, npy_header, npz, zipped
 
-from app.ingest.limits import Limits, Rejected
-from app.ingest.pack import Ingested, ingest
-from app.ingest.packed import read_manifest
+from app.datasets.ingest.limits import Limits, Rejected
+from app.datasets.ingest.pack import Ingested, ingest
+from app.datasets.packed.packed import read_manifest
 
 LIMITS = Limits(unpacked_bytes=10_000_000)
 

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from support.uploads import class_folders, images, labels, npy_header, npz, zipped
 
-from app.ingest.child import Interrupted, check_in_child, read_answer
-from app.ingest.limits import Limits
-from app.ingest.packed import PACKED, read_manifest
+from app.datasets.ingest.child import Interrupted, check_in_child, read_answer
+from app.datasets.ingest.limits import Limits
+from app.datasets.packed.packed import PACKED, read_manifest
 
 
 def work_folder(tmp_path: Path) -> Path:
@@ -56,7 +56,7 @@ def test_a_file_that_unpacks_larger_than_a_file_may_be_is_answered_in_words(tmp_
     np.savez(tmp_path / "u.npz", x_train=np.asfortranarray(images(3000, (50, 50))), y_train=labels(3000))
     code = (
         "import sys, json, resource\n"
-        "from app.ingest import __main__ as program\n"
+        "from app.datasets.ingest import __main__ as program\n"
         "confine = program.confine\n"
         "def smaller(limits):\n"
         "    confine(limits)\n"
@@ -71,8 +71,8 @@ def test_a_file_that_unpacks_larger_than_a_file_may_be_is_answered_in_words(tmp_
 def test_memory_and_file_size_are_bounded_for_good(tmp_path: Path) -> None:
     code = (
         "import json, resource, sys\n"
-        "from app.ingest.__main__ import confine\n"
-        "from app.ingest.limits import Limits\n"
+        "from app.datasets.ingest.__main__ import confine\n"
+        "from app.datasets.ingest.limits import Limits\n"
         "confine(Limits(unpacked_bytes=5 << 20, memory_bytes=2 << 30, cpu_s=7))\n"
         "print([resource.getrlimit(w) for w in (resource.RLIMIT_CPU, resource.RLIMIT_FSIZE, resource.RLIMIT_AS)])\n"
         "try:\n    bytearray(3 << 30)\nexcept MemoryError:\n    print('bounded')\n"
@@ -117,7 +117,7 @@ def test_a_child_that_is_killed_from_outside_is_tried_again(tmp_path: Path) -> N
         while time.monotonic() < until and not killed:
             for child in Path("/proc/self/task").glob("*/children"):
                 for pid in child.read_text().split():
-                    if (work / PACKED).exists() and b"app.ingest" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    if (work / PACKED).exists() and b"app.datasets.ingest" in Path(f"/proc/{pid}/cmdline").read_bytes():
                         os.kill(int(pid), signal.SIGKILL)
                         killed.append(int(pid))
             time.sleep(0.01)
@@ -143,7 +143,7 @@ def test_the_peak_of_memory_does_not_follow_the_size_of_the_upload(tmp_path: Pat
             np.save(member, labels(count))
     work = work_folder(tmp_path)
     code = (
-        "import sys\nfrom app.ingest.__main__ import main\nmain(sys.argv[1:])\n"
+        "import sys\nfrom app.datasets.ingest.__main__ import main\nmain(sys.argv[1:])\n"
         "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])"
     )
     done = subprocess.run(

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from support.uploads import cifar10_batch, images, tarred, zipped
 
-from app.ingest.limits import Limits, Rejected
-from app.ingest.pack import Ingested, ingest
+from app.datasets.ingest.limits import Limits, Rejected
+from app.datasets.ingest.pack import Ingested, ingest
 
 
 def pack(tmp_path: Path, upload: Path) -> Ingested:

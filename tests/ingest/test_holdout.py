@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.ingest.holdout import stratified_mask
+from app.datasets.packed.holdout import stratified_mask
 
 
 def draw(labels: list[int], share: float, seed: int = 0) -> np.ndarray:

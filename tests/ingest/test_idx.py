@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from support.uploads import idx, images, labels, mnist_files, tarred, zipped
 
-from app.ingest.idx import match_idx_name
-from app.ingest.limits import Limits, Rejected
-from app.ingest.pack import Ingested, ingest
+from app.datasets.ingest.idx import match_idx_name
+from app.datasets.ingest.limits import Limits, Rejected
+from app.datasets.ingest.pack import Ingested, ingest
 
 LIMITS = Limits(unpacked_bytes=1_000_000, ratio_from_bytes=10_000)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support.uploads import images, labels
 
-from app.ingest.packed import ArrayFile, ensure_packed, read_blocks, read_manifest, write_manifest
+from app.datasets.packed.packed import ArrayFile, ensure_packed, read_blocks, read_manifest, write_manifest
 
 
 def fill(folder: Path, *, seed: int = 0, names: tuple[str, ...] = ("a", "b"), name: str = "x") -> None:
@@ -75,7 +75,7 @@ BUILD_AND_READ = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from app.ingest.packed import ensure_packed, read_manifest, write_manifest
+from app.datasets.packed.packed import ensure_packed, read_manifest, write_manifest
 
 def build(partial):
     with (partial.parent / "builds").open("a") as log:

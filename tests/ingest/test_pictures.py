@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from support.uploads import class_folders, picture, tarred, zipped
 
-from app.ingest.limits import Limits, Rejected
-from app.ingest.pack import Ingested, ingest
-from app.ingest.pictures import decode
-from app.ingest.resizing import ensure_resized, prepare_pictures, stored_pictures
+from app.datasets.ingest.limits import Limits, Rejected
+from app.datasets.ingest.pack import Ingested, ingest
+from app.datasets.ingest.pictures import decode
+from app.datasets.packed.resizing import ensure_resized, prepare_pictures, stored_pictures
 
 LIMITS = Limits(unpacked_bytes=10_000_000, picture_pixels=100_000)
 

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from support.uploads import images, labels, mnist_files
 
+from app.datasets.ingest.builtin import BUILTIN, SYSTEM_FOLDER, Builtin, build, ensure_builtin, first_mirror
+from app.datasets.packed.packed import read_manifest
 from app.errors import DataUnavailable
-from app.ingest.packed import read_manifest
-from app.ingest.sources import BUILTIN, SYSTEM_FOLDER, Builtin, build, ensure_builtin, first_mirror
 from app.settings import Settings
 
 FILES = mnist_files(20, 10, 6, zipped_members=False)

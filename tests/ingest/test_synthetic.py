@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.ingest.packed import read_manifest
-from app.ingest.synthetic import ensure_synthetic, synthetic_bytes
+from app.datasets.ingest.synthetic import ensure_synthetic, synthetic_bytes
+from app.datasets.packed.packed import read_manifest
 from app.spec.data import Synthetic, synthetic_facts
 
 

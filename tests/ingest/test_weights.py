@@ -21,8 +21,8 @@ from safetensors.torch import save as save_torch
 from support.weights import entry, good, tensors_of, weights_file
 
 from app.errors import Fault, InvalidWeights
-from app.ingest import weights
-from app.ingest.weights import PICKLE, Entry, check_weights, read_entries
+from app.validation import safetensors_header
+from app.validation.safetensors_header import PICKLE, Entry, check_weights, read_entries
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 TWO = {"a.weight": entry(0, 8), "b.weight": entry(8, 16)}
@@ -69,7 +69,7 @@ def test_the_counters_of_batch_norm_are_taken_as_torch_saves_them(tmp_path: Path
 @pytest.mark.parametrize("kind", FLOATS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_finite_is_found_wherever_it_is(tmp_path: Path, kind: str, value: float) -> None:
-    many = weights.PIECE_BYTES // 2 + 77
+    many = safetensors_header.PIECE_BYTES // 2 + 77
     tensors = {name: torch.ones(many, dtype=FLOATS[kind]) for name in ("first", "last", "sound")}
     tensors["first"][0] = value
     tensors["last"][-1] = value
@@ -80,7 +80,7 @@ def test_a_value_that_is_not_finite_is_found_wherever_it_is(tmp_path: Path, kind
 
 @pytest.mark.parametrize("kind", FLOATS)
 def test_a_variance_below_0_is_found_where_it_cannot_be(tmp_path: Path, kind: str) -> None:
-    many = weights.PIECE_BYTES // 2 + 77
+    many = safetensors_header.PIECE_BYTES // 2 + 77
     tensors = {f"norm.{name}": torch.zeros(many, dtype=FLOATS[kind]) for name in ("running_mean", "running_var")}
     tensors["norm.running_var"][0] = -0.0
     assert len(check(tmp_path, save_torch(tensors))) == 2
@@ -253,7 +253,7 @@ def test_every_tensor_that_is_wrong_is_named_up_to_a_hundred(tmp_path: Path) -> 
 
 
 def test_more_tensors_than_a_network_has_are_refused(tmp_path: Path) -> None:
-    header = {f"{n}": entry(4 * n, 4 * n + 4) for n in range(weights.MOST_TENSORS + 1)}
+    header = {f"{n}": entry(4 * n, 4 * n + 4) for n in range(safetensors_header.MOST_TENSORS + 1)}
     assert "50001 tensors" in sentence(tmp_path, weights_file(header, bytes(4 * len(header))))
 
 
@@ -268,7 +268,7 @@ def test_only_the_header_is_read_for_names_and_shapes() -> None:
     entries, data = read_entries(read, len(file))
     assert [one.name for one in entries] == ["a.weight", "b.weight"]
     assert data == len(file) - 2 * 300 * 300 * 4
-    assert reads == [(0, weights.FIRST_BYTES)]
+    assert reads == [(0, safetensors_header.FIRST_BYTES)]
 
 
 def test_a_long_header_is_read_whole() -> None:
@@ -280,7 +280,7 @@ def test_a_header_that_the_library_refuses_is_refused_here_too(tmp_path: Path, m
     def no(*_: object) -> None:
         raise SafetensorError("no")
 
-    monkeypatch.setattr(weights, "safe_open", no)
+    monkeypatch.setattr(safetensors_header, "safe_open", no)
     assert "the safetensors library refuses the file: no" in sentence(tmp_path, good(a=(2,)))
 
 

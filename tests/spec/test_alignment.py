@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from support.specs import COLOUR, misplanned, plan
 
-from app.spec.plan import Plan
+from app.planning.plan import Plan
 
 Layers = list[dict[str, Any]]
 

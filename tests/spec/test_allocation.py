@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from app.spec.allocation import blocks_to_remove, equal_blocks_to_remove, erk_kept
+from app.pruning.sparsity_allocation import blocks_to_remove, equal_blocks_to_remove, erk_kept
 
 VGG_LIKE = {"a": (64, 3, 3, 3), "b": (128, 64, 3, 3), "c": (256, 128, 3, 3), "d": (512, 4096), "e": (10, 512)}
 

@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from app.spec.architecture import Preprocessing, architecture_document, read_architecture
-from app.spec.graph import build_graph
-from app.spec.layers import read_layers
+from app.network.architecture import Preprocessing, architecture_document, read_architecture
+from app.network.graph import build_graph
+from app.network.layers.registry import read_layers
 
 LAYERS = [
     {"type": "conv", "out_channels": 4, "kernel_size": 3},

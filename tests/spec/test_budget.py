@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from support.dags import random_graph
 from support.topologies import HEAD, Layers, conv, layer, topology
 
-from app.spec.budget import BudgetUnreachable, Removals, choose_removals, why_kept
-from app.spec.channels import Classes, channel_classes, shrink_graph
-from app.spec.cost import Cost, cost
-from app.spec.graph import Graph, build_graph
-from app.spec.layers import read_layers
-from app.spec.presets import preset_layers
-from app.spec.pruning import Prune, PruneOverride
+from app.network.cost import Cost, cost
+from app.network.graph import Graph, build_graph
+from app.network.layers.registry import read_layers
+from app.network.presets import preset_layers
+from app.pruning.budget import BudgetUnreachable, Removals, choose_removals, why_kept
+from app.pruning.channel_classes import Classes, channel_classes, shrink_graph
+from app.spec.prune import Prune, PruneOverride
 
 MEASURES = ("macs", "params", "bytes")
 SCOPES = ("layer", "global")

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from support.specs import COLOUR, plan
 
+from app.network.cost import cost
+from app.network.presets import PRESETS
 from app.spec.catalogue import optimization_catalogue, preset_catalogue
-from app.spec.cost import cost
 from app.spec.data import DataFacts
 from app.spec.optimizations import OPTIMIZATIONS
-from app.spec.presets import PRESETS
 
 
 def test_every_optimization_and_every_preset_is_listed_once() -> None:

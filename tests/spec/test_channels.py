@@ -6,11 +6,11 @@ import pytest
 from support.dags import random_drop
 from support.topologies import HEAD, PICTURE, Layers, conv, layer
 
-from app.spec.channel_rules import RULES
-from app.spec.channels import Classes, TooManyChannels, channel_classes, shrink_graph
-from app.spec.graph import Graph, build_graph
-from app.spec.layers import CONTAINERS, LAYERS, read_layers
-from app.spec.presets import PRESETS, preset_layers
+from app.network.graph import Graph, build_graph
+from app.network.layers.registry import CONTAINERS, LAYERS, read_layers
+from app.network.presets import PRESETS, preset_layers
+from app.pruning.channel_classes import Classes, TooManyChannels, channel_classes, shrink_graph
+from app.pruning.channel_rules import RULES
 
 
 def graph_of(layers: Layers, input_shape: tuple[int, ...] = PICTURE) -> Graph:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from support.specs import COLOUR, GREY, PICTURES, misplanned, plan
 
+from app.planning.plan import JobLimits
 from app.spec.data import DataFacts
-from app.spec.plan import JobLimits
 
 PRUNE = {"type": "prune", "sparsity": 0.5}
 RETRAIN_EPOCHS, SCHEDULE = "/optimizations/0/retrain/epochs", "/optimizations/0/schedule"

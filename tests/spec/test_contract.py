@@ -12,10 +12,10 @@ from support.layer_samples import SAMPLES, LayerList, input_shape
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from app.spec.cost import SAFETENSORS_METADATA, cost, layer_rows
-from app.spec.graph import Graph, build_graph
-from app.spec.layers import LAYERS, read_layers
-from app.spec.presets import PRESETS, preset_layers
+from app.network.cost import SAFETENSORS_METADATA, cost, layer_rows
+from app.network.graph import Graph, build_graph
+from app.network.layers.registry import LAYERS, read_layers
+from app.network.presets import PRESETS, preset_layers
 from worker.network import Network, build_network
 
 # torch copies its input for "same" with an even kernel, and says so.

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from support.layer_samples import LayerList, conv, layer
 
-from app.spec.cost import (
+from app.network.cost import (
     SAFETENSORS_METADATA,
     activation_elements,
     cost,
@@ -21,9 +21,9 @@ from app.spec.cost import (
     safetensors_bytes,
     training_memory,
 )
-from app.spec.graph import build_graph
-from app.spec.layers import read_layers
-from app.spec.presets import preset_layers
+from app.network.graph import build_graph
+from app.network.layers.registry import read_layers
+from app.network.presets import preset_layers
 from worker.network import build_network
 
 

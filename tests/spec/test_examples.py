@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from app.errors import InvalidSpec
+from app.planning.plan import Plan, make_plan
 from app.spec.data import Synthetic, synthetic_facts
 from app.spec.job import parse_job
-from app.spec.plan import Plan, make_plan
 
 FOLDER = Path(__file__).parents[2] / "docs" / "examples"
 FILES = sorted(FOLDER.glob("*.json"))

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from support.specs import COLOUR, graph_of, misplanned, plan, preset_graph
 
+from app.compression.factorization import factorize, low_rank_layers, part_names, separable_layers, separate
+from app.compression.rank_selection import choose_ranks
 from app.errors import Fault
-from app.spec.budget import BudgetUnreachable
-from app.spec.channel_rules import FloatArray
-from app.spec.channels import channel_classes, shrink_graph
-from app.spec.compressions import LowRank, Separable
-from app.spec.cost import cost
-from app.spec.factorization import factorize, low_rank_layers, part_names, separable_layers, separate
-from app.spec.graph import Graph, build_graph
-from app.spec.layers import read_layers
-from app.spec.presets import PRESETS
-from app.spec.ranks import choose_ranks
+from app.network.cost import cost
+from app.network.graph import Graph, build_graph
+from app.network.layers.registry import read_layers
+from app.network.presets import PRESETS
+from app.pruning.budget import BudgetUnreachable
+from app.pruning.channel_classes import channel_classes, shrink_graph
+from app.pruning.channel_rules import FloatArray
+from app.spec.low_rank import LowRank, Separable
 
 Layers = list[dict[str, Any]]
 

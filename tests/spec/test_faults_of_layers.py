@@ -9,8 +9,8 @@ import pytest
 from support.layer_samples import LayerList, conv, layer
 
 from app.errors import Fault, InvalidSpec
-from app.spec.graph import Limits, build_graph
-from app.spec.layers import LAYERS, Activation, read_layers
+from app.network.graph import Limits, build_graph
+from app.network.layers.registry import LAYERS, Activation, read_layers
 
 
 class Mistake(NamedTuple):

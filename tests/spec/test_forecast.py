@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from support.specs import COLOUR, GREY, misplanned, plan, preset_graph
 
-from app.spec.budget import choose_removals, settle
-from app.spec.channels import channel_classes, shrink_graph
-from app.spec.cost import cost
-from app.spec.plan import Plan
-from app.spec.pruning import Prune
+from app.network.cost import cost
+from app.planning.plan import Plan
+from app.pruning.budget import choose_removals, settle
+from app.pruning.channel_classes import channel_classes, shrink_graph
+from app.spec.prune import Prune
 
 
 def pruned(preset: str = "simple_cnn", **fields: Any) -> Plan:

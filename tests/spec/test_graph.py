@@ -12,8 +12,8 @@ from support.layer_samples import LayerList, conv, layer
 from torch import nn
 
 from app.errors import InvalidSpec
-from app.spec.graph import Graph, build_graph
-from app.spec.layers import Conv, ConvTranspose, LayerFault, MaxPool, read_layers
+from app.network.graph import Graph, build_graph
+from app.network.layers.registry import Conv, ConvTranspose, LayerFault, MaxPool, read_layers
 
 PICTURE = (3, 16, 16)
 HEAD = [layer("global_avg_pool"), layer("flatten"), layer("linear", out_features=10)]

@@ -16,13 +16,13 @@ from support.dags import one_class, random_drop, random_graph
 from support.networks import NETWORKS, network_named
 from support.traps import TRAPS, trap
 
-from app.spec.budget import BLOCKS, STEPS, choose_removals, prunable_groups, settle
-from app.spec.channels import Classes, Group, channel_classes, shrink_graph
-from app.spec.cost import cost
-from app.spec.graph import Graph, build_graph
-from app.spec.layers import read_layers
-from app.spec.pruning import Prune
-from app.spec.tally import Tally
+from app.network.cost import cost
+from app.network.graph import Graph, build_graph
+from app.network.layers.registry import read_layers
+from app.pruning.budget import BLOCKS, STEPS, choose_removals, prunable_groups, settle
+from app.pruning.channel_classes import Classes, Group, channel_classes, shrink_graph
+from app.pruning.incremental_cost import Tally
+from app.spec.prune import Prune
 
 SEEDS = st.integers(0, 100_000)
 MEASURES = ("macs", "params", "bytes")

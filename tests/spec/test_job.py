@@ -10,9 +10,9 @@ import pytest
 from support.specs import document, job, refused
 
 from app.errors import InvalidSpec
-from app.spec.faults import MOST_FAULTS
 from app.spec.job import EXPORTS, JobSpec, parse_job, retraining
-from app.spec.pruning import Prune, Retrain
+from app.spec.prune import Prune, Retrain
+from app.validation.faults import MOST_FAULTS
 
 FULL: dict[str, Any] = {
     "spec_version": 1,

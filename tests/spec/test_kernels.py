@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.spec.kernels import factors, stack
-from app.spec.layers import Conv
+from app.network.layers.registry import Conv
+from app.rewrites.small_kernels import factors, stack
 
 Seen = list[set[int]]
 """For each output position, the input positions that it sees, along one axis."""

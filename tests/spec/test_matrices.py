@@ -9,11 +9,11 @@ import pytest
 import torch
 from support.topologies import TOPOLOGIES, topology, trained
 
-from app.spec.draft import WEIGHTED
-from app.spec.graph import Graph, build_graph
-from app.spec.layers import read_layers
-from app.spec.matrices import WeightMatrix, erk_axes, weight_matrix, why_dense
-from app.spec.pruning import Prune
+from app.network.editor import WEIGHTED
+from app.network.graph import Graph, build_graph
+from app.network.layers.registry import read_layers
+from app.pruning.weight_matrix import WeightMatrix, erk_axes, weight_matrix, why_dense
+from app.spec.prune import Prune
 
 
 def one_layer(shape: tuple[int, ...], **layer: Any) -> Graph:

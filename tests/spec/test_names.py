@@ -8,9 +8,9 @@ import pytest
 from pydantic import ValidationError
 from torch import nn
 
-from app.spec.graph import build_graph
-from app.spec.layers import LAYERS, read_layers
-from app.spec.names import MODULE_ATTRIBUTES, OWN_WORDS, local_names, why_refused
+from app.network.graph import build_graph
+from app.network.layers.names import MODULE_ATTRIBUTES, OWN_WORDS, local_names, why_refused
+from app.network.layers.registry import LAYERS, read_layers
 from worker.network import build_network
 
 

@@ -8,7 +8,7 @@ import pytest
 from support.specs import document, job, refused
 
 from app.spec.optimizations import COMPRESSIONS, LESSONS, OPTIMIZATIONS, REWRITES
-from app.spec.pruning import Budget, Prune
+from app.spec.prune import Budget, Prune
 
 
 def prune(**fields: Any) -> Prune:

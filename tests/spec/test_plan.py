@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from support.specs import COLOUR, GREY, PICTURES, document, job, plan
 
+from app.network.cost import cost
+from app.planning.plan import JobLimits, given_graph, make_plan, plan_answer
 from app.settings import Settings
-from app.spec.cost import cost
 from app.spec.job import LayersModel, PresetModel, parse_job
-from app.spec.plan import JobLimits, given_graph, make_plan, plan_answer
 
 STEPS: list[dict[str, Any]] = [
     {"type": "batch_norm"},

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from support.specs import graph_of, plan, preset_graph
 
 from app.errors import InvalidSpec
-from app.spec.cost import cost
+from app.network.cost import cost
+from app.network.presets import PRESETS, preset_layers, scaled
+from app.network.presets.published import PUBLISHED, UNPUBLISHED, Published, as_printed
 from app.spec.data import DataFacts
-from app.spec.presets import PRESETS, preset_layers, scaled
-from app.spec.presets.published import PUBLISHED, UNPUBLISHED, Published, as_printed
 
 
 def test_simple_cnn_is_the_one_of_the_contract() -> None:

@@ -8,10 +8,10 @@ import pytest
 from support.specs import COLOUR, job, misplanned, plan, preset_graph, refused
 from support.topologies import HEAD, conv, layer
 
-from app.spec.folding import folded_norms
-from app.spec.plan import Plan
-from app.spec.presets import PRESETS
-from app.spec.quantization import float_layers, integer_layers
+from app.compression.int8 import float_layers, integer_layers
+from app.compression.norm_folding import folded_norms
+from app.network.presets import PRESETS
+from app.planning.plan import Plan
 
 INT8 = {"type": "quantize"}
 

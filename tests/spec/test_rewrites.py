@@ -10,9 +10,10 @@ from support.specs import graph_of, preset_graph
 from support.topologies import TOPOLOGIES
 
 from app.errors import InvalidSpec
-from app.spec.cost import cost
-from app.spec.graph import Graph
-from app.spec.node import Limits
+from app.network.cost import cost
+from app.network.graph import Graph
+from app.network.node import Limits
+from app.rewrites.rewrites import rewrite
 from app.spec.optimizations import (
     Deeper,
     InsertBatchNorm,
@@ -22,7 +23,6 @@ from app.spec.optimizations import (
     Rewrite,
     SmallKernels,
 )
-from app.spec.rewrites import rewrite
 
 ALL: list[Rewrite] = [
     InsertBatchNorm(),

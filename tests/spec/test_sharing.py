@@ -10,15 +10,15 @@ from support.specs import GREY, document, graph_of, job, misplanned, plan, refus
 from support.topologies import HEAD, PICTURE, Layers, conv, layer
 
 from app.errors import Fault, InvalidSpec
-from app.spec.channels import channel_classes, shrink_graph
-from app.spec.cost import cost, layer_rows
-from app.spec.graph import Graph, build_graph
+from app.network.cost import cost, layer_rows
+from app.network.graph import Graph, build_graph
+from app.network.layers.registry import LAYERS, read_layers
+from app.network.layers.sharing import Shareable
+from app.planning.plan import plan_answer
+from app.pruning.channel_classes import channel_classes, shrink_graph
+from app.rewrites.rewrites import rewrite
 from app.spec.job import parse_job
-from app.spec.layers import LAYERS, read_layers
 from app.spec.optimizations import InsertBatchNorm, Rewrite, SmallKernels
-from app.spec.plan import plan_answer
-from app.spec.rewrites import rewrite
-from app.spec.sharing import Shareable
 
 TWICE: Layers = [
     *[conv(4, name="stem"), layer("relu"), conv(4, 5, name="a", bias=False), layer("relu")],

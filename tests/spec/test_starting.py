@@ -9,12 +9,12 @@ import pytest
 from support.sources import faults_with, planned, pooled, shapes_of, source_of
 from support.specs import COLOUR, GREY, NAMES, PICTURES, document, graph_of, job, refused
 
-from app.spec.architecture import Preprocessing
+from app.network.architecture import Preprocessing
+from app.planning.plan import make_plan
+from app.planning.warm_start import head_layers
 from app.spec.data import DataFacts
 from app.spec.job import parse_job
-from app.spec.plan import make_plan
-from app.spec.sources import Reference, Source, references_in
-from app.spec.starting import head_layers
+from app.spec.references import Reference, Source, references_in
 
 KEY = "job-j1-pruned"
 FEW = DataFacts("few", (28, 28), 4, NAMES[:4], 1000, 100, "uint8")

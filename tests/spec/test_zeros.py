@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from support.specs import COLOUR, misplanned, plan
 
-from app.spec.plan import Plan
+from app.planning.plan import Plan
 
 LAYERS = [
     {"type": "conv", "out_channels": 16, "kernel_size": 3, "padding": 1},

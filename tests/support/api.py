@@ -12,12 +12,12 @@ from typing import Any
 from starlette.testclient import TestClient
 from support.raw_http import serving
 
-from app import attempts
-from app.api.backends import Backends
-from app.artifacts import NewArtifact, artifact_key
-from app.attempts import Claim
-from app.db import Database
-from app.events import NewEvent
+from app.api.context import Backends
+from app.database.engine import Database
+from app.jobs import attempts
+from app.jobs.artifacts import NewArtifact, artifact_key
+from app.jobs.attempts import Claim
+from app.jobs.events import NewEvent
 from app.main import create_app
 from app.settings import Settings
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.spec.graph import Graph, build_graph
-from app.spec.layers import read_layers
+from app.network.graph import Graph, build_graph
+from app.network.layers.registry import read_layers
 
 
 def graph_of(layers: Sequence[dict[str, Any]], input_shape: tuple[int, ...] = (1, 8, 8)) -> Graph:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from app import attempts
-from app.attempts import NewEvent
-from app.db import Database
+from app.database.engine import Database
+from app.jobs import attempts
+from app.jobs.attempts import NewEvent
 
 
 def main(url: str, threads: int) -> None:

@@ -6,9 +6,9 @@ import math
 import random
 from typing import Any, NamedTuple
 
-from app.spec.channels import Classes
-from app.spec.graph import Graph, build_graph
-from app.spec.layers import read_layers
+from app.network.graph import Graph, build_graph
+from app.network.layers.registry import read_layers
+from app.pruning.channel_classes import Classes
 
 CLASSES = 3
 MOST_POSITIONS = 40

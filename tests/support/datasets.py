@@ -7,10 +7,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from app import datasets
-from app.datasets import DatasetView
-from app.db import Database
-from app.recovery import Sweeper
+from app.database.engine import Database
+from app.datasets import registry
+from app.datasets.registry import DatasetView
+from app.jobs.recovery import Sweeper
 from app.settings import Settings
 from app.storage import Storage
 
@@ -31,7 +31,7 @@ class SilentBell:
 def register(db: Database, storage: Storage, path: Path, *, tenant: str = TENANT, kind: str = "auto") -> DatasetView:
     """A data set in state `checking`."""
     data = path.read_bytes()
-    return datasets.register_upload(
+    return registry.register_upload(
         db,
         storage,
         tenant,
@@ -46,8 +46,8 @@ def register(db: Database, storage: Storage, path: Path, *, tenant: str = TENANT
 def ready(db: Database, storage: Storage, settings: Settings, path: Path, **more: Any) -> DatasetView:
     """A data set whose check is over."""
     view = register(db, storage, path, **more)
-    datasets.check_upload(db, storage, settings, view.id)
-    return datasets.get_dataset(db, more.get("tenant", TENANT), view.id)
+    registry.check_upload(db, storage, settings, view.id)
+    return registry.get_dataset(db, more.get("tenant", TENANT), view.id)
 
 
 def sweep(db: Database, storage: Storage, settings: Settings) -> None:

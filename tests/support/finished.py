@@ -13,12 +13,12 @@ from support import lives
 from support.sources import SEEN, pooled
 from support.specs import graph_of
 
-from app import attempts, jobs
-from app.artifacts import NewArtifact, artifact_key
-from app.db import Database
-from app.spec.architecture import architecture_document
+from app.database.engine import Database
+from app.jobs import attempts, commands
+from app.jobs.artifacts import NewArtifact, artifact_key
+from app.network.architecture import architecture_document
 from app.spec.job import parse_job
-from app.spec.sources import references_in
+from app.spec.references import references_in
 from app.storage import Storage
 
 NAMES = tuple("abcdefghij")
@@ -49,7 +49,7 @@ def both_networks() -> dict[str, bytes]:
 def submit(db: Database, spec: Mapping[str, Any] = lives.SPEC, *, tenant: str = lives.TENANT) -> str:
     """The id of a new job, which needs what its spec refers to."""
     needs = references_in(parse_job(dict(spec)))
-    return jobs.submit(db, tenant=tenant, spec=dict(spec), needs=needs)[0].id
+    return commands.submit(db, tenant=tenant, spec=dict(spec), needs=needs)[0].id
 
 
 def finished_job(

@@ -7,13 +7,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from app.ingest.synthetic import ensure_synthetic
+from app.datasets.ingest.synthetic import ensure_synthetic
 from app.spec.data import Synthetic
 from worker.checkpoint import STEM
 from worker.journal import MemoryJournal, SavedCheckpoint
-from worker.preparation import Task, prepare
-from worker.stages import carry_out
-from worker.state import Reached
+from worker.run.preparation import Task, prepare
+from worker.run.stages import carry_out
+from worker.run.state import Reached
 
 SYNTHETIC = {"classes": 3, "train": 120, "test": 30, "seed": 0}
 SHAPE = (1, 8, 8)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from app import attempts, jobs
-from app.artifacts import artifact_key, checkpoint_key
-from app.attempts import Claim, NewArtifact
-from app.db import Database
-from app.jobs import JobView
+from app.database.engine import Database
+from app.jobs import attempts, commands
+from app.jobs.artifacts import artifact_key, checkpoint_key
+from app.jobs.attempts import Claim, NewArtifact
+from app.jobs.commands import JobView
 
 TENANT = "default"
 SPEC: dict[str, Any] = {
@@ -35,7 +35,7 @@ EVERY_STATE = (
 
 def submit(db: Database, **more: Any) -> JobView:
     """A new job."""
-    return jobs.submit(db, tenant=TENANT, spec=SPEC, **more)[0]
+    return commands.submit(db, tenant=TENANT, spec=SPEC, **more)[0]
 
 
 def claim(db: Database, job_id: str, worker_id: str = "w", lease_s: float = 60) -> Claim:
@@ -88,16 +88,16 @@ def job_in(db: Database, state: str) -> str:
     if state.startswith("queued"):
         attempts.release(db, claimed)
         if state == "queued to stop":
-            jobs.stop_job(db, TENANT, job_id)
+            commands.stop_job(db, TENANT, job_id)
     elif state.startswith("paused"):
-        jobs.pause_job(db, TENANT, job_id)
+        commands.pause_job(db, TENANT, job_id)
         assert attempts.obey_pause(db, claimed)
     elif state == "running to pause":
-        jobs.pause_job(db, TENANT, job_id)
+        commands.pause_job(db, TENANT, job_id)
     elif state == "running to stop":
-        jobs.stop_job(db, TENANT, job_id)
+        commands.stop_job(db, TENANT, job_id)
     elif state in ("cancelling", "cancelled"):
-        jobs.cancel_job(db, TENANT, job_id)
+        commands.cancel_job(db, TENANT, job_id)
         if state == "cancelled":
             attempts.obey_cancel(db, claimed)
     elif state == "succeeded":
@@ -109,6 +109,6 @@ def job_in(db: Database, state: str) -> str:
 
 def event_types(db: Database, job_id: str) -> list[str]:
     """The types of a job's events, after a look at their numbers: 1, 2, 3, ..."""
-    events = jobs.list_events(db, TENANT, job_id, limit=1000)
+    events = commands.list_events(db, TENANT, job_id, limit=1000)
     assert [event.seq for event in events] == list(range(1, len(events) + 1))
     return [event.type for event in events]

@@ -8,8 +8,8 @@ from support.specs import graph_of
 from support.topologies import CLASSES, TOPOLOGIES, topology
 from support.traps import TRAPS, trap
 
-from app.spec.graph import Graph
-from app.spec.presets import PRESETS, preset_layers
+from app.network.graph import Graph
+from app.network.presets import PRESETS, preset_layers
 
 WIDTH = 0.25
 SIZES = {1: (16,), 2: (8, 9), 3: (3, 4, 5)}  # unequal on the axes: mixed-up axes must show

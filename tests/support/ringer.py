@@ -15,9 +15,9 @@ from pathlib import Path
 
 from celery.signals import worker_ready
 
-from app import attempts
-from app.db import Database
-from app.queue import QUEUE, TASK, BellListener, celery_app
+from app.database.engine import Database
+from app.jobs import attempts
+from app.jobs.doorbell import QUEUE, TASK, BellListener, celery_app
 
 WORKER_ARGUMENTS = [
     "worker", "--pool=threads", "--concurrency=1", f"--queues={QUEUE}", "--loglevel=WARNING",

@@ -26,7 +26,7 @@ from typing import Any
 import httpx
 from sqlalchemy import NullPool, create_engine, text
 
-from app.db import Database
+from app.database.engine import Database
 
 User = tuple[int, int]
 """Ids of a user and a group."""

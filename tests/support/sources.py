@@ -8,12 +8,12 @@ from typing import Any
 from support.specs import NAMES, document, graph_of
 
 from app.errors import Fault, InvalidSpec
-from app.spec.architecture import Preprocessing, architecture_document
+from app.network.architecture import Preprocessing, architecture_document
+from app.network.graph import Graph
+from app.planning.plan import Plan, make_plan
 from app.spec.data import DataFacts
-from app.spec.graph import Graph
 from app.spec.job import parse_job
-from app.spec.plan import Plan, make_plan
-from app.spec.sources import Source
+from app.spec.references import Source
 
 SEEN = Preprocessing(1 / 255, (0.25,), (0.5,))
 """What the images of a finished job went through, one channel."""

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from app.errors import Fault, InvalidSpec
+from app.network.graph import Graph, Limits, build_graph
+from app.network.layers.registry import read_layers
+from app.network.presets import PRESETS, preset_layers
+from app.planning.plan import Plan, make_plan
 from app.spec.data import DataFacts
-from app.spec.graph import Graph, Limits, build_graph
 from app.spec.job import JobSpec, parse_job
-from app.spec.layers import read_layers
-from app.spec.plan import Plan, make_plan
-from app.spec.presets import PRESETS, preset_layers
 
 NAMES = tuple("abcdefghij")
 GREY = DataFacts("fashion-mnist", (28, 28), 10, NAMES, 60_000, 10_000, "uint8")

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from app.spec.graph import Graph, build_graph
-from app.spec.layers import read_layers
+from app.network.graph import Graph, build_graph
+from app.network.layers.registry import read_layers
 from worker.network import Network, build_network
 
 CLASSES = 3

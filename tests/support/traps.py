@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from support.topologies import CLASSES, HEAD, Layers, conv, layer
 
-from app.spec.graph import Graph, build_graph
-from app.spec.layers import read_layers
+from app.network.graph import Graph, build_graph
+from app.network.layers.registry import read_layers
 
 SMALL = (2, 4, 6)  # unequal on the axes: mixed-up axes must show
 HALF = layer("max_pool", kernel_size=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from worker.augmentation import Axes, cut_out, gather_axis, shift_and_flip, source_positions
+from worker.data.augmentation import Axes, cut_out, gather_axis, shift_and_flip, source_positions
 
 SHAPES = [(40,), (28, 28), (9, 20), (8, 16, 14)]
 

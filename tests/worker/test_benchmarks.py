@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from app.spec.architecture import Preprocessing
-from app.spec.cost import cost
-from app.spec.graph import build_graph
-from app.spec.layers import read_layers
-from app.spec.presets import preset_layers
+from app.network.architecture import Preprocessing
+from app.network.cost import cost
+from app.network.graph import build_graph
+from app.network.layers.registry import read_layers
+from app.network.presets import preset_layers
+from worker.export.pytorch_source import model_source
 from worker.network import build_network
-from worker.source import model_source
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(FOLDER))

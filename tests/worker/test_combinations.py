@@ -13,7 +13,7 @@ from support.jobs import task_of, tiny_data, tiny_spec
 
 from app.errors import InvalidSpec
 from app.spec.job import parse_job
-from app.spec.pruning import CRITERIA
+from app.spec.prune import CRITERIA
 from worker.journal import MemoryJournal
 from worker.pipeline import Delivered, run
 

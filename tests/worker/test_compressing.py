@@ -11,11 +11,13 @@ from support.blobs import BlobBatches, graph_of, small_cnn
 from torch import Tensor
 
 from app.errors import BudgetMissed
-from app.spec.cost import cost
+from app.network.cost import cost
 from app.spec.job import Training
-from app.spec.pruning import Prune
-from worker.averaging import snapshot
-from worker.compressing import (
+from app.spec.prune import Prune
+from worker.network import Network, build_network
+from worker.precision import choose_precision
+from worker.pruning.schedules import Stage
+from worker.run.removal import (
     Materials,
     check_budget,
     cut_channels,
@@ -24,9 +26,7 @@ from worker.compressing import (
     layer_rows,
     recalibrate,
 )
-from worker.network import Network, build_network
-from worker.precision import choose_precision
-from worker.pruning.schedules import Stage
+from worker.training.averaging import snapshot
 
 ONCE = Stage(1, 1, 1.0, 1)
 

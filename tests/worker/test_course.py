@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from worker.course import Course, Part, forward_seconds, training_seconds
+from worker.run.progress import Course, Part, forward_seconds, training_seconds
 
 PARTS = [
     Part("preparing", 0.0, 0.5),

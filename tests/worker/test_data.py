@@ -11,12 +11,12 @@ import pytest
 import torch
 from support.uploads import class_folders, images, labels, npz, picture, zipped
 
+from app.datasets.ingest.limits import Limits
+from app.datasets.ingest.pack import ingest
 from app.errors import DataInvalid
-from app.ingest.limits import Limits
-from app.ingest.pack import ingest
-from app.spec.architecture import Preprocessing
+from app.network.architecture import Preprocessing
 from app.spec.data import DataSpec
-from worker.data import Batches, Dataset, Part, derive_seed, free_bytes, measure_preprocessing, split
+from worker.data.dataset import Batches, Dataset, Part, derive_seed, free_bytes, measure_preprocessing, split
 
 ALL = ("random_crop", "horizontal_flip", "cutout")
 DATA = DataSpec(dataset="x")

@@ -19,23 +19,23 @@ from support.topologies import CLASSES, HEAD, PICTURE, conv, layer, pictures, to
 from torch import Tensor
 
 from app.errors import Diverged, VerificationFailed
-from app.spec.budget import choose_removals
-from app.spec.channels import channel_classes
-from app.spec.compressions import LowRank, Separable
-from app.spec.cost import cost
-from app.spec.graph import build_graph
-from app.spec.layers import read_layers
-from app.spec.pruning import CHANNEL_CRITERIA, WEIGHT_CRITERIA, Criterion, Prune
-from worker.compression.folding import fold_batch_norms
+from app.network.cost import cost
+from app.network.graph import build_graph
+from app.network.layers.registry import read_layers
+from app.pruning.budget import choose_removals
+from app.pruning.channel_classes import channel_classes
+from app.spec.low_rank import LowRank, Separable
+from app.spec.prune import CHANNEL_CRITERIA, WEIGHT_CRITERIA, Criterion, Prune
 from worker.compression.low_rank import replace_trained_layers
-from worker.export import portable_tensors
+from worker.export.files import portable_tensors
+from worker.export.folding import fold_batch_norms
 from worker.journal import MemoryJournal
 from worker.network import Network, build_network
 from worker.pipeline import Delivered, run
 from worker.pruning.importance import class_scores
-from worker.pruning.masks import weight_masks
 from worker.pruning.recalibration import recalibrate_batch_norm
 from worker.pruning.surgery import masked_reference, shrink
+from worker.training.masks import weight_masks
 
 WIDE = ["chain", "residual", "dense", "depthwise", "shuffle", "transposed", "shared"]
 

@@ -11,16 +11,16 @@ import torch
 from support.jobs import task_of, tiny_data, tiny_layers, tiny_spec
 from torch import Tensor
 
-from app.spec.architecture import Preprocessing
-from app.spec.graph import build_graph
-from app.spec.layers import read_layers
-from worker.compression.distillation import Teacher
-from worker.data import Batches, Part
-from worker.export import export_network
+from app.network.architecture import Preprocessing
+from app.network.graph import build_graph
+from app.network.layers.registry import read_layers
+from worker.data.dataset import Batches, Part
+from worker.export.files import export_network
 from worker.journal import MemoryJournal
 from worker.network import Network, build_network
-from worker.preparation import Job, prepare
-from worker.stages import carry_out
+from worker.run.preparation import Job, prepare
+from worker.run.stages import carry_out
+from worker.training.distillation import Teacher
 
 NAMES = ("class 0", "class 1", "class 2")
 OWN = Preprocessing(1 / 255, (0.7, 0.1, 0.3), (0.1, 0.4, 0.9))

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from support.topologies import topology, trained
 
-from app.spec.architecture import Preprocessing, read_architecture
-from app.spec.cost import cost
-from worker.export import export_network, kind_of, media_type_of, write_json, write_manifest, write_whole
+from app.network.architecture import Preprocessing, read_architecture
+from app.network.cost import cost
+from worker.export.files import export_network, kind_of, media_type_of, write_json, write_manifest, write_whole
 
 NAMES = ("a", "b", "ü")
 PREPROCESSING = Preprocessing(1 / 255, (0.5,) * 3, (0.25,) * 3)

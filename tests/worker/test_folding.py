@@ -7,10 +7,10 @@ import pytest
 import torch
 from support.topologies import TOPOLOGIES, conv, layer, pictures, topology, trained
 
-from app.spec.graph import Graph, build_graph
-from app.spec.layers import read_layers
-from worker.compression.folding import fold_batch_norms
-from worker.export import portable_tensors
+from app.network.graph import Graph, build_graph
+from app.network.layers.registry import read_layers
+from worker.export.files import portable_tensors
+from worker.export.folding import fold_batch_norms
 from worker.network import Network, build_network
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")

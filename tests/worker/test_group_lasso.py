@@ -9,11 +9,11 @@ import pytest
 import torch
 from support.topologies import TOPOLOGIES, topology, trained
 
-from app.spec.channels import channel_classes
+from app.pruning.channel_classes import channel_classes
 from app.spec.optimizations import Regularization
-from worker.losses import Penalty
 from worker.network import Network
-from worker.pruning.group_lasso import GroupLasso
+from worker.training.group_lasso import GroupLasso
+from worker.training.losses import Penalty
 
 WEIGHTS = ("conv", "conv_transpose", "linear", "batch_norm", "group_norm", "layer_norm")
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")

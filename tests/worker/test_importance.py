@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from app.errors import Diverged
-from app.spec.channels import Classes, channel_classes
-from app.spec.graph import build_graph
-from app.spec.layers import read_layers
-from app.spec.pruning import Criterion
+from app.network.graph import build_graph
+from app.network.layers.registry import read_layers
+from app.pruning.channel_classes import Classes, channel_classes
+from app.spec.prune import Criterion
 from worker.network import Network
 from worker.pruning.importance import class_scores, weight_scores, without_scales
 

@@ -24,18 +24,18 @@ from support.topologies import CLASSES, TOPOLOGIES, pictures, trained
 from support.traps import TRAPS
 from torch import Tensor
 
-from app.spec.architecture import Preprocessing
-from app.spec.budget import choose_removals, settle
-from app.spec.channel_rules import OwnedAxis
-from app.spec.channels import Classes, channel_classes
-from app.spec.cost import SAFETENSORS_METADATA, cost
-from app.spec.pruning import CHANNEL_CRITERIA, Criterion, Prune
-from worker.export import portable_network, portable_tensors
+from app.network.architecture import Preprocessing
+from app.network.cost import SAFETENSORS_METADATA, cost
+from app.pruning.budget import choose_removals, settle
+from app.pruning.channel_classes import Classes, channel_classes
+from app.pruning.channel_rules import OwnedAxis
+from app.spec.prune import CHANNEL_CRITERIA, Criterion, Prune
+from worker.export.files import portable_network, portable_tensors
+from worker.export.onnx_model import onnx_bytes
+from worker.export.pytorch_source import model_source
 from worker.network import Network
-from worker.onnx_model import onnx_bytes
 from worker.pruning.importance import class_scores
 from worker.pruning.surgery import masked_reference, shrink
-from worker.source import model_source
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from support import lives
 
-from app import attempts, jobs
-from app.db import Database
+from app.database.engine import Database
 from app.errors import DataInvalid, StorageFull, Unavailable
-from app.jobs import JobView
+from app.jobs import attempts, commands
+from app.jobs.commands import JobView
 from app.settings import Settings
 from app.storage import LocalStorage
-from worker import porter, supervisor
-from worker.job_run import JobRun
-from worker.nursery import Nursery
+from worker.supervision import supervisor, transfers
+from worker.supervision.attempt import JobRun
+from worker.supervision.trainer_pool import Nursery
 
 SPEC: dict[str, Any] = {
     "spec_version": 1,
@@ -70,7 +70,7 @@ def run_one(
     stopping: Callable[[], bool] = lambda: False,
 ) -> JobView:
     """The job after its second attempt, which has a checkpoint to fetch."""
-    job_id = jobs.submit(db, tenant=lives.TENANT, spec=spec)[0].id
+    job_id = commands.submit(db, tenant=lives.TENANT, spec=spec)[0].id
     first = lives.claim(db, job_id)
     lives.checkpoint(db, first, 1)
     attempts.release(db, first)
@@ -90,11 +90,11 @@ def run_one(
     meanwhile(job_id)
     thread.join(20)
     assert not thread.is_alive()
-    return jobs.get_job(db, lives.TENANT, job_id)
+    return commands.get_job(db, lives.TENANT, job_id)
 
 
 def last_event(db: Database, job: JobView) -> str:
-    return jobs.list_events(db, lives.TENANT, job.id)[-1].message
+    return commands.list_events(db, lives.TENANT, job.id)[-1].message
 
 
 def refuse(error: Exception) -> Callable[[], None]:
@@ -107,7 +107,7 @@ def refuse(error: Exception) -> Callable[[], None]:
 def test_a_store_that_stays_away_gives_the_job_back_without_a_crash(
     db: Database, nursery: Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(porter, "RETRY_FOR_S", 0.0)
+    monkeypatch.setattr(transfers, "RETRY_FOR_S", 0.0)
     store = Store(tmp_path / "objects", refuse(Unavailable("the object store does not answer: try again")))
     job = run_one(db, nursery, tmp_path, store=store)
     assert (job.state, job.crashes) == ("queued", 0)
@@ -117,7 +117,7 @@ def test_a_store_that_stays_away_gives_the_job_back_without_a_crash(
 def test_a_store_that_stays_full_fails_the_job(
     db: Database, nursery: Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(porter, "RETRY_FOR_S", 0.0)
+    monkeypatch.setattr(transfers, "RETRY_FOR_S", 0.0)
     job = run_one(db, nursery, tmp_path, store=Store(tmp_path / "objects", refuse(StorageFull())))
     assert job.state == "failed"
     assert job.error is not None
@@ -161,7 +161,7 @@ def test_a_scratch_folder_that_cannot_be_made_counts_as_a_crash(db: Database, nu
 
 
 @pytest.mark.parametrize(
-    ("act", "state"), [(jobs.cancel_job, "cancelled"), (jobs.pause_job, "paused"), (None, "queued")]
+    ("act", "state"), [(commands.cancel_job, "cancelled"), (commands.pause_job, "paused"), (None, "queued")]
 )
 def test_nobody_waits_for_a_slow_download(
     db: Database, nursery: Nursery, tmp_path: Path, act: Callable[[Database, str, str], Any] | None, state: str

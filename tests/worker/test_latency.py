@@ -8,13 +8,13 @@ import pytest
 import torch
 from support.topologies import CLASSES, HEAD, conv, layer, topology, trained
 
-from app.spec.factorization import separate
-from app.spec.graph import build_graph
-from app.spec.layers import read_layers
-from worker.export import portable_tensors
+from app.compression.factorization import separate
+from app.network.graph import build_graph
+from app.network.layers.registry import read_layers
+from worker.export.files import portable_tensors
+from worker.export.onnx_model import onnx_bytes
 from worker.latency import MOST_RUNS, Latency, measure_latency
 from worker.network import Network
-from worker.onnx_model import onnx_bytes
 
 
 def plain(width: int) -> Network:

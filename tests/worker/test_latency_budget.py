@@ -9,12 +9,12 @@ import torch
 from support.topologies import CLASSES, PICTURE, conv, layer, trained
 
 from app.errors import BudgetMissed
-from app.spec.budget import BudgetUnreachable, Removals, choose_removals
-from app.spec.channels import channel_classes
-from app.spec.cost import cost
-from app.spec.graph import build_graph
-from app.spec.layers import read_layers
-from app.spec.pruning import Budget, Prune
+from app.network.cost import cost
+from app.network.graph import build_graph
+from app.network.layers.registry import read_layers
+from app.pruning.budget import BudgetUnreachable, Removals, choose_removals
+from app.pruning.channel_classes import channel_classes
+from app.spec.prune import Budget, Prune
 from worker.latency import Stopwatch
 from worker.network import Network
 from worker.pruning.importance import class_scores

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from app.spec.job import Training
-from worker.learning_rate import START_FACTOR, learning_rate
+from worker.training.learning_rate import START_FACTOR, learning_rate
 
 POINTS = [0.0, 0.1, 0.25, 0.3, 0.5, 0.6, 0.75, 0.9, 1.0]
 

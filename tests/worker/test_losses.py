@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from app.spec.optimizations import Regularization
-from worker.losses import Penalty, cross_entropy, decoupled_decay, distillation
 from worker.network import build_network
+from worker.training.losses import Penalty, cross_entropy, decoupled_decay, distillation
 
 LOGITS_NK = torch.tensor([[2.0, -1.0, 0.5], [0.1, 0.2, -0.3]])
 

@@ -15,12 +15,12 @@ from support.jobs import SHAPE, task_of, tiny_data, tiny_layers, tiny_spec, trai
 from support.specs import graph_of, preset_graph
 from torch import Tensor, nn
 
+from app.compression.factorization import low_rank_layers
 from app.errors import BudgetMissed, Diverged
-from app.spec.compressions import LowRank, Separable
-from app.spec.cost import cost
-from app.spec.factorization import low_rank_layers
-from app.spec.graph import build_graph
-from app.spec.layers import read_layers
+from app.network.cost import cost
+from app.network.graph import build_graph
+from app.network.layers.registry import read_layers
+from app.spec.low_rank import LowRank, Separable
 from worker.compression.low_rank import (
     Factors,
     factorized,

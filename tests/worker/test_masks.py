@@ -12,13 +12,13 @@ from support.topologies import HEAD, PICTURE, conv, layer, topology, trained
 from torch import Tensor
 
 from app.errors import Diverged, LayerEmptied
-from app.spec.allocation import erk_kept
-from app.spec.graph import build_graph
-from app.spec.layers import read_layers
-from app.spec.pruning import Prune, PruneOverride
+from app.network.graph import build_graph
+from app.network.layers.registry import read_layers
+from app.pruning.sparsity_allocation import erk_kept
+from app.spec.prune import Prune, PruneOverride
 from worker.network import Network
 from worker.pruning.importance import prunable_weights, weight_scores
-from worker.pruning.masks import Masks, weight_masks
+from worker.training.masks import Masks, weight_masks
 
 
 def prune(**fields: Any) -> Prune:

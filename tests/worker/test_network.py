@@ -10,8 +10,8 @@ import torch
 from support.layer_samples import LayerList, conv, layer
 from torch import nn
 
-from app.spec.graph import Graph, build_graph
-from app.spec.layers import CONTAINERS, LAYERS, read_layers
+from app.network.graph import Graph, build_graph
+from app.network.layers.registry import CONTAINERS, LAYERS, read_layers
 from worker.network import Network, build_module, build_network, forward_steps
 
 PICTURE = (3, 12, 12)

@@ -12,10 +12,10 @@ from support.jobs import SHAPE, SYNTHETIC, task_of, tiny_data, tiny_layers, tiny
 from support.specs import graph_of
 from support.wishes import ACCEPTED, described
 
-from app.spec.cost import cost
+from app.network.cost import cost
 from worker.journal import MemoryJournal
 from worker.pipeline import Delivered, run
-from worker.state import Reached
+from worker.run.state import Reached
 
 HALF_THE_CHANNELS = {"type": "prune", "budget": {"params": 0.6}, "round_to": 1, "retrain": {"policy": "none"}}
 

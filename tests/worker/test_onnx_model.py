@@ -11,10 +11,10 @@ import pytest
 import torch
 from support.topologies import TOPOLOGIES, pictures, topology, trained
 
-from app.spec.layers import CONTAINERS, LAYERS
-from worker.export import portable_tensors
+from app.network.layers.registry import CONTAINERS, LAYERS
+from worker.export.files import portable_tensors
+from worker.export.onnx_model import onnx_bytes
 from worker.network import Network
-from worker.onnx_model import onnx_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
@@ -40,7 +40,7 @@ def test_onnxruntime_gives_the_logits_of_the_network_for_any_batch(name: str) ->
 
 
 def test_every_layer_of_the_language_has_a_rule() -> None:
-    from worker.onnx_model import _RULES
+    from worker.export.onnx_model import _RULES
 
     assert {kind.model_fields["type"].default for kind in _RULES} == {
         name for name, kind in LAYERS.items() if kind not in CONTAINERS

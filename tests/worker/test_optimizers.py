@@ -13,8 +13,8 @@ from torch import Tensor
 
 from app.spec.job import Optimizer as OptimizerSpec
 from worker.network import build_network
-from worker.optimizers import build_optimizer, optimizer_tensors, restore_optimizer
 from worker.precision import Precision
+from worker.training.optimizers import build_optimizer, optimizer_tensors, restore_optimizer
 
 SPECS: dict[str, dict[str, Any]] = {
     "sgd": {"name": "sgd", "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0},
@@ -126,7 +126,7 @@ from app.spec.job import Training
 from worker.learning_rate import learning_rate
 from worker.network import build_network
 from worker.precision import choose_precision
-from worker.training import Fit, Recipe
+from worker.training.loop import Fit, Recipe
 
 class Silent:
     def before_step(self, fit): pass

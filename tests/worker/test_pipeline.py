@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from support.jobs import SHAPE, SYNTHETIC, resume_folder, task_of, tiny_data, tiny_layers, tiny_spec, train_alone
 from torch import Tensor
 
-from app.api import answers
+from app.api import schemas
 from app.errors import DataInvalid, DiskFull, Diverged, LayerEmptied, OutOfMemory
 from worker import pipeline
 from worker.journal import MemoryJournal, Progress, Wish
 from worker.network import Network
 from worker.pipeline import Cancelled, Delivered, Paused, run
-from worker.watching import Checkpoints, Interrupted
+from worker.run.monitor import Checkpoints, Interrupted
 
 HALF = {"type": "prune", "sparsity": 0.5, "retrain": {"epochs": 1}}
 NARROW = {"type": "prune", "budget": {"macs": 0.5}, "round_to": 1, "retrain": {"epochs": 1}}
@@ -110,7 +110,7 @@ def test_the_file_without_zeros_is_listed_proven_and_its_size_is_in_the_report(
     )
     report = outcome.report
     assert report["sparse"] == {"name": sparse.name, "size_bytes": sparse.size_bytes, "dense_bytes": dense.size_bytes}
-    answers.Report.model_validate_json(json.dumps(report, allow_nan=False), strict=True)
+    schemas.Report.model_validate_json(json.dumps(report, allow_nan=False), strict=True)
     assert sparse.size_bytes < dense.size_bytes == report["final"]["bytes"]
     assert report["verification"][sparse.name] == report["verification"][dense.name]
     assert set(report["compressed_bytes"]) == {dense.name, sparse.name, "baseline.safetensors"}

@@ -14,15 +14,15 @@ from support.finished import both_networks, finished_job, submit
 from support.weights import good
 
 from app import weights
-from app.db import Database
+from app.database.engine import Database
+from app.database.tables import Job
 from app.errors import SourceUnavailable, Unavailable
 from app.spec.job import parse_job
-from app.spec.sources import Reference, references_in
+from app.spec.references import Reference, references_in
 from app.storage import LocalStorage
-from app.tables import Job
-from worker import porter
-from worker.porter import Porter
-from worker.sources import read_sources
+from worker.run.references import read_sources
+from worker.supervision import transfers
+from worker.supervision.transfers import Porter
 
 
 class Store(LocalStorage):
@@ -115,7 +115,7 @@ def test_a_store_that_stays_away_is_no_end_of_the_job(
 ) -> None:
     made, named = carried
     store.absences = 1
-    monkeypatch.setattr(porter, "RETRY_FOR_S", 0.0)
+    monkeypatch.setattr(transfers, "RETRY_FOR_S", 0.0)
     with pytest.raises(Unavailable):
         made.fetch_sources(named, tmp_path / "sources")
 

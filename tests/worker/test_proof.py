@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save_file
 from support.topologies import topology, trained
 
 from app.errors import VerificationFailed
-from app.spec.architecture import Preprocessing
-from app.spec.cost import SAFETENSORS_METADATA
-from app.spec.pruning import Prune
-from worker import proof_script
-from worker.export import export_network, file_sha256
+from app.network.architecture import Preprocessing
+from app.network.cost import SAFETENSORS_METADATA
+from app.spec.prune import Prune
+from worker.export.files import export_network, file_sha256
 from worker.network import Network
-from worker.proof import Verification, compare, compute_logits, prove
-from worker.pruning.masks import weight_masks
+from worker.training.masks import weight_masks
+from worker.verification import clean_process
+from worker.verification.verification import Verification, compare, compute_logits, prove
 
 PREPROCESSING = Preprocessing(1 / 255, (0.5, 0.25, 0.125), (0.25, 0.5, 0.75))
 COUNT = 300  # more than one batch
@@ -197,7 +197,7 @@ def test_the_clean_processes_see_no_variable_of_ours_and_are_gone_when_the_proof
     def look() -> None:
         found = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()
         commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in map(int, found)}
-        children[:] = [pid for pid, command in commands.items() if proof_script.__file__.encode() in command]
+        children[:] = [pid for pid, command in commands.items() if clean_process.__file__.encode() in command]
         if len(children) == 2:
             assert all(b"-I" in commands[pid] for pid in children)
             assert not any(b"ESPALIER" in Path(f"/proc/{pid}/environ").read_bytes() for pid in children)
@@ -211,9 +211,9 @@ def test_the_clean_processes_see_no_variable_of_ours_and_are_gone_when_the_proof
 def test_a_clean_process_ends_with_its_parent() -> None:
     child = (
         "import os, sys, time\n"
-        f"sys.path.insert(0, {str(Path(proof_script.__file__).parent)!r})\n"
-        "import proof_script\n"
-        "proof_script.die_with(os.getppid())\n"
+        f"sys.path.insert(0, {str(Path(clean_process.__file__).parent)!r})\n"
+        "import clean_process\n"
+        "clean_process.die_with(os.getppid())\n"
         "print(os.getpid(), flush=True)\n"
         "time.sleep(60)\n"
     )
@@ -230,8 +230,8 @@ def test_a_clean_process_ends_with_its_parent() -> None:
 
 def test_a_clean_process_whose_parent_is_gone_leaves_at_once(tmp_path: Path) -> None:
     (tmp_path / "order.json").write_text('{"parent": 1}')
-    command = [sys.executable, "-I", "-B", proof_script.__file__, str(tmp_path / "order.json")]
-    assert subprocess.run(command, check=False).returncode == proof_script.ORPHANED
+    command = [sys.executable, "-I", "-B", clean_process.__file__, str(tmp_path / "order.json")]
+    assert subprocess.run(command, check=False).returncode == clean_process.ORPHANED
 
 
 WANTED = np.array([[4.0, 1.0, 0.0], [2.0, 2.0001, 0.0]], np.float32)

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from app.spec.job import Training
-from app.spec.pruning import Prune
-from worker.learning_rate import learning_rate
+from app.spec.prune import Prune
 from worker.pruning.schedules import (
     MOST_MASK_UPDATES,
     Stage,
@@ -18,6 +17,7 @@ from worker.pruning.schedules import (
     retrain_schedule,
     rewind_epoch,
 )
+from worker.training.learning_rate import learning_rate
 
 
 def prune(**fields: Any) -> Prune:

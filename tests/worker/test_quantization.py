@@ -17,12 +17,12 @@ from onnx import numpy_helper
 from support.saturation import Machine
 from support.topologies import CLASSES, HEAD, TOPOLOGIES, conv, layer, pictures, topology, trained
 
+from app.compression.int8 import INTEGER, float_layers, integer_layers
 from app.errors import QuantizationFailed
-from app.spec.architecture import Preprocessing
-from app.spec.compressions import Scheme
-from app.spec.graph import Graph, build_graph
-from app.spec.layers import CONTAINERS, LAYERS, read_layers
-from app.spec.quantization import INTEGER, float_layers, integer_layers
+from app.network.architecture import Preprocessing
+from app.network.graph import Graph, build_graph
+from app.network.layers.registry import CONTAINERS, LAYERS, read_layers
+from app.spec.low_rank import Scheme
 from worker.compression.quantization import (
     Quantizer,
     Sample,
@@ -31,11 +31,11 @@ from worker.compression.quantization import (
     rmse_ratio,
     saturates,
 )
-from worker.data import Part
-from worker.export import portable_tensors
+from worker.data.dataset import Part
+from worker.export.files import portable_tensors
+from worker.export.onnx_model import onnx_bytes
 from worker.network import Network
-from worker.onnx_model import onnx_bytes
-from worker.watching import Interrupted
+from worker.run.monitor import Interrupted
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 

@@ -13,18 +13,18 @@ import pytest
 from onnx import numpy_helper
 from support.jobs import SHAPE, SYNTHETIC, task_of, tiny_data, tiny_spec
 
-from app.api import answers
+from app.api import schemas
 from app.errors import QuantizationFailed, VerificationFailed
-from app.spec.compressions import Quantize, Scheme
-from worker import delivery, quantizing
+from app.spec.low_rank import Quantize, Scheme
 from worker.compression import quantization
 from worker.compression.quantization import Quantizer
-from worker.export import INT8_MODEL, media_type_of
+from worker.export.files import INT8_MODEL, media_type_of
 from worker.journal import MemoryJournal, Progress, Wish
 from worker.pipeline import Cancelled, Delivered, run, table
-from worker.preparation import prepare
-from worker.proof import compute_logits
-from worker.stages import carry_out
+from worker.run import delivery, int8
+from worker.run.preparation import prepare
+from worker.run.stages import carry_out
+from worker.verification.verification import compute_logits
 
 INT8 = {"type": "quantize"}
 NARROW = {"type": "prune", "budget": {"macs": 0.5}, "round_to": 1, "retrain": {"epochs": 1}}
@@ -71,7 +71,7 @@ def test_the_8_bit_file_is_delivered_proven_and_listed(job: tuple[Delivered, Mem
     assert proof["right_on"] == "every processor"
     assert listed[INT8_MODEL]["size_bytes"] == outcome.report["int8"]["bytes"] == delivery.size_bytes
     assert {node.op_type for node in onnx.load(delivery.path).graph.node} >= {"QuantizeLinear", "DequantizeLinear"}
-    described = answers.Report.model_validate_json(json.dumps(outcome.report, allow_nan=False), strict=True)
+    described = schemas.Report.model_validate_json(json.dumps(outcome.report, allow_nan=False), strict=True)
     assert described.int8 is not None
     (event,) = journal.of_type("quantize.applied")
     assert event.data["accuracy"] == outcome.report["int8"]["accuracy"]
@@ -191,11 +191,11 @@ def test_a_layer_left_in_float32_for_the_accuracy_is_named_with_the_reason(
     job = prepare(task_of(tiny_spec(INT8), data, tmp_path), MemoryJournal())
     carry_out(job)
     network = delivery.on_cpu(job.reached.network)
-    made = quantizing.make_int8(job, network, compute_logits(network, job.splits.test.images, job.preprocessing))
+    made = int8.make_int8(job, network, compute_logits(network, job.splits.test.images, job.preprocessing))
     job.close()
     assert made is not None
     assert made.met
-    document = quantizing.int8_document(made, {}, {})
+    document = int8.int8_document(made, {}, {})
     (left,) = document["left_in_float32"]
     assert left["name"] == "linear1"
     assert left["reason"].startswith("quantized alone it moves the logits by ")
@@ -212,8 +212,8 @@ def test_nothing_is_chosen_or_measured_on_the_test_part(data: Path, tmp_path: Pa
         )
         network = job.fresh_start().network
         step = Quantize(calibration_images=50)
-        calibration, chosen_on, part = quantizing._samples(job, step, network)
-        again, _, _ = quantizing._samples(job, step, network)
+        calibration, chosen_on, part = int8._samples(job, step, network)
+        again, _, _ = int8._samples(job, step, network)
         job.close()
         assert part == ("validation" if validation else "train")
         assert len(calibration.part) == 50
@@ -236,9 +236,9 @@ def test_a_quantizer_that_fails_ends_the_job_with_a_sentence(
 def test_a_file_that_is_not_the_one_that_was_judged_is_found(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = quantizing.write_int8
+    write = int8.write_int8
 
-    def another(folder: Path, int8: quantizing.Int8) -> Path:
+    def another(folder: Path, int8: int8.Int8) -> Path:
         path = write(folder, int8)
         spoil(path, "linear1")
         return path
@@ -255,7 +255,7 @@ def test_the_processor_decides_only_whether_a_file_of_the_full_range_is_delivere
     spec = tiny_spec(INT8 | {"scheme": scheme, "max_accuracy_drop": 1.0}, exports=["safetensors", "onnx"])
     outcomes = []
     for saturating in (False, True):
-        for module in (quantization, quantizing):
+        for module in (quantization, int8):
             monkeypatch.setattr(module, "saturates", lambda saturating=saturating: saturating)
         outcomes.append(delivered_of(spec, data, tmp_path))
     elsewhere, here = outcomes
@@ -270,7 +270,7 @@ def test_the_processor_decides_only_whether_a_file_of_the_full_range_is_delivere
 def test_a_file_of_the_full_range_says_where_it_is_right(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantizing, "saturates", lambda: False)
+    monkeypatch.setattr(int8, "saturates", lambda: False)
     outcome = delivered_of(tiny_spec(INT8 | {"scheme": "int8_vnni", "max_accuracy_drop": 1.0}), data, tmp_path)
     proof, (row,) = outcome.report["verification"][INT8_MODEL], outcome.report["steps"]
     assert proof["largest_pair_sum"] > proof["saturates_above"]
@@ -287,7 +287,7 @@ def test_a_file_of_the_full_range_says_where_it_is_right(
 def test_a_worker_that_saturates_delivers_the_other_files_and_says_what_to_do(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantizing, "saturates", lambda: True)
+    monkeypatch.setattr(int8, "saturates", lambda: True)
     journal = MemoryJournal()
     outcome = delivered_of(tiny_spec(NARROW, INT8 | {"scheme": "int8_vnni"}), data, tmp_path, journal)
     assert outcome.artifacts[0].name == "pruned.safetensors"
@@ -301,7 +301,7 @@ def test_a_worker_that_saturates_delivers_the_other_files_and_says_what_to_do(
     assert (row["applied"], row["before"], row["after"]) == (False, report["final"], report["final"])
     assert (row["scheme"], row["reason"]) == ("int8_vnni", note)
     assert note in [event.message for event in journal.of_type("warning")]
-    answers.Report.model_validate_json(json.dumps(report, allow_nan=False), strict=True)
+    schemas.Report.model_validate_json(json.dumps(report, allow_nan=False), strict=True)
     assert [progress.phase for progress in journal.progresses][-1] == "exporting"
     fractions = [progress.fraction for progress in journal.progresses]
     assert fractions == sorted(fractions)

@@ -7,8 +7,8 @@ import torch
 from support.topologies import HEAD, PICTURE, conv, layer, topology, trained
 from torch import Tensor
 
-from app.spec.graph import build_graph
-from app.spec.layers import read_layers
+from app.network.graph import build_graph
+from app.network.layers.registry import read_layers
 from worker.network import Network
 from worker.pruning.recalibration import recalibrate_batch_norm
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 from support.jobs import SHAPE, resume_folder, task_of, tiny_data, tiny_layers, tiny_spec, train_alone
 
-from app.spec.architecture import Preprocessing
-from app.spec.graph import build_graph
-from app.spec.layers import read_layers
+from app.network.architecture import Preprocessing
+from app.network.graph import build_graph
+from app.network.layers.registry import read_layers
 from worker.checkpoint import Arrays
-from worker.export import export_network
+from worker.export.files import export_network
 from worker.journal import MemoryJournal, Progress, Wish
 from worker.network import build_network
-from worker.preparation import Task
-from worker.state import Reached
-from worker.watching import Interrupted
+from worker.run.monitor import Interrupted
+from worker.run.preparation import Task
+from worker.run.state import Reached
 
 PRUNE_WEIGHTS = {
     "type": "prune",

@@ -13,20 +13,20 @@ from support.saturation import INT16, IntegerLayer, Machine, dot
 from support.topologies import TOPOLOGIES, pictures, topology, trained
 
 from app.errors import VerificationFailed
-from app.spec.architecture import Preprocessing
-from app.spec.compressions import Scheme
-from app.spec.graph import Graph
+from app.network.architecture import Preprocessing
+from app.network.graph import Graph
+from app.spec.low_rank import Scheme
 from worker.compression.quantization import Quantizer, Sample, rmse_ratio, saturates
-from worker.compression.saturation import (
+from worker.data.dataset import Part
+from worker.export.files import portable_tensors
+from worker.export.onnx_model import onnx_bytes
+from worker.verification.saturation import (
     SATURATES_ABOVE,
     check_pair_sums,
     largest_pair_sum,
     layer_sums,
     read_pair_sums,
 )
-from worker.data import Part
-from worker.export import portable_tensors
-from worker.onnx_model import onnx_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 IMAGES = 16

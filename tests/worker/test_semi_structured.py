@@ -12,16 +12,16 @@ from torch import Tensor
 from torch.ao.pruning import WeightNormSparsifier
 
 from app.errors import Diverged
-from app.spec.draft import WEIGHTED
-from app.spec.graph import Graph, build_graph
-from app.spec.layers import read_layers
-from app.spec.matrices import WeightMatrix, weight_matrix, why_dense
-from app.spec.pruning import Prune, PruneOverride
-from app.spec.zeros import dense_layers, planned_zeros
+from app.network.editor import WEIGHTED
+from app.network.graph import Graph, build_graph
+from app.network.layers.registry import read_layers
+from app.pruning.weight_matrix import WeightMatrix, weight_matrix, why_dense
+from app.pruning.zeros import dense_layers, planned_zeros
+from app.spec.prune import Prune, PruneOverride
 from worker.network import Network
 from worker.pruning.importance import prunable_weights
-from worker.pruning.masks import Masks, weight_masks
 from worker.pruning.semi_structured import BlockScores, blocks_keep, pattern_keep
+from worker.training.masks import Masks, weight_masks
 
 
 def pattern(text: str = "2:4", **fields: Any) -> Prune:

@@ -16,24 +16,24 @@ from support.topologies import HEAD, PICTURE, Layers, conv, layer, pictures, top
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from app.spec.architecture import Preprocessing, read_architecture
-from app.spec.channels import channel_classes
-from app.spec.cost import cost
-from app.spec.graph import build_graph
-from app.spec.layers import read_layers
+from app.network.architecture import Preprocessing, read_architecture
+from app.network.cost import cost
+from app.network.graph import build_graph
+from app.network.layers.registry import read_layers
+from app.pruning.channel_classes import channel_classes
 from app.spec.optimizations import Regularization
-from app.spec.pruning import Prune
-from worker.compressing import layer_rows
-from worker.export import export_network, portable_tensors
-from worker.freezing import freeze
+from app.spec.prune import Prune
+from worker.export.files import export_network, portable_tensors
+from worker.export.onnx_model import onnx_bytes
+from worker.export.pytorch_source import model_source
 from worker.journal import MemoryJournal
-from worker.losses import Penalty
 from worker.network import Network, build_network, calls_of
-from worker.onnx_model import onnx_bytes
 from worker.pipeline import Delivered, run
 from worker.pruning.importance import class_scores
-from worker.pruning.masks import weight_masks
-from worker.source import model_source
+from worker.run.removal import layer_rows
+from worker.training.freezing import freeze
+from worker.training.losses import Penalty
+from worker.training.masks import weight_masks
 
 PREPROCESSING = Preprocessing(1.0, (0.0,) * 3, (1.0,) * 3)
 NORMED: Layers = [

@@ -12,12 +12,12 @@ import pytest
 import torch
 from support.topologies import CLASSES, TOPOLOGIES, conv, layer, pictures, topology, trained
 
-from app.spec.architecture import Preprocessing
-from app.spec.graph import Graph, build_graph
-from app.spec.layers import CONTAINERS, LAYERS, read_layers
-from app.spec.names import LONGEST_NAME
-from worker.export import export_network, portable_tensors
-from worker.source import model_source
+from app.network.architecture import Preprocessing
+from app.network.graph import Graph, build_graph
+from app.network.layers.names import LONGEST_NAME
+from app.network.layers.registry import CONTAINERS, LAYERS, read_layers
+from worker.export.files import export_network, portable_tensors
+from worker.export.pytorch_source import model_source
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from support.topologies import TOPOLOGIES, topology, trained
 from torch import Tensor
 
-from app.spec.architecture import Preprocessing
-from app.spec.pruning import Prune
-from worker.export import export_network, portable_tensors
+from app.network.architecture import Preprocessing
+from app.spec.prune import Prune
+from worker.export.files import export_network, portable_tensors
+from worker.export.pytorch_source import model_source
+from worker.export.sparse_file import SPARSE_WEIGHTS, save_sparse, sparse_tensors
 from worker.network import Network
-from worker.pruning.masks import weight_masks
-from worker.source import model_source
-from worker.sparse_file import SPARSE_WEIGHTS, save_sparse, sparse_tensors
+from worker.training.masks import weight_masks
 
 STEPS = {
     "weights": Prune(sparsity=0.9, scope="layer"),

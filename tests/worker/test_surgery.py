@@ -17,13 +17,13 @@ from support.networks import network_named
 from support.topologies import HEAD, PICTURE, TOPOLOGIES, conv, layer, topology, trained
 from torch import Tensor
 
-from app.spec.budget import choose_removals
-from app.spec.channels import Classes, channel_classes
-from app.spec.cost import cost
-from app.spec.graph import Graph, build_graph
-from app.spec.layers import read_layers
-from app.spec.presets import PRESETS
-from app.spec.pruning import Prune
+from app.network.cost import cost
+from app.network.graph import Graph, build_graph
+from app.network.layers.registry import read_layers
+from app.network.presets import PRESETS
+from app.pruning.budget import choose_removals
+from app.pruning.channel_classes import Classes, channel_classes
+from app.spec.prune import Prune
 from worker.network import Network
 from worker.pruning.importance import class_scores
 from worker.pruning.surgery import masked_reference, shrink, shrink_tensors

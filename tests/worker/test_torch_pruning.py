@@ -17,17 +17,17 @@ import torch
 from safetensors.torch import save_file
 from support.topologies import HEAD, PICTURE, Layers, conv, layer, pictures, trained
 
-from app.spec.architecture import Preprocessing
-from app.spec.budget import choose_removals
-from app.spec.channels import channel_classes
-from app.spec.graph import build_graph
-from app.spec.layers import read_layers
-from app.spec.pruning import Prune
-from worker.export import portable_tensors
+from app.network.architecture import Preprocessing
+from app.network.graph import build_graph
+from app.network.layers.registry import read_layers
+from app.pruning.budget import choose_removals
+from app.pruning.channel_classes import channel_classes
+from app.spec.prune import Prune
+from worker.export.files import portable_tensors
+from worker.export.pytorch_source import model_source
 from worker.network import Network
 from worker.pruning.importance import class_scores
 from worker.pruning.surgery import masked_reference, shrink
-from worker.source import model_source
 
 SCRIPT = Path(__file__).parent.parent / "support" / "torch_pruning_script.py"
 

@@ -11,18 +11,18 @@ import torch
 from support.blobs import BlobBatches, graph_of, small_cnn
 from torch import Tensor
 
-from app.spec.graph import Graph
+from app.network.graph import Graph
 from app.spec.job import Training
 from app.spec.optimizations import Regularization
-from app.spec.pruning import Distillation, Prune
-from worker.averaging import snapshot
+from app.spec.prune import Distillation, Prune
 from worker.evaluation import evaluate
-from worker.learning_rate import learning_rate
-from worker.losses import cross_entropy
 from worker.network import Network, build_network
 from worker.precision import Precision, choose_precision
-from worker.pruning.masks import Masks, weight_masks
-from worker.training import EpochResult, Fit, NonFiniteLoss, Recipe, Window
+from worker.training.averaging import snapshot
+from worker.training.learning_rate import learning_rate
+from worker.training.loop import EpochResult, Fit, NonFiniteLoss, Recipe, Window
+from worker.training.losses import cross_entropy
+from worker.training.masks import Masks, weight_masks
 
 SGD = {"name": "sgd", "lr": 0.05}
 ADAMW = {"name": "adamw", "lr": 0.01}

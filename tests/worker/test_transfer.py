@@ -13,15 +13,15 @@ from support.jobs import SYNTHETIC, task_of, tiny_data, tiny_layers, tiny_spec, 
 from torch import Tensor
 
 from app.errors import SourceUnavailable, WeightsInvalid
-from app.spec.architecture import Preprocessing
-from app.spec.graph import build_graph
-from app.spec.layers import read_layers
-from worker.export import export_network
+from app.network.architecture import Preprocessing
+from app.network.graph import build_graph
+from app.network.layers.registry import read_layers
+from worker.export.files import export_network
 from worker.journal import MemoryJournal
 from worker.network import Network, build_network
 from worker.pipeline import Delivered, run
-from worker.preparation import Job, prepare
-from worker.state import Reached
+from worker.run.preparation import Job, prepare
+from worker.run.state import Reached
 
 NAMES = ("class 0", "class 1", "class 2")
 SEEN = Preprocessing(1 / 255, (0.4,), (0.25,))

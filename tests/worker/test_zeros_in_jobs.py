@@ -10,12 +10,12 @@ import pytest
 import torch
 from support.jobs import SHAPE, task_of, tiny_data, tiny_layers, tiny_spec, train_alone
 
-from app.ingest.packed import read_manifest
+from app.datasets.packed.packed import read_manifest
+from app.planning.plan import make_plan
+from app.pruning.weight_matrix import weight_matrix
 from app.spec.job import parse_job
-from app.spec.matrices import weight_matrix
-from app.spec.plan import make_plan
 from worker.journal import MemoryJournal
-from worker.state import Reached
+from worker.run.state import Reached
 
 PATTERN = {"type": "prune", "pattern": "2:4"}
 BLOCKS = {"type": "prune", "sparsity": 0.6, "block": [2, 2]}

@@ -16,14 +16,14 @@ from support.dags import one_class, random_drop
 from support.specs import graph_of
 from support.topologies import pictures, trained
 
-from app.spec.architecture import Preprocessing, read_architecture
-from app.spec.budget import choose_removals
-from app.spec.channels import channel_classes
-from app.spec.cost import cost
-from app.spec.graph import Graph
-from app.spec.presets import PRESETS, preset_layers
-from app.spec.pruning import Prune
-from worker.export import export_network
+from app.network.architecture import Preprocessing, read_architecture
+from app.network.cost import cost
+from app.network.graph import Graph
+from app.network.presets import PRESETS, preset_layers
+from app.pruning.budget import choose_removals
+from app.pruning.channel_classes import channel_classes
+from app.spec.prune import Prune
+from worker.export.files import export_network
 from worker.network import Network, build_network
 from worker.pruning.importance import class_scores
 from worker.pruning.surgery import masked_reference, shrink

@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from app.compression.factorization import Factorable, Product, Ranks, low_rank_layers
+from app.compression.rank_selection import Spectra
+from app.compression.replacement import replace_layers
 from app.errors import BudgetMissed
-from app.spec.budget import BudgetUnreachable
-from app.spec.channel_rules import FloatArray
-from app.spec.compressions import LowRank, Separable
-from app.spec.convolutions import ConvTranspose
-from app.spec.cost import Cost
-from app.spec.draft import WEIGHTED
-from app.spec.factorization import Factorable, Product, Ranks, low_rank_layers
-from app.spec.graph import Graph
-from app.spec.ranks import Spectra
-from app.spec.replacement import replace_layers
+from app.network.cost import Cost
+from app.network.editor import WEIGHTED
+from app.network.graph import Graph
+from app.network.layers.convolutions import ConvTranspose
+from app.pruning.budget import BudgetUnreachable
+from app.pruning.channel_rules import FloatArray
+from app.spec.low_rank import LowRank, Separable
 from worker.network import Network
 from worker.pruning.importance import check_finite
 

@@ -23,15 +23,15 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from app.compression.int8 import integer_layers
 from app.errors import EspalierError, QuantizationFailed
-from app.spec.architecture import Preprocessing
-from app.spec.compressions import Scheme
-from app.spec.cost import cost
-from app.spec.graph import Graph
-from app.spec.quantization import integer_layers
-from worker.data import Part
-from worker.onnx_model import OUTPUT_NAME
-from worker.proof_script import onnx_network
+from app.network.architecture import Preprocessing
+from app.network.cost import cost
+from app.network.graph import Graph
+from app.spec.low_rank import Scheme
+from worker.data.dataset import Part
+from worker.export.onnx_model import OUTPUT_NAME
+from worker.verification.clean_process import onnx_network
 
 WEIGHTED = frozenset({"Conv", "Gemm"})
 HEAVY = WEIGHTED | {"ConvTranspose"}

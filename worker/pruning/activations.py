@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from app.errors import Diverged
-from app.spec.channel_rules import FloatArray
-from app.spec.channels import Classes
-from app.spec.draft import block_of
+from app.network.editor import block_of
+from app.pruning.channel_classes import Classes
+from app.pruning.channel_rules import FloatArray
 from worker.network import Network, calls_of
 
 

@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 
 from app.errors import Diverged
-from app.spec.channel_rules import FloatArray, IntArray, OwnedAxis, Role
-from app.spec.channels import Classes, Group
-from app.spec.pruning import Criterion
+from app.pruning.channel_classes import Classes, Group
+from app.pruning.channel_rules import FloatArray, IntArray, OwnedAxis, Role
+from app.spec.prune import Criterion
 from worker.network import Network
 from worker.pruning.activations import mean_activations
 

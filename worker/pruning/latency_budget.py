@@ -12,10 +12,10 @@ from collections.abc import Callable
 import torch
 
 from app.errors import BudgetMissed
-from app.spec.budget import BLOCKS, BudgetUnreachable, Removals
-from app.spec.channels import Classes
-from app.spec.cost import cost
-from app.spec.pruning import Budget, Prune
+from app.network.cost import cost
+from app.pruning.budget import BLOCKS, BudgetUnreachable, Removals
+from app.pruning.channel_classes import Classes
+from app.spec.prune import Budget, Prune
 from worker.latency import Stopwatch
 from worker.network import Network
 from worker.pruning.surgery import shrink

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from app.spec.job import Training, retraining
 from app.spec.optimizations import Compression
-from app.spec.pruning import Prune
-from worker.learning_rate import LearningRate, learning_rate
+from app.spec.prune import Prune
+from worker.training.learning_rate import LearningRate, learning_rate
 
 FINE_TUNE_SHARE = 0.01  # of the highest rate of training: where the original schedules end
 SMALLEST_SHARE = 0.3  # of the highest rate, where schedules do not fall: a low rate recovers 3 to 5 points less

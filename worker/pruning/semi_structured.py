@@ -20,9 +20,9 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from app.spec.allocation import blocks_to_remove
-from app.spec.matrices import WeightMatrix
-from app.spec.pruning import Criterion
+from app.pruning.sparsity_allocation import blocks_to_remove
+from app.pruning.weight_matrix import WeightMatrix
+from app.spec.prune import Criterion
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.floating[Any]]

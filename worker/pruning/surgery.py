@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from app.spec.channels import Classes, shrink_graph
+from app.pruning.channel_classes import Classes, shrink_graph
 from worker.network import Network
 
 CHECKED_INPUTS = 2

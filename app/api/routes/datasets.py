@@ -1,0 +1,135 @@
+"""`/v1/datasets`: uploads arrive as a stream, are checked in a child process, and are listed, read and removed."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Future
+from typing import Annotated, Literal
+
+import structlog
+from fastapi import APIRouter, Query, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from app.api import schemas
+from app.api.context import Backends, pause
+from app.api.parameters import Cursor, DatasetId, Limit, check_id, is_id
+from app.api.rendering import Json
+from app.api.routes.jobs import Given, Tenant
+from app.api.uploads import receiving, staging, sweep_staging
+from app.datasets import registry
+from app.datasets.registry import DatasetView
+from app.errors import InvalidCursor, Unavailable
+from app.validation.strict import Text
+
+log = structlog.get_logger("espalier.api")
+
+RECHECK_S = 300.0
+WAIT_S = 10.0  # how long an upload's answer waits for its check
+
+router = APIRouter(prefix="/v1/datasets", tags=["data sets"])
+
+Name = Annotated[Text, Query(description="What to call it; it is used by its id.")]
+Format = Annotated[
+    Literal["auto", "image_folder", "npz", "cifar", "idx"],
+    Query(alias="format", description="auto: told from the names of the files."),
+]
+
+
+@router.post(
+    "", status_code=201, summary="Upload a data set", responses=schemas.UPLOADED, openapi_extra=schemas.UPLOAD_BODY
+)
+async def upload_dataset(
+    request: Request, given: Given, owner: Tenant, name: Name = "upload", kind: Format = "auto"
+) -> Response:
+    """The data set, whose file is the body: `ready`, `rejected`, or `checking` if that takes longer than 10 s."""
+    async with receiving(request, given) as received:
+        view = await run_in_threadpool(
+            registry.register_upload,
+            given.db,
+            given.storage,
+            owner,
+            received.path,
+            name=name,
+            kind=kind,
+            size_bytes=received.size_bytes,
+            sha256=received.sha256,
+        )
+    await _first(asyncio.wrap_future(start_check(given, view.id)), given.stopping)
+    view = await run_in_threadpool(registry.get_dataset, given.db, owner, view.id)
+    return Json(view.document(), 201, {"Location": f"/v1/datasets/{view.id}"})
+
+
+@router.get("", summary="List data sets, newest first", responses=schemas.DATASETS)
+def list_datasets(given: Given, owner: Tenant, limit: Limit = 50, cursor: Cursor = None) -> Response:
+    """One page; `next_cursor` null is the end. More than 200 are cut to 200."""
+    if cursor is not None and not is_id("ds", cursor):
+        raise InvalidCursor()
+    page, following = registry.list_datasets(given.db, owner, limit=min(limit, registry.PAGE_LIMIT), before=cursor)
+    return Json({"items": [view.document() for view in page], "next_cursor": following})
+
+
+@router.get("/{dataset_id}", summary="One data set", responses=schemas.DATASET)
+def get_dataset(given: Given, owner: Tenant, dataset_id: DatasetId) -> Response:
+    """The data set; while it is `checking`, ask again."""
+    view = registry.get_dataset(given.db, owner, check_id("ds", dataset_id))
+    return Json(view.document(), headers=_retry(view))
+
+
+@router.delete("/{dataset_id}", status_code=204, summary="Remove a data set", responses=schemas.REMOVED)
+def delete_dataset(given: Given, owner: Tenant, dataset_id: DatasetId) -> Response:
+    """Nothing; 409 while a job that has not finished uses it."""
+    registry.delete_dataset(given.db, owner, check_id("ds", dataset_id))
+    return Response(status_code=204)
+
+
+def start_check(given: Backends, dataset_id: str) -> Future[None]:
+    """Check an upload in a thread, which waits for its child process."""
+    given.checking.add(dataset_id)
+    check = given.checks.submit(
+        registry.check_upload, given.db, given.storage, given.settings, dataset_id, stopping=given.leaving
+    )
+    check.add_done_callback(lambda _: given.checking.discard(dataset_id))
+    return check
+
+
+async def keep_checking(given: Backends) -> None:
+    """Until the server stops: check the uploads whose check a stop, a crash or an absent backend interrupted."""
+    while True:
+        await run_in_threadpool(_resume_checks, given)
+        if await pause(given.stopping, RECHECK_S):
+            return
+
+
+def _resume_checks(given: Backends) -> None:
+    sweep_staging(staging(given))
+    try:
+        pending = registry.list_pending(given.db)
+    except Unavailable as error:
+        log.warning("uploads not looked for", reason=error.message)
+        return
+    for dataset_id in pending:
+        if dataset_id not in given.checking:
+            start_check(given, dataset_id).add_done_callback(_tell)
+
+
+def _tell(check: Future[None]) -> None:
+    """Log an error that no request is told of."""
+    error = None if check.cancelled() else check.exception()
+    if error is not None:
+        log.error("check of an upload failed", error=repr(error))
+
+
+def _retry(view: DatasetView) -> dict[str, str]:
+    return {"Retry-After": "2"} if view.state == "checking" else {}
+
+
+async def _first(check: asyncio.Future[None], stopping: asyncio.Event) -> None:
+    """Return when the check is over, its time is, or the server stops; the check goes on."""
+    stop = asyncio.create_task(stopping.wait())
+    try:
+        await asyncio.wait((check, stop), timeout=WAIT_S, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stop.cancel()
+    if check.done():
+        check.result()

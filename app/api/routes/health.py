@@ -1,0 +1,31 @@
+"""`/healthz` and `/readyz`: is the process alive, and can it do its work."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from sqlalchemy import text
+from starlette.responses import Response
+
+from app.api import schemas
+from app.api.rendering import Json
+from app.api.routes.jobs import Given
+from app.errors import Unavailable
+
+router = APIRouter(tags=["operation"])
+
+
+@router.get("/healthz", summary="Alive", responses=schemas.HEALTH)
+async def healthz() -> Response:
+    """200 while the process answers; it asks nobody else."""
+    return Json({"status": "ok"})
+
+
+@router.get("/readyz", summary="Ready for work", responses=schemas.HEALTH)
+def readyz(given: Given) -> Response:
+    """200 while database and object store answer and the server is not stopping; else 503."""
+    if given.stopping.is_set():
+        raise Unavailable("the service is stopping")
+    with given.db.read() as session:
+        session.execute(text("SELECT 1"))
+    given.storage.check()
+    return Json({"status": "ready"})

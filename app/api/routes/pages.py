@@ -1,0 +1,100 @@
+"""`/` and `/jobs/{id}`: the web page. It is made from the API's documents, and its own addresses serve all it needs.
+
+With a key set, browsers ask for it once (HTTP Basic, the key as password) and send it to these addresses, not to /v1.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
+
+from app.api.context import Backends
+from app.api.parameters import After, Cursor, JobId, LastEventId, check_id, parse_last_event_id
+from app.api.rendering import artifact_document, event_document, job_document
+from app.api.routes.artifacts import ArtifactName, send_artifact
+from app.api.routes.events import stream_events
+from app.api.routes.jobs import Given, Tenant
+from app.errors import NotFound
+from app.jobs import commands
+from app.jobs.artifacts import list_artifacts
+from app.jobs.events import MOST_EVENTS, EventView
+from app.web import pages
+
+ROWS = 50
+NEWEST_EVENTS = 200
+
+router = APIRouter(include_in_schema=False)
+
+
+@router.get("/")
+def show_jobs(
+    given: Given, owner: Tenant, state: Annotated[str | None, Query()] = None, cursor: Cursor = None
+) -> Response:
+    """The newest jobs."""
+    page, following = commands.list_jobs(given.db, owner, state=state, limit=ROWS, cursor=cursor)
+    return _page(pages.jobs_page([job_document(job) for job in page], following, state))
+
+
+@router.get("/jobs/{job_id}")
+def show_job(given: Given, owner: Tenant, job_id: JobId) -> Response:
+    """One job."""
+    view = commands.get_job(given.db, owner, check_id("job", job_id))
+    queue = commands.queue_facts(given.db, view) if view.state == "queued" else None
+    delivered = view.state == "succeeded"
+    report = commands.read_report(given.db, owner, job_id) if delivered else None
+    files = list_artifacts(given.db, owner, job_id) if delivered else []
+    events = _newest_events(given, owner, job_id)
+    return _page(
+        pages.job_page(
+            job_document(view, queue),
+            report,
+            [artifact_document(job_id, file) for file in files],
+            [event_document(event) for event in events],
+        )
+    )
+
+
+@router.get("/jobs/{job_id}/events")
+def follow_events(
+    request: Request, given: Given, owner: Tenant, job_id: JobId, after: After = 0, last_event_id: LastEventId = None
+) -> Response:
+    """The stream of a job's events, for its page."""
+    resumed = parse_last_event_id(last_event_id)
+    return stream_events(request, given, owner, check_id("job", job_id), after if resumed is None else resumed)
+
+
+@router.get("/jobs/{job_id}/artifacts/{name}")
+def download_artifact(request: Request, given: Given, owner: Tenant, job_id: JobId, name: ArtifactName) -> Response:
+    """A delivered file, for the job's page."""
+    return send_artifact(request, given, owner, job_id, name)
+
+
+@router.get("/jobs/{job_id}/logs")
+def show_log(given: Given, owner: Tenant, job_id: JobId) -> Response:
+    """The trainer's log, for the job's page."""
+    return PlainTextResponse(commands.read_log(given.db, owner, check_id("job", job_id)))
+
+
+@router.get("/assets/{name}")
+def asset(name: str) -> Response:
+    """A script or style of the pages; the names are a fixed list."""
+    media_type = pages.ASSETS.get(name)
+    if media_type is None:
+        raise NotFound()
+    content = (pages.ASSET_FOLDER / name).read_bytes()
+    return Response(content, media_type=media_type, headers={"Cache-Control": "no-cache"})
+
+
+def _newest_events(given: Backends, owner: str, job_id: str) -> list[EventView]:
+    newest: list[EventView] = []
+    while found := commands.list_events(
+        given.db, owner, job_id, after=newest[-1].seq if newest else 0, limit=MOST_EVENTS
+    ):
+        newest = (newest + found)[-NEWEST_EVENTS:]
+    return newest
+
+
+def _page(html: str) -> Response:
+    return HTMLResponse(html, headers={"Content-Security-Policy": pages.POLICY})

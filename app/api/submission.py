@@ -1,0 +1,17 @@
+"""From a JSON document to a plan: the one path that validating and submitting share."""
+
+from __future__ import annotations
+
+from app.api.context import Backends
+from app.datasets import registry
+from app.jobs import references
+from app.planning.plan import JobLimits, Plan, make_plan
+from app.spec.job import parse_job
+
+
+def plan_job(given: Backends, tenant: str, document: object) -> Plan:
+    """What the job that `document` describes would be. Raises InvalidSpec with every mistake found."""
+    spec = parse_job(document)
+    facts = registry.facts(given.db, tenant, spec.data)
+    known = references.resolve(given.db, given.storage, tenant, spec)
+    return make_plan(spec, facts, limits=JobLimits.of(given.settings), sources=known)

@@ -1,0 +1,53 @@
+"""What 8-bit integers can do for a network: which layers ONNX Runtime computes with them, and why the others stay.
+
+The table was found by trying: a test quantizes every layer of the job language and looks at what the runtime makes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from app.compression.norm_folding import folded_norms
+from app.network.editor import WEIGHTED
+from app.network.graph import Graph, Node
+from app.network.layers.pooling import Upsample
+
+INTEGER = frozenset({"conv", "linear"})
+"""Layers whose multiply-accumulates are done with integers of 8 bits; they decide whether there is a gain at all."""
+EXCLUDED = "excluded"
+_NO_KERNEL = "ONNX Runtime has no 8-bit kernel for it"
+_FLOAT = {
+    "conv_transpose": _NO_KERNEL,
+    "batch_norm": f"{_NO_KERNEL}, and it cannot be folded into the layer before it",
+    "group_norm": _NO_KERNEL,
+    "layer_norm": _NO_KERNEL,
+    "prelu": _NO_KERNEL,
+    "gelu": _NO_KERNEL,
+    "hardswish": _NO_KERNEL,
+    "hardsigmoid": _NO_KERNEL,
+    "tanh": _NO_KERNEL,
+    "upsample": _NO_KERNEL,
+    "pad": _NO_KERNEL,
+}
+
+
+def integer_layers(graph: Graph, exclude: Collection[str] = ()) -> tuple[Node, ...]:
+    """The convolutions and linear layers that are quantized, but for those excluded; layers that share weights go along."""
+    return tuple(node for node in graph.nodes if node.type in INTEGER and node.home not in exclude)
+
+
+def float_layers(graph: Graph, exclude: Collection[str] = ()) -> dict[str, str]:
+    """The layers that stay in float32, each with the reason; those that cost nothing in any format are not named."""
+    folded = folded_norms(graph)
+    left = {}
+    for node in graph.nodes:
+        if node.type in WEIGHTED and node.home in exclude:
+            left[node.name] = EXCLUDED
+        elif node.type in _FLOAT and node.name not in folded and not _copies(node):
+            left[node.name] = _FLOAT[node.type]
+    return left
+
+
+def _copies(node: Node) -> bool:
+    """Whether the layer only copies values: the runtime does that with 8 bits too."""
+    return isinstance(node.layer, Upsample) and node.layer.mode == "nearest"

@@ -1,0 +1,143 @@
+"""What a running job says: events, points of its series, its log. Rows, so that a replay after a restart is exact."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import delete, insert, select
+from sqlalchemy.orm import Session
+
+from app.access import visible
+from app.database.engine import Database
+from app.database.tables import Event, Job, LogChunk, Metric
+from app.errors import JobNotFound
+
+MOST_EVENTS = 1000
+LOG_CAP_BYTES = 4 << 20
+LOG_CUT = "[earlier lines were left out]\n"
+
+
+@dataclass(frozen=True)
+class NewEvent:
+    """An event that has no number yet; `at` None: the moment it is written."""
+
+    type: str
+    level: str
+    message: str
+    data: dict[str, Any] = field(default_factory=dict)
+    at: datetime | None = None
+
+
+@dataclass(frozen=True)
+class EventView:
+    """An event as it stands in the answer."""
+
+    seq: int
+    at: datetime
+    type: str
+    level: str
+    message: str
+    data: dict[str, Any]
+
+
+def write_events(
+    session: Session, db: Database, job_id: str, attempt: int, last_seq: int, events: Sequence[NewEvent]
+) -> None:
+    """Insert the events with the numbers up to `last_seq`, which the UPDATE of the same transaction reserved."""
+    if not events:
+        return
+    rows = [
+        {
+            "job_id": job_id,
+            "seq": seq,
+            "attempt": attempt,
+            "at": event.at,
+            "type": event.type,
+            "level": event.level,
+            "message": event.message,
+            "data": event.data,
+        }
+        for seq, event in enumerate(events, last_seq - len(events) + 1)
+    ]
+    if any(row["at"] is None for row in rows):
+        now = session.scalar(select(db.now()))
+        rows = [{**row, "at": row["at"] or now} for row in rows]
+    session.execute(insert(Event), rows)
+
+
+def write_metrics(session: Session, db: Database, job_id: str, points: Sequence[tuple[str, int, float]]) -> None:
+    """Insert points of series; the last one wins for a step.
+
+    Points that are not finite have no place in a chart or in JSON.
+    """
+    newest = {(series, step): value for series, step, value in points if math.isfinite(value)}
+    if newest:
+        rows = [
+            {"job_id": job_id, "series": name, "step": step, "value": value} for (name, step), value in newest.items()
+        ]
+        statement = db.insert(Metric)
+        session.execute(
+            statement.on_conflict_do_update(
+                index_elements=["job_id", "series", "step"], set_={"value": statement.excluded.value}
+            ),
+            rows,
+        )
+
+
+def write_log(session: Session, job_id: str, text: str, size_bytes: int, log_bytes: int) -> None:
+    """Append `size_bytes` of text that end at `log_bytes` of the whole log.
+
+    The newest 4 MiB are kept: the reason of a crash stands at the end.
+    """
+    session.execute(insert(LogChunk).values(job_id=job_id, seq=log_bytes - size_bytes, text=text))
+    if log_bytes > LOG_CAP_BYTES:
+        session.execute(delete(LogChunk).where(LogChunk.job_id == job_id, LogChunk.seq < log_bytes - LOG_CAP_BYTES))
+
+
+def list_events(db: Database, tenant: str, job_id: str, after: int = 0, limit: int = 200) -> list[EventView]:
+    """The job's events with numbers above `after`, in order, at most `limit` (cut to 1,000). Raises JobNotFound."""
+    with db.read() as session:
+        require_job(session, tenant, job_id)
+        rows = session.execute(
+            select(Event.seq, Event.at, Event.type, Event.level, Event.message, Event.data)
+            .where(Event.job_id == job_id, Event.seq > after)
+            .order_by(Event.seq)
+            .limit(min(limit, MOST_EVENTS))
+        )
+        return [EventView(*row) for row in rows]
+
+
+def read_metrics(db: Database, tenant: str, job_id: str) -> dict[str, list[tuple[int, float]]]:
+    """The job's series by name, each as (step, value) in the order of steps. Raises JobNotFound."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    with db.read() as session:
+        require_job(session, tenant, job_id)
+        rows = session.execute(
+            select(Metric.series, Metric.step, Metric.value)
+            .where(Metric.job_id == job_id)
+            .order_by(Metric.series, Metric.step)
+        )
+        for name, step, value in rows:
+            series.setdefault(name, []).append((step, value))
+    return series
+
+
+def read_log(db: Database, tenant: str, job_id: str) -> str:
+    """The job's log, at most its newest 4 MiB. Raises JobNotFound."""
+    with db.read() as session:
+        require_job(session, tenant, job_id)
+        chunks = session.execute(
+            select(LogChunk.seq, LogChunk.text).where(LogChunk.job_id == job_id).order_by(LogChunk.seq)
+        ).all()
+    cut = LOG_CUT if chunks and chunks[0].seq > 0 else ""
+    return cut + "".join(chunk.text for chunk in chunks)
+
+
+def require_job(session: Session, tenant: str, job_id: str) -> None:
+    """Raise JobNotFound unless the tenant sees the job."""
+    if session.scalar(select(Job.id).where(Job.id == job_id, visible(tenant))) is None:
+        raise JobNotFound

@@ -1,0 +1,216 @@
+"""What puts right what crashes leave behind. Sweeps are idempotent: any process may run them, at any time, also several
+at once.
+
+Reaping does not trust wall clocks. A sweeper remembers on its own monotonic clock when it first saw each beat of each
+running job, and takes the job away when the lease is over and the beat has not changed for a third of it, or has not
+changed for one and a half leases. So a clock that jumps an hour ahead steals nothing: a living worker beats every sixth
+of a lease.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime, timedelta
+
+import structlog
+from sqlalchemy import delete, func, select
+
+from app.database.engine import Database
+from app.database.tables import TERMINAL, Artifact, Checkpoint, DatasetRow, IdempotencyKey, Job, WeightsRow, Worker
+from app.errors import Unavailable
+from app.jobs import attempts, outbox
+from app.jobs.artifacts import state_key
+from app.jobs.doorbell import Doorbell, open_bell
+from app.settings import Settings
+from app.storage import Storage, StoredObject
+
+log = structlog.get_logger()
+
+RING_EVERY_S = 15.0
+HOUSEKEEPING_EVERY_S = 3600.0
+FIRST_HOUSEKEEPING_S = 60.0
+GARBAGE_AGE = timedelta(hours=24)  # a frozen worker may still be putting objects
+IDEMPOTENCY_LIFE = timedelta(days=7)
+SILENT_WORKER_LIFE = timedelta(days=1)
+IDS_A_QUERY = 500
+SILENCE = {"message": "the worker is silent: its lease is over"}
+ATTEMPT_KEY = re.compile(r"jobs/([^/]+)/attempts/(\d+)/.+")
+
+
+class Sweeper:
+    """The sweeps of one process, with what it remembers of running jobs between two of them."""
+
+    def __init__(
+        self,
+        db: Database,
+        storage: Storage,
+        bell: Doorbell | None,
+        settings: Settings,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._db = db
+        self._storage = storage
+        self._bell = bell or open_bell(settings)
+        self._lease_s = settings.lease_s
+        self._monotonic = monotonic
+        self._first_seen: dict[tuple[str, int, int], float] = {}
+        self._ring_at = monotonic()
+        self._housekeeping_at = monotonic() + FIRST_HOUSEKEEPING_S * random.uniform(0.5, 1.5)
+
+    def sweep(self) -> None:
+        """Do all that is due. Raises Unavailable; what was not reached is done by the next sweep."""
+        self.reap()
+        self.drain_outbox()
+        if self._monotonic() >= self._ring_at:
+            self._ring_at = self._monotonic() + RING_EVERY_S
+            self.ring_waiting()
+        if self._monotonic() >= self._housekeeping_at:
+            self._housekeeping_at = self._monotonic() + HOUSEKEEPING_EVERY_S
+            self.expire()
+            self.collect_garbage()
+
+    def try_sweep(self) -> None:
+        """Sweep once for a process that sweeps again and again: what goes wrong is logged, and the next one comes."""
+        try:
+            self.sweep()
+        except Unavailable as error:
+            log.warning("sweep failed", reason=str(error))
+        except Exception:  # one odd row or object must not end recovery for all the others
+            log.exception("sweep broke")
+
+    def reap(self) -> list[str]:
+        """The ids of the jobs taken from workers that are silent."""
+        with self._db.read() as session:
+            running = session.execute(
+                select(Job.id, Job.attempt, Job.beat, Job.lease_until < self._db.now()).where(Job.state == "running")
+            ).all()
+        now = self._monotonic()
+        known = self._first_seen
+        beats = [(job, attempt, beat) for job, attempt, beat, _ in running]
+        self._first_seen = {beat: known.get(beat, now) for beat in beats}
+        reaped = []
+        for job, attempt, beat, expired in running:
+            silent_s = now - self._first_seen[job, attempt, beat]
+            if silent_s >= self._lease_s * 1.5 or (expired and silent_s >= self._lease_s / 3):
+                state = attempts.reap(self._db, job, attempt, beat, SILENCE)
+                if state is not None:
+                    reaped.append(job)
+                    log.warning("job taken from a silent worker", job=job, attempt=attempt, state=state)
+        return reaped
+
+    def ring_waiting(self) -> list[str]:
+        """The ids rung for again: as many waiting jobs as there are idle slots, not one message for each that waits."""
+        with self._db.read() as session:
+            _, slots = attempts.workers_alive(session, self._db)
+            running = session.scalar(select(func.count()).select_from(Job).where(Job.state == "running")) or 0
+            waiting = session.scalars(
+                select(Job.id)
+                .where(Job.state == "queued", Job.available_at <= self._db.now())
+                .order_by(Job.priority.desc(), Job.available_at, Job.id)
+                .limit(max(0, slots - running))
+            ).all()
+        for job_id in waiting:
+            self._bell.ring(job_id)
+        return list(waiting)
+
+    def drain_outbox(self) -> int:
+        """Carry out the errands that are due; how many succeeded. One whose store is away comes again later."""
+        done = 0
+        while errands := outbox.take_due(self._db):
+            for errand_id, kind, subject in errands:
+                try:
+                    self._carry_out(kind, subject)
+                except Unavailable as error:
+                    log.warning("errand put off", kind=kind, subject=subject, reason=str(error))
+                    outbox.put_off(self._db, errand_id)
+                else:
+                    outbox.mark_done(self._db, errand_id)
+                    done += 1
+        return done
+
+    def _carry_out(self, kind: str, subject: str) -> None:
+        if kind == "ring":
+            self._bell.ring(subject)
+        else:
+            self._storage.delete_prefix(subject)
+
+    def expire(self) -> None:
+        """Forget idempotency keys after 7 days, errands done and workers silent for a day."""
+        now = self._db.now
+        with self._db.write() as session:
+            session.execute(
+                delete(IdempotencyKey).where(IdempotencyKey.created_at < now(-IDEMPOTENCY_LIFE.total_seconds()))
+            )
+            session.execute(delete(Worker).where(Worker.seen_at < now(-SILENT_WORKER_LIFE.total_seconds())))
+        outbox.forget_done(self._db)
+
+    def collect_garbage(self, older_than: timedelta = GARBAGE_AGE) -> list[str]:
+        """The keys of removed objects that no row names and no living attempt can still name.
+
+        Objects are listed before rows are read: the other order deletes what is committed in between.
+        """
+        self._storage.sweep_temporaries(older_than.total_seconds())
+        before = datetime.now(UTC) - older_than
+        old = [stored for stored in self._storage.list("jobs/") if stored.modified_at <= before]
+        old_data = [stored for stored in self._storage.list("datasets/") if stored.modified_at <= before]
+        old_weights = [stored for stored in self._storage.list("weights/") if stored.modified_at <= before]
+        garbage = [*self._orphans(old), *self._data_orphans(old_data), *self._weights_orphans(old_weights)]
+        for key in garbage:
+            self._storage.delete(key)
+        if garbage:
+            log.info("garbage collected", objects=len(garbage))
+        return garbage
+
+    def _orphans(self, objects: Iterable[StoredObject]) -> Iterator[str]:
+        by_job: dict[str, list[tuple[int, str]]] = {}
+        for stored in objects:
+            match = ATTEMPT_KEY.fullmatch(stored.key)
+            if match is not None:
+                by_job.setdefault(match[1], []).append((int(match[2]), stored.key))
+        for ids in _batches(sorted(by_job)):
+            with self._db.read() as session:
+                rows = session.execute(select(Job.id, Job.attempt, Job.state).where(Job.id.in_(ids)))
+                jobs = {job_id: (attempt, state) for job_id, attempt, state in rows}
+                named = set(session.scalars(select(Artifact.key).where(Artifact.job_id.in_(ids))))
+                for key in session.scalars(select(Checkpoint.key).where(Checkpoint.job_id.in_(ids))):
+                    named |= {key, state_key(key)}
+            for job_id in ids:
+                present, state = jobs.get(job_id, (0, "gone"))
+                over = state == "gone" or state in TERMINAL
+                yield from (key for attempt, key in by_job[job_id] if key not in named and (over or attempt < present))
+
+    def _data_orphans(self, objects: Iterable[StoredObject]) -> Iterator[str]:
+        by_id = _by_id(objects)
+        for ids in _batches(sorted(by_id)):
+            with self._db.read() as session:
+                alive = set[str | None]()
+                for column in (DatasetRow.id, DatasetRow.packed_id):  # a data set may use what another one packed
+                    known = select(column).where(column.in_(ids), DatasetRow.deleted_at.is_(None))
+                    alive |= set(session.scalars(known))
+            for dataset_id in ids:
+                if dataset_id not in alive:
+                    yield from by_id[dataset_id]
+
+    def _weights_orphans(self, objects: Iterable[StoredObject]) -> Iterator[str]:
+        by_id = _by_id(objects)
+        for ids in _batches(sorted(by_id)):
+            with self._db.read() as session:
+                alive = set(session.scalars(select(WeightsRow.id).where(WeightsRow.id.in_(ids))))
+            yield from (key for weights_id in ids if weights_id not in alive for key in by_id[weights_id])
+
+
+def _by_id(objects: Iterable[StoredObject]) -> dict[str, list[str]]:
+    """Keys of the form `<room>/<id>/...` by their id."""
+    found: dict[str, list[str]] = {}
+    for stored in objects:
+        found.setdefault(stored.key.split("/")[1], []).append(stored.key)
+    return found
+
+
+def _batches(ids: list[str]) -> Iterator[list[str]]:
+    for start in range(0, len(ids), IDS_A_QUERY):
+        yield ids[start : start + IDS_A_QUERY]

@@ -1,0 +1,240 @@
+"""The networks that jobs start from or learn from: found in rows and store, kept while a job needs them, on the way to a
+worker.
+
+A job's row and its rows in `job_sources` are one transaction, and whoever deletes a source locks its row first: a source
+cannot be deleted between the look at it and the job that needs it, nor while that job is not over.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sqlalchemy import and_, insert, select
+from sqlalchemy.orm import Session
+
+from app.access import visible
+from app.database.engine import Database
+from app.database.tables import TERMINAL, Artifact, Job, JobSource, WeightsRow
+from app.errors import Fault, InUse, InvalidSpec, InvalidWeights, ObjectNotFound, SourceUnavailable
+from app.spec.job import JobSpec
+from app.spec.prune import Artifact as Stem
+from app.spec.references import Kind, Reference, Source, every_reference, references_in
+from app.storage import Storage
+from app.validation.safetensors_header import Entry, read_entries
+
+WEIGHTS_FILE = "weights.safetensors"
+ARCHITECTURE_FILE = "architecture.json"
+ARTIFACTS: dict[Stem, dict[str, str]] = {
+    "pruned": {WEIGHTS_FILE: "pruned.safetensors", ARCHITECTURE_FILE: "architecture.json"},
+    "baseline": {WEIGHTS_FILE: "baseline.safetensors", ARCHITECTURE_FILE: "baseline.architecture.json"},
+}
+"""Names under which a job delivers each of its networks, by the names that a source's files have on a worker."""
+KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64"}
+UNFINISHED = "has not finished, it is {state}: wait until it has succeeded"
+MOST_NAMED = 3
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a source: `name` on a worker, `key` in the store."""
+
+    name: str
+    key: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the rows say about one reference: its files, and for uploaded weights the tensors; or why it cannot be used."""
+
+    files: tuple[SourceFile, ...] = ()
+    tensors: tuple[dict[str, Any], ...] | None = None
+    problem: str | None = None
+
+
+def resolve(db: Database, storage: Storage, tenant: str, spec: JobSpec) -> dict[str, Source]:
+    """What `make_plan` has to know of every network that `spec` refers to, by its key; of weights the header alone is
+    read. Without references: no query.
+
+    Raises InvalidSpec with a fault at each place that names something unknown, unfinished, failed or gone; Unavailable.
+    """
+    named = references_in(spec)
+    if not named:
+        return {}
+    with db.read() as session:
+        found = _look(session, tenant, named)
+    sources: dict[str, Source] = {}
+    problems: dict[str, str] = {}
+    for reference in named:
+        try:
+            sources[reference.key] = _read(storage, reference, found[reference.key])
+        except _Unusable as unusable:
+            problems[reference.key] = str(unusable)
+    if problems:
+        raise InvalidSpec(
+            [_fault(place, problems[place.key]) for place in every_reference(spec) if place.key in problems]
+        )
+    return sources
+
+
+def locate(db: Database, tenant: str, named: Sequence[Reference]) -> dict[str, tuple[SourceFile, ...]]:
+    """The files of each network, by its key. Raises SourceUnavailable: one is not there any more; Unavailable."""
+    with db.read() as session:
+        found = _look(session, tenant, named)
+    for reference in named:
+        problem = found[reference.key].problem
+        if problem is not None:
+            raise SourceUnavailable(problem, pointer=reference.pointer)
+    return {key: one.files for key, one in found.items()}
+
+
+def keep(session: Session, tenant: str, job_id: str, named: Sequence[Reference]) -> None:
+    """Note, in the transaction of a new job, what it needs.
+
+    Raises InvalidSpec: it was deleted since it was looked at.
+    """
+    wanted: dict[tuple[Kind, str], Reference] = {}
+    for reference in named:
+        wanted.setdefault((reference.kind, reference.id), reference)
+    ids = {kind: sorted(name for of, name in wanted if of == kind) for kind in ("job", "weights")}
+    present: set[tuple[str, str]] = set()
+    if ids["job"]:  # shared locks: two jobs may need the same, a deletion waits
+        there = select(Job.id).where(Job.id.in_(ids["job"]), visible(tenant), Job.state == "succeeded").order_by(Job.id)
+        present |= {("job", found) for found in session.scalars(there.with_for_update(read=True))}
+    if ids["weights"]:
+        known = select(WeightsRow.id).where(WeightsRow.id.in_(ids["weights"]), WeightsRow.tenant_id == tenant)
+        locked = known.order_by(WeightsRow.id).with_for_update(read=True)
+        present |= {("weights", found) for found in session.scalars(locked)}
+    faults = [_fault(wanted[one], _unknown(wanted[one])) for one in wanted if one not in present]
+    if faults:
+        raise InvalidSpec(faults)
+    rows = [{"job_id": job_id, "kind": kind, "source_id": source_id} for kind, source_id in wanted]
+    session.execute(insert(JobSource), rows)
+
+
+def check_unused(session: Session, kind: Kind, source_id: str) -> None:
+    """Raise InUse, naming jobs, while one that is not over needs it; the source's row is locked by the caller."""
+    users = session.scalars(
+        select(JobSource.job_id)
+        .join(Job, Job.id == JobSource.job_id)
+        .where(JobSource.kind == kind, JobSource.source_id == source_id, Job.state.not_in(TERMINAL))
+        .order_by(JobSource.job_id)
+        .limit(MOST_NAMED)
+    ).all()
+    if users:
+        what = "this job's network" if kind == "job" else "the weights"
+        raise InUse(f"jobs that have not finished need {what}: {', '.join(users)}; cancel them or wait")
+
+
+class _Unusable(Exception):
+    """A reference that cannot be used; the message says why and what to do."""
+
+
+def _look(session: Session, tenant: str, named: Sequence[Reference]) -> dict[str, Found]:
+    """What the rows say, by key: one query for all jobs, one for all weights."""
+    job_ids = {reference.id for reference in named if reference.kind == "job"}
+    weights_ids = {reference.id for reference in named if reference.kind == "weights"}
+    states: dict[str, str] = {}
+    delivered: dict[tuple[str, str], SourceFile] = {}
+    if job_ids:
+        names = [name for files in ARTIFACTS.values() for name in files.values()]
+        rows = session.execute(
+            select(Job.id, Job.state, Artifact.name, Artifact.key, Artifact.size_bytes, Artifact.sha256)
+            .outerjoin(Artifact, and_(Artifact.job_id == Job.id, Artifact.name.in_(names)))
+            .where(Job.id.in_(job_ids), visible(tenant))
+        )
+        for row in rows:
+            states[row.id] = row.state
+            if row.name is not None:
+                delivered[row.id, row.name] = SourceFile(row.name, row.key, row.size_bytes, row.sha256)
+    uploaded: dict[str, WeightsRow] = {}
+    if weights_ids:
+        wanted = select(WeightsRow).where(WeightsRow.id.in_(weights_ids), WeightsRow.tenant_id == tenant)
+        uploaded = {row.id: row for row in session.scalars(wanted)}
+    found = {}
+    for reference in named:
+        if reference.kind == "job":
+            found[reference.key] = _found_job(reference, states.get(reference.id), delivered)
+        else:
+            found[reference.key] = _found_weights(reference, uploaded.get(reference.id))
+    return found
+
+
+def _found_job(reference: Reference, state: str | None, delivered: dict[tuple[str, str], SourceFile]) -> Found:
+    if state is None:
+        return Found(problem=_unknown(reference))
+    if state != "succeeded":
+        how = {"failed": "failed: name one that succeeded", "cancelled": "was cancelled: name one that succeeded"}
+        return Found(problem=f"job {reference.id} {how.get(state, UNFINISHED.format(state=state))}")
+    assert reference.artifact is not None, "the reference of a job says which network"
+    files = []
+    for name, artifact in ARTIFACTS[reference.artifact].items():
+        file = delivered.get((reference.id, artifact))
+        if file is None:
+            return Found(problem=f"job {reference.id} delivered no {artifact}: name another job")
+        files.append(replace(file, name=name))
+    return Found(tuple(files))
+
+
+def _found_weights(reference: Reference, row: WeightsRow | None) -> Found:
+    if row is None:
+        return Found(problem=_unknown(reference))
+    file = SourceFile(WEIGHTS_FILE, weights_key(row.id), row.size_bytes, row.sha256)
+    return Found((file,), tuple(row.tensors))
+
+
+def _read(storage: Storage, reference: Reference, found: Found) -> Source:
+    """The source. Raises _Unusable, Unavailable."""
+    if found.problem is not None:
+        raise _Unusable(found.problem)
+    files = {file.name: file for file in found.files}
+    if found.tensors is not None:
+        try:
+            storage.size(files[WEIGHTS_FILE].key)
+        except ObjectNotFound as error:
+            raise _Unusable(
+                f"the bytes of weights {reference.id} are gone from the store: upload them again"
+            ) from error
+        return Source.of_tensors(
+            {tensor["name"]: tuple(tensor["shape"]) for tensor in found.tensors},
+            {tensor["name"]: KINDS[tensor["dtype"]] for tensor in found.tensors},
+        )
+    try:
+        document = json.loads(storage.get_bytes(files[ARCHITECTURE_FILE].key))
+        entries = _stored_entries(storage, files[WEIGHTS_FILE])
+        return Source.of_architecture(
+            document, {entry.name: entry.shape for entry in entries}, {entry.name: entry.kind for entry in entries}
+        )
+    except ObjectNotFound as error:
+        raise _Unusable(f"the files of job {reference.id} are gone from the store: run it again") from error
+    except (InvalidWeights, KeyError, TypeError, ValueError) as error:
+        raise _Unusable(f"the network of job {reference.id} cannot be read any more: run it again") from error
+
+
+def _stored_entries(storage: Storage, file: SourceFile) -> tuple[Entry, ...]:
+    """The tensors of a stored safetensors file; its header alone is read."""
+    return read_entries(lambda start, end: b"".join(storage.stream(file.key, start, end)), file.size_bytes)[0]
+
+
+def weights_key(weights_id: str) -> str:
+    """Where the bytes of uploaded weights lie."""
+    return f"{weights_prefix(weights_id)}{WEIGHTS_FILE}"
+
+
+def weights_prefix(weights_id: str) -> str:
+    """The prefix of everything that uploaded weights have in the store."""
+    return f"weights/{weights_id}/"
+
+
+def _unknown(reference: Reference) -> str:
+    if reference.kind == "job":
+        return f"there is no job {reference.id}: name one that succeeded and was not deleted"
+    return f"there are no weights {reference.id}: upload them with POST /v1/weights"
+
+
+def _fault(reference: Reference, problem: str) -> Fault:
+    return Fault(reference.pointer, problem, value=reference.id)

@@ -1,0 +1,126 @@
+"""A move of a job: one conditional UPDATE, its event rows, one transaction. Zero rows changed means "not yours":
+nothing happened.
+
+    queued -> running -> succeeded | failed | cancelled      queued | running <-> paused
+
+A user's request to a running job is the flag `wish` (cancel > stop > pause); `cancelling` is a running job with the
+wish to cancel. Terminal is terminal: no move but the removal of the row names a terminal state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import ColumnElement, delete, select, update
+from sqlalchemy.orm import Session
+
+from app.database.engine import Database
+from app.database.tables import TERMINAL, Checkpoint, Job
+from app.jobs import outbox
+from app.jobs.artifacts import attempt_prefix, job_prefix
+from app.jobs.events import NewEvent, write_events
+
+
+@dataclass(frozen=True)
+class Moved:
+    """The job's row after a move, as far as moves need it."""
+
+    job_id: str
+    attempt: int
+    beat: int
+    event_seq: int
+    log_bytes: int
+    state: str
+    wish: str | None
+    deleted_at: datetime | None
+
+
+def move(
+    session: Session,
+    db: Database,
+    where: Sequence[ColumnElement[bool]],
+    values: Mapping[str, Any],
+    events: Sequence[NewEvent] = (),
+    *,
+    seen: bool = True,
+) -> Moved | None:
+    """The row after the UPDATE, with the events written; None if no row fulfils `where`.
+
+    Event numbers come from the row: its lock is held until the commit, so a job's events become visible in order,
+    without gaps. `seen` is False for a change that no reader sees.
+    """
+    # RETURNING deleted_at, not deleted_at IS NOT NULL: that SQLite 3.40 answers wrongly beside jobs_newest's condition.
+    changed: dict[str, Any] = {**values, "event_seq": Job.event_seq + len(events)}
+    if seen:
+        changed["revision"] = Job.revision + 1
+    row = session.execute(
+        update(Job)
+        .where(*where)
+        .values(**changed)
+        .returning(
+            Job.id,
+            Job.attempt,
+            Job.beat,
+            Job.event_seq,
+            Job.log_bytes,
+            Job.state,
+            Job.wish,
+            Job.deleted_at,
+        )
+    ).one_or_none()
+    if row is None:
+        return None
+    moved = Moved(*tuple(row))
+    write_events(session, db, moved.job_id, moved.attempt, moved.event_seq, events)
+    return moved
+
+
+def clear_objects(session: Session, db: Database, job_id: str, *, keep_artifacts: bool) -> None:
+    """Ask for the deletion of a terminal job's objects: all of them, or its checkpoints alone.
+
+    Rows go before objects.
+    """
+    if keep_artifacts:
+        attempts = session.scalars(select(Checkpoint.attempt).where(Checkpoint.job_id == job_id).distinct())
+        prefixes = [f"{attempt_prefix(job_id, attempt)}checkpoints/" for attempt in attempts]
+    else:
+        prefixes = [job_prefix(job_id)]
+    session.execute(delete(Checkpoint).where(Checkpoint.job_id == job_id))
+    for prefix in prefixes:
+        outbox.post(session, db, "delete_prefix", prefix)
+
+
+def purge(session: Session, db: Database, job_id: str) -> None:
+    """Remove the job's row, what hangs on it, and its objects."""
+    clear_objects(session, db, job_id, keep_artifacts=False)
+    session.execute(delete(Job).where(Job.id == job_id))
+
+
+def shown_state(state: str, wish: str | None) -> str:
+    """The state as users see it: `cancelling` is a running job that was told to cancel."""
+    return "cancelling" if state == "running" and wish == "cancel" else state
+
+
+def allowed_verbs(state: str, wish: str | None, progress_step: int) -> tuple[str, ...]:
+    """What a user may do with a job now; asking for the same again is allowed while the worker has not obeyed yet."""
+    if state in TERMINAL:
+        return ("retry", "delete")
+    verbs = ["cancel"]
+    if state == "running":
+        if wish != "cancel":
+            verbs.append("stop")
+        if wish in (None, "pause"):
+            verbs.append("pause")
+        if wish == "pause":
+            verbs.append("resume")
+    else:
+        if progress_step > 0:
+            verbs.append("stop")  # keeps what the checkpoint holds
+        if state == "queued" and wish is None:
+            verbs.append("pause")
+        if state == "paused":
+            verbs.append("resume")
+    return (*verbs, "delete")

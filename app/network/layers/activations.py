@@ -1,0 +1,230 @@
+"""The layers that keep a shape: normalisation, activations, dropout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from app.network.layers.layer import Layer
+from app.network.layers.shapes import LARGEST_WIDTH, LayerFault, Shape, Tensor, spatial_axes
+from app.network.layers.sharing import UNLESS_SHARED, Shareable, required_unless_shared
+from app.validation.strict import fault
+
+Epsilon = Annotated[float, Field(gt=0, le=1)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
+_NORM_LAST = "it would move the class scores of one example by those of others"
+
+
+class BatchNorm(Layer):
+    """`batch_norm`: torch.nn.BatchNorm1d, 2d or 3d, with weight and bias and running statistics."""
+
+    saves_inputs: ClassVar[bool] = True
+    behind_logits: ClassVar[str | None] = _NORM_LAST
+
+    type: Literal["batch_norm"] = "batch_norm"
+    eps: Epsilon = 1e-5
+    momentum: Annotated[float, Field(gt=0, le=1)] = 0.1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_its_own(cls, sent: Any) -> Any:
+        if isinstance(sent, dict) and "shares" in sent:
+            raise fault(
+                "batch norm cannot share: its running statistics are those of one place in the network", field="shares"
+            )
+        return sent
+
+    def tensors(self, inputs: Sequence[Shape]) -> dict[str, Tensor]:
+        """weight and bias, and the running mean and variance, all (channels)."""
+        channels = inputs[0][:1]
+        return {
+            "weight": Tensor(channels),
+            "bias": Tensor(channels),
+            "running_mean": Tensor(channels, trainable=False),
+            "running_var": Tensor(channels, trainable=False),
+        }
+
+
+class GroupNorm(Shareable):
+    """`group_norm`: torch.nn.GroupNorm."""
+
+    saves_inputs: ClassVar[bool] = True
+    behind_logits: ClassVar[str | None] = "it would take the scale out of the class scores"
+
+    type: Literal["group_norm"] = "group_norm"
+    num_groups: Annotated[int, Field(ge=1, le=LARGEST_WIDTH), UNLESS_SHARED] = required_unless_shared()
+    eps: Epsilon = 1e-5
+
+    def output_shape(self, inputs: Sequence[Shape]) -> Shape:
+        """The input's shape.
+
+        Raises:
+            LayerFault: the groups do not divide the channels, or hold one number each (PyTorch refuses a batch of 1).
+        """
+        channels, elements = inputs[0][0], math.prod(inputs[0])
+        if channels % self.num_groups:
+            message = f"{self.num_groups} groups do not divide the {channels} channels"
+            raise LayerFault("num_groups", message, limit=channels, value=self.num_groups)
+        if elements == self.num_groups:
+            each = "its one group holds" if elements == 1 else f"each of the {elements} groups holds"
+            message = f"{each} one number, of which normalising leaves nothing: use fewer groups, or leave it out"
+            raise LayerFault("num_groups", message, limit=elements // 2, value=self.num_groups)
+        return inputs[0]
+
+    def tensors(self, inputs: Sequence[Shape]) -> dict[str, Tensor]:
+        """weight and bias (channels)."""
+        return {"weight": Tensor(inputs[0][:1]), "bias": Tensor(inputs[0][:1])}
+
+
+class LayerNorm(Shareable):
+    """`layer_norm`: over the channel axis at each position, weight and bias one per channel."""
+
+    saves_inputs: ClassVar[bool] = True
+    behind_logits: ClassVar[str | None] = "it would take the scale out of the class scores"
+
+    type: Literal["layer_norm"] = "layer_norm"
+    eps: Epsilon = 1e-5
+
+    def tensors(self, inputs: Sequence[Shape]) -> dict[str, Tensor]:
+        """weight and bias (channels)."""
+        return {"weight": Tensor(inputs[0][:1]), "bias": Tensor(inputs[0][:1])}
+
+
+class Activation(Layer):
+    """A function of each element (softmax: of the channels at each position)."""
+
+    monotone: ClassVar[bool] = False
+    behind_logits: ClassVar[str | None] = (
+        "class scores are unbounded numbers: the loss and the export apply softmax themselves"
+    )
+
+    def is_monotone(self) -> bool:
+        """Whether it never falls where its input rises."""
+        return self.monotone
+
+
+class ReLU(Activation):
+    """`relu`: max(0, x)."""
+
+    monotone: ClassVar[bool] = True
+    saves_output: ClassVar[bool] = True
+    type: Literal["relu"] = "relu"
+
+
+class ReLU6(Activation):
+    """`relu6`: min(6, max(0, x))."""
+
+    monotone: ClassVar[bool] = True
+    saves_inputs: ClassVar[bool] = True
+    type: Literal["relu6"] = "relu6"
+
+
+class LeakyReLU(Activation):
+    """`leaky_relu`: x where positive, else negative_slope * x. Monotone where the slope is not negative."""
+
+    saves_inputs: ClassVar[bool] = True
+    type: Literal["leaky_relu"] = "leaky_relu"
+    negative_slope: Annotated[float, Field(ge=-10, le=10)] = 0.01
+
+    def is_monotone(self) -> bool:
+        """Whether the slope is not negative."""
+        return self.negative_slope >= 0
+
+
+class SiLU(Activation):
+    """`silu`: x * sigmoid(x)."""
+
+    saves_inputs: ClassVar[bool] = True
+    type: Literal["silu"] = "silu"
+
+
+class GELU(Activation):
+    """`gelu`: x times the normal distribution function of x, exact (no tanh approximation)."""
+
+    saves_inputs: ClassVar[bool] = True
+    type: Literal["gelu"] = "gelu"
+
+
+class Hardswish(Activation):
+    """`hardswish`: x * relu6(x + 3) / 6."""
+
+    saves_inputs: ClassVar[bool] = True
+    type: Literal["hardswish"] = "hardswish"
+
+
+class Hardsigmoid(Activation):
+    """`hardsigmoid`: relu6(x + 3) / 6."""
+
+    monotone: ClassVar[bool] = True
+    saves_inputs: ClassVar[bool] = True
+    type: Literal["hardsigmoid"] = "hardsigmoid"
+
+
+class Sigmoid(Activation):
+    """`sigmoid`: 1 / (1 + exp(-x))."""
+
+    monotone: ClassVar[bool] = True
+    saves_output: ClassVar[bool] = True
+    type: Literal["sigmoid"] = "sigmoid"
+
+
+class Tanh(Activation):
+    """`tanh`."""
+
+    monotone: ClassVar[bool] = True
+    saves_output: ClassVar[bool] = True
+    type: Literal["tanh"] = "tanh"
+
+
+class Softmax(Activation):
+    """`softmax` over the channels, at each position."""
+
+    saves_output: ClassVar[bool] = True
+    type: Literal["softmax"] = "softmax"
+
+
+class PReLU(Activation, Shareable):
+    """`prelu`: x where positive, else weight * x, one trained weight per channel."""
+
+    saves_inputs: ClassVar[bool] = True
+    type: Literal["prelu"] = "prelu"
+
+    def tensors(self, inputs: Sequence[Shape]) -> dict[str, Tensor]:
+        """weight (channels)."""
+        return {"weight": Tensor(inputs[0][:1])}
+
+
+class Dropout(Layer):
+    """`dropout`: torch.nn.Dropout, single elements."""
+
+    saved_bytes: ClassVar[int] = 4
+    behind_logits: ClassVar[str | None] = (
+        "in training it would set class scores to zero: put it before the last linear layer"
+    )
+
+    type: Literal["dropout"] = "dropout"
+    p: Probability = 0.5
+
+
+class SpatialDropout(Layer):
+    """`spatial_dropout`: torch.nn.Dropout1d, 2d or 3d, whole channels."""
+
+    behind_logits: ClassVar[str | None] = (
+        "in training it would set class scores to zero: put it before the last linear layer"
+    )
+
+    type: Literal["spatial_dropout"] = "spatial_dropout"
+    p: Probability = 0.5
+
+    def output_shape(self, inputs: Sequence[Shape]) -> Shape:
+        """The input's shape.
+
+        Raises:
+            LayerFault: it is flat.
+        """
+        spatial_axes(inputs[0], "spatial dropout")
+        return inputs[0]

@@ -1,0 +1,136 @@
+"""All layers of the job language, and how to read them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter
+
+from app.network.layers.activations import (
+    GELU,
+    Activation,
+    BatchNorm,
+    Dropout,
+    GroupNorm,
+    Hardsigmoid,
+    Hardswish,
+    LayerNorm,
+    LeakyReLU,
+    PReLU,
+    ReLU,
+    ReLU6,
+    Sigmoid,
+    SiLU,
+    Softmax,
+    SpatialDropout,
+    Tanh,
+)
+from app.network.layers.containers import Repeat, Residual, SqueezeExcite
+from app.network.layers.convolutions import Conv, ConvTranspose, Linear
+from app.network.layers.joins_and_views import Add, ChannelShuffle, Concat, Flatten, Multiply, Pad, Slice
+from app.network.layers.layer import Layer
+from app.network.layers.pooling import AvgPool, GlobalAvgPool, MaxPool, Upsample
+from app.network.layers.shapes import LayerFault, Shape, Tensor
+
+__all__ = [
+    "CONTAINERS",
+    "GELU",
+    "LAYERS",
+    "Activation",
+    "Add",
+    "AnyLayer",
+    "AvgPool",
+    "BatchNorm",
+    "ChannelShuffle",
+    "Concat",
+    "Conv",
+    "ConvTranspose",
+    "Dropout",
+    "Flatten",
+    "GlobalAvgPool",
+    "GroupNorm",
+    "Hardsigmoid",
+    "Hardswish",
+    "Layer",
+    "LayerFault",
+    "LayerNorm",
+    "LeakyReLU",
+    "Linear",
+    "MaxPool",
+    "Multiply",
+    "PReLU",
+    "Pad",
+    "ReLU",
+    "ReLU6",
+    "Repeat",
+    "Residual",
+    "Shape",
+    "SiLU",
+    "Sigmoid",
+    "Slice",
+    "Softmax",
+    "SpatialDropout",
+    "SqueezeExcite",
+    "Tanh",
+    "Tensor",
+    "Upsample",
+    "read_layers",
+]
+
+AnyLayer = Annotated[
+    Conv
+    | ConvTranspose
+    | Linear
+    | BatchNorm
+    | GroupNorm
+    | LayerNorm
+    | ReLU
+    | ReLU6
+    | LeakyReLU
+    | SiLU
+    | GELU
+    | Hardswish
+    | Hardsigmoid
+    | Sigmoid
+    | Tanh
+    | Softmax
+    | PReLU
+    | MaxPool
+    | AvgPool
+    | GlobalAvgPool
+    | Upsample
+    | Dropout
+    | SpatialDropout
+    | Flatten
+    | Slice
+    | ChannelShuffle
+    | Pad
+    | Add
+    | Multiply
+    | Concat
+    | Residual
+    | SqueezeExcite
+    | Repeat,
+    Field(discriminator="type"),
+]
+
+CONTAINERS: tuple[type[Layer], ...] = (Residual, SqueezeExcite, Repeat)
+for _container in CONTAINERS:
+    _container.model_rebuild(_types_namespace={"AnyLayer": AnyLayer})
+
+LAYERS: dict[str, type[Layer]] = {
+    kind.model_fields["type"].default: kind
+    for kind in AnyLayer.__origin__.__args__  # type: ignore[attr-defined]
+}
+"""Every layer's class by its type, as it stands in a job."""
+
+_LIST: TypeAdapter[tuple[Layer, ...]] = TypeAdapter(Annotated[tuple[AnyLayer, ...], Field(strict=False)])
+
+
+def read_layers(documents: object) -> tuple[Layer, ...]:
+    """The layers of a list of JSON objects, as `model.layers` and `architecture.json` hold them.
+
+    Raises:
+        pydantic.ValidationError: something in it is not of the job language.
+    """
+    return _LIST.validate_python(documents)

@@ -1,0 +1,316 @@
+"""What a job will do, worked out before anything is trained: the networks, their cost, every mistake of meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from app.errors import Fault, InvalidSpec, JsonValue
+from app.network.cost import Cost, Memory, cost, layer_rows, training_memory
+from app.network.editor import WEIGHTED
+from app.network.graph import Graph, Limits, build_graph
+from app.network.layers.registry import read_layers
+from app.network.presets import preset_layers
+from app.planning import checks, warm_start
+from app.planning.dry_run import Forecast, LayerPlan
+from app.planning.fine_tuning import fine_tuning_faults, fine_tuning_warnings, frozen_layers, rate_factors
+from app.planning.warm_start import Start
+from app.rewrites.rewrites import rewrite
+from app.settings import Settings
+from app.spec.data import DataFacts
+from app.spec.job import JobModel, JobSpec, PresetModel, completed, retraining
+from app.spec.low_rank import Quantize
+from app.spec.optimizations import Compression, Optimization, Rewrite, SmallKernels
+from app.spec.references import Source
+from app.validation.faults import MOST_FAULTS
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class JobLimits(Limits):
+    """How large a job may be: the network's limits, and those of its training."""
+
+    epochs: int = 10_000
+    """Epochs of one training."""
+    training_bytes: int = 64 << 30
+    """Estimated memory of a training."""
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """The limits that the settings state."""
+        return cls(params=settings.max_params, epochs=settings.max_epochs, training_bytes=settings.max_training_bytes)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of a job: which phase, how many epochs (None: not counted in epochs), for which optimization."""
+
+    phase: str
+    epochs: int | None = None
+    optimization: str | None = None
+
+    def document(self) -> dict[str, JsonValue]:
+        """The phase as it stands in an answer."""
+        fields: dict[str, JsonValue] = {"phase": self.phase, "epochs": self.epochs, "optimization": self.optimization}
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job that can be run.
+
+    `spec` has every default filled in, `input_shape` and `classes` too. `graphs` are the network as given and after
+    each optimization (after those that do not rewrite it: the same again), one more than there are optimizations.
+    `floor` is the cost with every channel group at its smallest, of the last step that removes channels, else None.
+    `start` says which trained weights it begins with; `frozen` are the layers that no training changes, `rate_factors`
+    those with a learning rate of their own.
+    """
+
+    spec: JobSpec
+    facts: DataFacts
+    graphs: tuple[Graph, ...]
+    given_cost: Cost
+    baseline_cost: Cost
+    planned_cost: Cost
+    planned: Graph
+    floor: Cost | None
+    memory: Memory
+    layers: tuple[LayerPlan, ...]
+    phases: tuple[Phase, ...]
+    warnings: tuple[Fault, ...]
+    start: Start | None = None
+    frozen: frozenset[str] = frozenset()
+    rate_factors: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def given(self) -> Graph:
+        """The network as sent."""
+        return self.graphs[0]
+
+    @property
+    def baseline(self) -> Graph:
+        """The network that is trained: after the rewrites, before the first compression."""
+        return self.graphs[-1]
+
+
+def make_plan(
+    spec: JobSpec, facts: DataFacts, *, limits: Limits | None = None, sources: Mapping[str, Source] | None = None
+) -> Plan:
+    """The plan of `spec` on data with these facts; `sources` has every network that `spec` refers to, by its key.
+
+    Raises InvalidSpec with every mistake of meaning that could be found, at most 100.
+    """
+    known = sources or {}
+    bounds = _bounds(limits)
+    spec = _with_batch(completed(spec), facts)
+    faults = [
+        *checks.data_faults(spec, facts),
+        *checks.training_faults(spec, bounds.epochs),
+        *checks.order_faults(spec),
+    ]
+    if missing := list(warm_start.unknown_sources(spec, known)):
+        raise InvalidSpec([*missing, *faults][:MOST_FAULTS])
+    reference = warm_start.start_reference(spec)
+    source = None if reference is None else known[reference.key]
+    try:
+        spec = _with_model(spec, facts, source)
+        given = given_graph(spec, facts.classes, limits=bounds, source=source)
+    except InvalidSpec as exc:
+        raise InvalidSpec([*exc.faults, *faults][:MOST_FAULTS]) from exc
+    faults += warm_start.source_faults(spec, given, facts.classes, known, bounds)
+    if faults:
+        raise InvalidSpec(faults[:MOST_FAULTS])
+    graphs, rows, warnings = _rewritten(given, spec.optimizations, bounds)
+    baseline = graphs[-1]
+    start = None if source is None else warm_start.start_of(spec, given, baseline, source, facts.classes)
+    memory = training_memory(baseline, batch_size=spec.training.batch_size, optimizer=spec.training.optimizer.name)
+    faults = [
+        *checks.graph_faults(spec, baseline),
+        *fine_tuning_faults(spec.training, baseline),
+        *(() if start is None else warm_start.start_faults(spec, start, given.input_shape)),
+        *checks.memory_faults(spec, memory, bounds.training_bytes),
+    ]
+    forecast = Forecast(baseline, cost(baseline))
+    for position, step in enumerate(spec.optimizations):
+        try:
+            forecast.follow(step, f"/optimizations/{position}")
+        except InvalidSpec as exc:
+            faults += exc.faults
+    if spec.sensitivity is not None:
+        try:
+            forecast.look(spec.sensitivity, "/sensitivity")
+        except InvalidSpec as exc:
+            faults += exc.faults
+    if faults:
+        raise InvalidSpec(faults[:MOST_FAULTS])
+    return Plan(
+        spec=spec,
+        facts=facts,
+        graphs=graphs,
+        given_cost=cost(given),
+        baseline_cost=forecast.baseline,
+        planned_cost=forecast.cost,
+        planned=forecast.graph,
+        floor=forecast.floor,
+        memory=memory,
+        layers=(*rows, *forecast.rows, *_untouched(baseline, forecast.rows)),
+        phases=_phases(spec),
+        warnings=(
+            *checks.warnings(spec, facts, baseline),
+            *warm_start.warnings(spec, facts, given, start, known),
+            *fine_tuning_warnings(spec.training, baseline, start),
+            *warnings,
+            *forecast.warnings,
+        ),
+        start=start,
+        frozen=frozen_layers(spec.training, baseline),
+        rate_factors=rate_factors(spec.training, baseline),
+    )
+
+
+def given_graph(spec: JobSpec, classes: int, *, limits: Limits | None = None, source: Source | None = None) -> Graph:
+    """The network as `spec` gives it, for K = `classes`; its `input_shape` must be stated.
+
+    `source` is the finished job's network where the model is one.
+
+    Raises InvalidSpec with pointers into the spec if it is not a network.
+    """
+    model, bounds = spec.model, limits or JobLimits()
+    assert model.input_shape is not None, "make_plan fills it in"
+    if isinstance(model, JobModel):
+        assert source is not None, "the network of a job needs its source"
+        return warm_start.job_graph(model, source, classes, bounds)
+    if not isinstance(model, PresetModel):
+        return build_graph(model.layers, model.input_shape, classes=classes, limits=bounds)
+    layers = read_layers(preset_layers(model.preset, model.input_shape, classes, model.width))
+    try:
+        return build_graph(layers, model.input_shape, classes=classes, limits=bounds)
+    except InvalidSpec as exc:
+        # its layers were not sent, so pointers to them would lead nowhere
+        first = exc.faults[0]
+        at = first.pointer if first.pointer.startswith("/model/input_shape") else "/model/preset"
+        raise InvalidSpec([Fault(at, f"{model.preset}: {first.message}", first.limit, first.value)]) from exc
+
+
+def plan_answer(plan: Plan) -> dict[str, Any]:
+    """The body of the answer of `POST /v1/jobs/validate`."""
+    return {
+        "valid": True,
+        "plan_version": PLAN_VERSION,
+        "layers": [row.document() for row in layer_rows(plan.baseline)],
+        "given": plan.given_cost.document(),
+        "baseline": plan.baseline_cost.document(),
+        "planned": plan.planned_cost.document(),
+        "floor": None if plan.floor is None else plan.floor.document(),
+        "memory": plan.memory.document(),
+        "estimate": {"seconds": None, "reason": "no finished job to measure from"},
+        "plan": [row.document() for row in plan.layers],
+        "phases": [phase.document() for phase in plan.phases],
+        "warnings": [warning.document() for warning in plan.warnings],
+        "spec": plan.spec.document(),
+    }
+
+
+def _bounds(limits: Limits | None) -> JobLimits:
+    if limits is None or isinstance(limits, JobLimits):
+        return limits or JobLimits()
+    return JobLimits(**vars(limits))
+
+
+def _with_batch(spec: JobSpec, facts: DataFacts) -> JobSpec:
+    """`spec` with the default batch no larger than the training part; a batch size that was stated stays and is checked."""
+    images, _ = facts.training_images(spec.data)
+    if "batch_size" in spec.training.model_fields_set or not 1 <= images < spec.training.batch_size:
+        return spec
+    return spec.model_copy(update={"training": spec.training.model_copy(update={"batch_size": images})})
+
+
+def _with_model(spec: JobSpec, facts: DataFacts, source: Source | None) -> JobSpec:
+    update: dict[str, Any] = {"input_shape": checks.input_shape(spec, facts, source)}
+    if isinstance(spec.model, PresetModel):
+        update["classes"] = facts.classes
+    return spec.model_copy(update={"model": spec.model.model_copy(update=update)})
+
+
+def _rewritten(
+    given: Graph, optimizations: Sequence[Optimization], limits: JobLimits
+) -> tuple[tuple[Graph, ...], list[LayerPlan], list[Fault]]:
+    """(the graphs from `given` on, what was inserted and replaced, warnings)."""
+    graphs = [given]
+    rows: list[LayerPlan] = []
+    warnings: list[Fault] = []
+    for position, step in enumerate(optimizations):
+        before, pointer = graphs[-1], f"/optimizations/{position}"
+        if not isinstance(step, Rewrite):
+            graphs.append(before)
+            continue
+        after = rewrite(before, step, pointer=pointer, limits=limits)
+        graphs.append(after)
+        rows += _changes(before, after, step.type, pointer)
+        if after is before:
+            warnings.append(Fault(pointer, f"{step.type} finds nothing to change in this network"))
+        elif isinstance(step, SmallKernels):
+            warnings += _dearer(before, after, pointer)
+    return tuple(graphs), rows, warnings
+
+
+def _changes(before: Graph, after: Graph, kind: str, pointer: str) -> list[LayerPlan]:
+    rows = []
+    for node in after.nodes:
+        if node.name not in before:
+            rows.append(LayerPlan(node.name, "insert", None, node.shape[0], True, f"{node.type}, by {kind}", pointer))
+        elif node.layer != before[node.name].layer:
+            changed = ", ".join(
+                name
+                for name in type(node.layer).model_fields
+                if getattr(node.layer, name) != getattr(before[node.name].layer, name)
+            )
+            width = before[node.name].shape[0]
+            rows.append(
+                LayerPlan(node.name, "replace", width, node.shape[0], True, f"{changed} changed by {kind}", pointer)
+            )
+    return rows
+
+
+def _dearer(before: Graph, after: Graph, pointer: str) -> list[Fault]:
+    """A warning where small kernels cost more than the large one: few input channels, many output channels."""
+    old, new = cost(before), cost(after)
+    if new.macs <= old.macs:
+        return []
+    message = (
+        f"costs more here: {old.macs} -> {new.macs} MACs, {old.params} -> {new.params} parameters, because the first "
+        "convolution of a stack is as wide as the last; narrow it with layers"
+    )
+    return [Fault(pointer, message)]
+
+
+def _untouched(baseline: Graph, rows: Sequence[LayerPlan]) -> list[LayerPlan]:
+    """A row for each layer with weights that no compression speaks of."""
+    spoken = {row.layer for row in rows}
+    return [
+        LayerPlan(node.name, "keep", node.shape[0], node.shape[0], True, "nothing removes from it")
+        for node in baseline.nodes
+        if node.type in WEIGHTED and node.name not in spoken
+    ]
+
+
+def _phases(spec: JobSpec) -> tuple[Phase, ...]:
+    phases = [Phase("preparing"), Phase("training", spec.training.epochs), Phase("evaluating")]
+    for position, step in enumerate(spec.optimizations):
+        if not isinstance(step, Compression):
+            continue
+        pointer = f"/optimizations/{position}"
+        epochs = retraining(step, spec.training).epochs or 0
+        for _ in range(step.rounds):
+            phases.append(Phase("pruning", optimization=pointer))
+            if epochs:
+                phases.append(Phase("retraining", epochs, pointer))
+        phases.append(Phase("evaluating", optimization=pointer))
+    for position, step in enumerate(spec.optimizations):
+        if isinstance(step, Quantize):
+            phases.append(Phase("evaluating", optimization=f"/optimizations/{position}"))
+    if spec.sensitivity is not None:
+        phases.append(Phase("evaluating", optimization="/sensitivity"))
+    return (*phases, Phase("measuring"), Phase("exporting"))

@@ -1,0 +1,107 @@
+"""Compressions beside pruning: factorised convolutions, and weights and activations of 8 bits."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from app.spec.prune import Budget, Retrain
+from app.validation.strict import Count, Names, Strict, Text, fault
+
+Scheme = Literal["int8_static", "int8_vnni"]
+
+
+class LowRank(Strict):
+    """Replace trained convolutions and linear layers by products of smaller ones, then train again.
+
+    Linear layers and 1 x 1 convolutions become two layers (SVD), larger kernels three: 1 x 1, kernel, 1 x 1 (Tucker-2
+    with HOOI, Kim et al., arXiv 1511.06530), without one of the outer ones where it would save nothing. The last one
+    keeps the layer's name. Grouped layers, those with fewer than 16 inputs or outputs, and those whose cost would not
+    fall stay as they are, with the reason.
+    """
+
+    type: Literal["low_rank"] = "low_rank"
+    rank: Annotated[Count | None, Field(description="Rank of every layer that it makes cheaper.")] = None
+    energy: Annotated[
+        float | None,
+        Field(gt=0, lt=1, description="Part of each layer's squared singular values that is kept, at least."),
+    ] = None
+    budget: Annotated[
+        Budget | None, Field(description="Ranks are cut where that loses least, until the network meets it.")
+    ] = None
+    layers: Annotated[Names | None, Field(description="Only these layers.")] = None
+    exclude: Annotated[tuple[Text, ...], Field(max_length=10_000, description="Layers that are left alone.")] = ()
+    round_to: Annotated[int, Field(ge=1, le=1024, description="Ranks by energy and budget are multiples of this.")] = 8
+    retrain: Annotated[Retrain | None, Field(description="Default: a third of the training epochs, lr_rewind.")] = None
+
+    rounds: ClassVar[int] = 1
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> Self:
+        given = [name for name in ("rank", "energy", "budget") if getattr(self, name) is not None]
+        if len(given) != 1:
+            problem = "has none of them" if not given else "has " + " and ".join(given)
+            raise fault(
+                f"state exactly one of: rank, energy, budget; this {problem}", field=given[1] if given else None
+            )
+        if self.budget is not None and self.budget.latency_ms is not None:
+            raise fault("low_rank has budgets of macs, params and bytes", field="budget/latency_ms")
+        _check_policy(self.retrain)
+        return self
+
+
+class Separable(Strict):
+    """Replace trained convolutions by a depthwise and a 1 x 1 convolution, then train again (Chollet, arXiv 1610.02357).
+
+    Both start from the best approximation of the trained weights: of each input channel the first singular vectors. The
+    1 x 1 convolution keeps the layer's name. Grouped, transposed and 1 x 1 convolutions stay as they are, and those
+    with fewer than 16 input channels.
+    """
+
+    type: Literal["separable"] = "separable"
+    layers: Annotated[Names | None, Field(description="Only these convolutions.")] = None
+    exclude: Annotated[tuple[Text, ...], Field(max_length=10_000, description="Layers that are left alone.")] = ()
+    retrain: Annotated[Retrain | None, Field(description="Default: a third of the training epochs, lr_rewind.")] = None
+
+    rounds: ClassVar[int] = 1
+
+    @model_validator(mode="after")
+    def _policy_fits(self) -> Self:
+        _check_policy(self.retrain)
+        return self
+
+
+class Quantize(Strict):
+    """Deliver an ONNX file with weights and activations of 8 bits beside the others: `pruned.int8.onnx`.
+
+    Static (ONNX Runtime, QDQ): weights symmetric with one scale per output channel, activations with ranges measured on
+    training images. With `int8_static` weights lie between -64 and 64, and the file is right on every processor. With
+    `int8_vnni` they lie between -127 and 127, and the file is right only on processors with VNNI or AMX, and on ARM:
+    others cut sums off, so a worker with another processor does not deliver the file. Layers that lose most are left in
+    float32 until the accuracy on the validation images falls by no more than `max_accuracy_drop`; what is delivered
+    keeps to it on the test images too. Where nothing does, the other files are delivered without it, and the report
+    says by how much it misses. `exports` are the formats of the float32 network: they need not name onnx.
+    """
+
+    type: Literal["quantize"] = "quantize"
+    scheme: Annotated[
+        Scheme,
+        Field(
+            description="int8_static: weights of 7 bits, right on every processor. "
+            "int8_vnni: weights of 8 bits, right only on processors with VNNI or AMX, and on ARM."
+        ),
+    ] = "int8_static"
+    max_accuracy_drop: Annotated[
+        float,
+        Field(ge=0, le=1, description="Largest loss of accuracy, as a fraction of 1, against the float32 network."),
+    ] = 0.01
+    calibration_images: Annotated[
+        int, Field(ge=1, le=65_536, description="Training images that ranges are measured on, at most.")
+    ] = 512
+    exclude: Annotated[tuple[Text, ...], Field(max_length=10_000, description="Layers that stay in float32.")] = ()
+
+
+def _check_policy(retrain: Retrain | None) -> None:
+    if retrain is not None and retrain.policy == "weight_rewind":
+        raise fault("weight_rewind needs weights that keep their shape", field="retrain/policy", value="weight_rewind")

@@ -1,0 +1,403 @@
+"""Pruning as a job asks for it: what goes, how much, ranked by what, when, and how the network trains again."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
+
+from app.validation.strict import Count, JobId, Strict, Text, fault
+
+Structure = Literal["weights", "channels", "n:m", "blocks"]
+Criterion = Literal["l1", "l2", "taylor", "bn_scale", "fpgm", "lamp", "activation", "erk", "random"]
+Scope = Literal["global", "layer", "sensitivity"]
+Policy = Literal["lr_rewind", "fine_tune", "weight_rewind", "none"]
+Measure = Literal["macs", "params", "bytes", "latency_ms"]
+MEASURES: tuple[Measure, ...] = ("macs", "params", "bytes", "latency_ms")
+Artifact = Literal["pruned", "baseline"]
+Epochs = Annotated[int, Field(ge=1, le=1_000_000)]
+Open01 = Annotated[float, Field(gt=0, lt=1)]
+Amount = Annotated[int, Field(gt=0, le=2**53)] | Annotated[float, Field(gt=0, le=2**53)]
+LearningRate = Annotated[float, Field(ge=1e-9, le=100)]
+
+WEIGHT_CRITERIA: tuple[Criterion, ...] = ("l1", "l2", "lamp", "erk", "random")
+PATTERN_CRITERIA: tuple[Criterion, ...] = ("l1", "l2", "random")
+CHANNEL_CRITERIA: tuple[Criterion, ...] = (
+    "l1",
+    "l2",
+    "taylor",
+    "bn_scale",
+    "fpgm",
+    "lamp",
+    "activation",
+    "random",
+)
+CRITERIA: dict[Structure, tuple[Criterion, ...]] = {
+    "weights": WEIGHT_CRITERIA,
+    "channels": CHANNEL_CRITERIA,
+    "n:m": PATTERN_CRITERIA,
+    "blocks": PATTERN_CRITERIA,
+}
+MOST_OF_A_PATTERN = 64
+_PATTERN = r"^([0-9]{1,3}):([0-9]{1,3})$"
+
+
+def _known_pattern(pattern: str) -> str:
+    found = re.fullmatch(_PATTERN, pattern)
+    if found is None:
+        raise fault('must be two numbers with a colon: "2:4" keeps at most 2 of 4 weights in a row')
+    kept, of = int(found[1]), int(found[2])
+    if not 1 <= kept < of <= MOST_OF_A_PATTERN:
+        raise fault(f"keeps N of M weights with 1 <= N < M <= {MOST_OF_A_PATTERN}", limit=MOST_OF_A_PATTERN)
+    return f"{kept}:{of}"
+
+
+def kept_of(pattern: str) -> tuple[int, int]:
+    """(N, M) of a pattern "N:M": at most N of M weights in a row stay."""
+    kept, of = pattern.split(":")
+    return int(kept), int(of)
+
+
+Pattern = Annotated[str, AfterValidator(_known_pattern), WithJsonSchema({"type": "string", "pattern": _PATTERN})]
+Side = Annotated[int, Field(ge=1, le=1024)]
+
+
+class Distillation(Strict):
+    """A trained network teaches: (1 - alpha) * CE + alpha * T^2 * KL (Hinton et al., arXiv 1503.02531)."""
+
+    alpha: Annotated[float, Field(gt=0, le=1, description="Weight of the teacher's term.")] = 0.7
+    temperature: Annotated[float, Field(ge=1, le=100, description="Temperature T of both softmaxes.")] = 4.0
+    teacher: Annotated[
+        JobId | None, Field(description="A finished job whose network teaches; default: this job's own dense network.")
+    ] = None
+    artifact: Annotated[Artifact, Field(description="Which network of that job.")] = "baseline"
+
+    @model_validator(mode="after")
+    def _artifact_has_a_job(self) -> Self:
+        if self.teacher is None and "artifact" in self.model_fields_set and self.artifact != "baseline":
+            raise fault("belongs to a teacher from another job: state teacher", field="artifact", value=self.artifact)
+        return self
+
+
+class Retrain(Strict):
+    """Training after the removal; `lr_rewind` runs the last epochs of the schedule again (Renda, arXiv 2003.02389)."""
+
+    policy: Annotated[
+        Policy,
+        Field(
+            description="lr_rewind, fine_tune, weight_rewind (masks only), or none: batch norm is recalibrated only."
+        ),
+    ] = "lr_rewind"
+    epochs: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            le=1_000_000,
+            description="Epochs; default: a third of the training epochs, at least 1; 0 with policy none.",
+        ),
+    ] = None
+    lr: Annotated[
+        LearningRate | None, Field(description="Highest rate of retraining; default: what the policy says.")
+    ] = None
+    distillation: Distillation | None = None
+
+    @model_validator(mode="after")
+    def _epochs_fit_policy(self) -> Self:
+        if self.policy == "none":
+            if self.epochs:
+                raise fault(
+                    "policy none does not retrain: leave epochs out, or choose lr_rewind",
+                    field="epochs",
+                    limit=0,
+                    value=self.epochs,
+                )
+            if self.distillation is not None:
+                raise fault("policy none does not retrain, so there is nothing to distil", field="distillation")
+        elif self.epochs == 0:
+            raise fault(
+                f"policy {self.policy} needs at least one epoch; recalibration only is policy none",
+                field="epochs",
+                limit=1,
+                value=0,
+            )
+        return self
+
+
+class PruneSchedule(Strict):
+    """When how much goes: at once, in rounds with retraining, or along a cubic (Zhu & Gupta, arXiv 1710.01878)."""
+
+    name: Literal["one_shot", "iterative", "cubic"] = "one_shot"
+    steps: int | None = Field(
+        ge=1,
+        le=1000,
+        description="iterative: number of rounds; default 3.",
+        default_factory=lambda data: 3 if data.get("name") == "iterative" else None,
+    )
+    epochs: Annotated[
+        Epochs | None,
+        Field(description="cubic: retraining epochs over which the sparsity rises; default: 70 % of them."),
+    ] = None
+
+    @model_validator(mode="after")
+    def _fields_fit_name(self) -> Self:
+        if self.name != "iterative" and self.steps is not None:
+            raise fault(f"a {self.name} schedule has no steps: they belong to iterative", field="steps")
+        if self.name == "iterative" and self.steps is None:
+            raise fault("an iterative schedule needs its number of steps", field="steps")
+        if self.name != "cubic" and self.epochs is not None:
+            raise fault(f"a {self.name} schedule has no epochs: they belong to cubic", field="epochs")
+        return self
+
+
+class Budget(Strict):
+    """How much of one cost may be left: a fraction kept (0 < f <= 1, of the baseline) or an integer above 1."""
+
+    macs: Annotated[Amount | None, Field(description="Multiply-accumulates of one input.")] = None
+    params: Annotated[Amount | None, Field(description="Trainable elements.")] = None
+    bytes: Annotated[Amount | None, Field(description="Size of pruned.safetensors.")] = None
+    latency_ms: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            le=1e6,
+            description="Median time of one image in ONNX Runtime, one thread, on the worker; up to 1: fraction kept.",
+        ),
+    ] = None
+    absolute: Annotated[bool, Field(description="latency_ms is in milliseconds even where it is 1 or less.")] = False
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> Self:
+        given = [(name, value) for name in MEASURES if (value := getattr(self, name)) is not None]
+        if len(given) != 1:
+            raise fault("state exactly one of: macs, params, bytes, latency_ms")
+        name, value = given[0]
+        if self.absolute and name != "latency_ms":
+            raise fault(
+                "a fraction is up to 1 and a number of units above it: absolute is for latency_ms", field="absolute"
+            )
+        if name != "latency_ms" and value > 1 and not isinstance(value, int):
+            raise fault(
+                "a budget is a fraction kept (0 < f <= 1) or an integer above 1", field=name, limit=1, value=value
+            )
+        return self
+
+    @property
+    def measure(self) -> Measure:
+        """Which cost is bounded."""
+        if self.latency_ms is not None:
+            return "latency_ms"
+        return "macs" if self.macs is not None else "params" if self.params is not None else "bytes"
+
+    def allowed(self, dense: int) -> int:
+        """The largest cost allowed, where the baseline's is `dense`: a fraction is rounded down."""
+        assert self.measure != "latency_ms", "a latency is measured, not counted"
+        value = getattr(self, self.measure)
+        return int(value * dense) if value <= 1 else int(value)
+
+    def allowed_ms(self, dense_ms: float) -> float:
+        """The longest time allowed, in milliseconds, where the baseline takes `dense_ms`."""
+        assert self.latency_ms is not None
+        return self.latency_ms if self.absolute or self.latency_ms > 1 else self.latency_ms * dense_ms
+
+
+class PruneOverride(Strict):
+    """What is different for one layer."""
+
+    sparsity: Annotated[float | None, Field(ge=0, lt=1, description="Part of this layer that goes.")] = None
+    threshold: Annotated[
+        float | None, Field(ge=0, le=1e6, description="Weights of this layer whose absolute value is below this go.")
+    ] = None
+    max_sparsity: Annotated[
+        float | None, Field(ge=0, lt=1, description="Largest part of this layer's group that may go.")
+    ] = None
+    min_channels: Annotated[Count | None, Field(description="Fewest channels this layer keeps.")] = None
+    round_to: Annotated[
+        int | None, Field(ge=1, le=1024, description="Widths of this layer's group are multiples of this.")
+    ] = None
+    pattern: Annotated[Pattern | None, Field(description="n:m: this layer's pattern.")] = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if all(value is None for _, value in self):
+            raise fault("an override states at least one of: " + ", ".join(type(self).model_fields))
+        if self.sparsity is not None and self.threshold is not None:
+            raise fault("state sparsity or threshold, not both", field="threshold")
+        return self
+
+
+def _structure(data: dict[str, object]) -> Structure:
+    if data.get("pattern") is not None:
+        return "n:m"
+    if data.get("block") is not None:
+        return "blocks"
+    return "weights" if data.get("budget") is None else "channels"
+
+
+def _scope(data: dict[str, object]) -> Scope:
+    if data.get("structure") == "channels" and data.get("budget") is not None:
+        return "sensitivity"
+    by_rank = data.get("structure") in ("weights", "blocks") and data.get("criterion") != "erk"
+    return "global" if by_rank else "layer"
+
+
+class Prune(Strict):
+    """Remove weights (set to zero, and kept there) or whole channels (the network gets smaller), then train again.
+
+    `sparsity` is the part that goes, a budget the part that is kept. `n:m` keeps at most n of m weights in a row along
+    the input channels, `blocks` removes whole blocks of the matrix of output and input channels. `lamp`: Lee et al.,
+    arXiv 2010.07611; `erk` (layers' shares): Evci et al., arXiv 1911.11134; `l1`, `l2`: Li et al., arXiv 1608.08710; `fpgm`:
+    He et al., arXiv 1811.00250; `bn_scale`: Liu et al., arXiv 1708.06519; `taylor`: Molchanov et al., arXiv
+    1906.10771.
+    """
+
+    type: Literal["prune"] = "prune"
+    sparsity: Annotated[
+        Open01 | None, Field(description="Part that goes: of the weights, or of each group's channels.")
+    ] = None
+    threshold: Annotated[
+        float | None, Field(gt=0, le=1e6, description="Weights whose absolute value is below this go.")
+    ] = None
+    budget: Budget | None = None
+    pattern: Annotated[Pattern | None, Field(description='n:m: "2:4" keeps 2 of 4; default for n:m.')] = None
+    block: Annotated[
+        tuple[Side, Side] | None,
+        Field(
+            description="blocks: output x input channels of a block; default [4, 4]. All kernel positions go together."
+        ),
+    ] = None
+    structure: Structure = Field(
+        description="weights: zeros, same shape; channels: a smaller network, the default with a budget.",
+        default_factory=_structure,
+    )
+    criterion: Annotated[Criterion, Field(description="How the worth of a weight or channel is measured.")] = "l2"
+    scope: Scope = Field(
+        description="Rank over all layers (default for weights), the same part of each (default for a sparsity of "
+        "channels), or first where the loss on training images rises least (sensitivity; default for a budget).",
+        default_factory=_scope,
+    )
+    schedule: PruneSchedule = PruneSchedule()
+    retrain: Annotated[Retrain | None, Field(description="Default: a third of the training epochs, lr_rewind.")] = None
+    exclude: Annotated[tuple[Text, ...], Field(max_length=10_000, description="Layers that are left alone.")] = ()
+    overrides: dict[Text, PruneOverride] = Field(
+        default_factory=dict, max_length=10_000, description="Layer name -> what is different for it."
+    )
+    round_to: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=1024,
+            description="channels: widths become multiples of this, which fast kernels need. Default: 16 for wide layers, "
+            "less for narrow ones and where the wish would be missed by more than a tenth; with latency_ms the block "
+            "of the worker's kernels.",
+        ),
+    ] = None
+    min_channels: Annotated[Count, Field(description="channels: fewest channels a group keeps.")] = 1
+    max_sparsity: Annotated[float, Field(gt=0, lt=1, description="channels: largest part of a group that may go.")] = (
+        0.9
+    )
+
+    @property
+    def rounds(self) -> int:
+        """How often something is removed, each time with retraining after it."""
+        return self.schedule.steps or 1
+
+    @property
+    def zeros(self) -> bool:
+        """Whether it sets weights to zero; else the network gets smaller."""
+        return self.structure != "channels"
+
+    @property
+    def kept_of(self) -> tuple[int, int]:
+        """(N, M) of structure n:m: at most N of M weights in a row stay."""
+        return kept_of(self.pattern or "2:4")
+
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        """Output and input channels of one block of structure blocks."""
+        return self.block or (4, 4)
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> Self:
+        if self.structure == "n:m":
+            return self
+        given = [name for name in ("sparsity", "threshold", "budget") if getattr(self, name) is not None]
+        if len(given) != 1:
+            problem = "has none of them" if not given else "has " + " and ".join(given)
+            raise fault(
+                f"state exactly one of: sparsity, threshold, budget; this {problem}", field=given[1] if given else None
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fields_fit_structure(self) -> Self:
+        for field, structure in (("pattern", "n:m"), ("block", "blocks")):
+            if self.structure != structure and getattr(self, field) is not None:
+                raise fault(f"belongs to structure {structure}, not to {self.structure}", field=field)
+        if self.criterion not in CRITERIA[self.structure]:
+            raise fault(
+                f"structure {self.structure} has the criteria {', '.join(CRITERIA[self.structure])}",
+                field="criterion",
+                value=self.criterion,
+            )
+        checks = {"n:m": self._check_pattern, "channels": self._check_channels}
+        checks.get(self.structure, self._check_zeros)()
+        return self
+
+    def _check_pattern(self) -> None:
+        for field in ("sparsity", "threshold", "budget"):
+            if getattr(self, field) is not None:
+                raise fault("structure n:m says by its pattern how much goes", field=field)
+        if self.schedule.name != "one_shot":
+            raise fault("a pattern is applied at once: one_shot", field="schedule/name", value=self.schedule.name)
+        if self.scope != "layer":
+            raise fault("a pattern holds in every layer: scope layer", field="scope", value=self.scope)
+
+    def _check_zeros(self) -> None:
+        if self.scope == "sensitivity":
+            raise fault("sensitivity ranks groups of channels: structure channels", field="scope", value=self.scope)
+        if self.budget is not None:
+            raise fault(
+                "a budget needs structure channels: zeros change neither MACs nor parameters nor bytes; state sparsity",
+                field="budget",
+            )
+        if self.criterion == "erk" and self.scope == "global":
+            raise fault("erk gives each layer a share of its own: scope layer", field="scope", value="global")
+        if self.criterion == "lamp" and self.scope == "layer" and "scope" in self.model_fields_set:
+            raise fault("lamp ranks over all layers: inside one it is l2; scope global", field="scope", value="layer")
+        if self.threshold is None:
+            return
+        if self.structure == "blocks":
+            raise fault("blocks go by sparsity", field="threshold", value=self.threshold)
+        if self.schedule.name != "one_shot":
+            raise fault(
+                "a threshold is applied at once: state sparsity for a schedule",
+                field="schedule/name",
+                value=self.schedule.name,
+            )
+        if self.criterion not in ("l1", "l2"):
+            raise fault(
+                "a threshold needs a criterion that measures size: l1 or l2", field="criterion", value=self.criterion
+            )
+
+    def _check_channels(self) -> None:
+        if self.scope == "sensitivity" and self.budget is None:
+            raise fault("sensitivity shares out a budget: state one", field="scope", value=self.scope)
+        if self.threshold is not None:
+            raise fault(
+                "a threshold is for structure weights; for channels state a budget or sparsity",
+                field="threshold",
+                value=self.threshold,
+            )
+        if self.schedule.name == "cubic":
+            raise fault(
+                "cubic is for structure weights; channels go one_shot or iterative",
+                field="schedule/name",
+                value="cubic",
+            )
+        if self.retrain is not None and self.retrain.policy == "weight_rewind":
+            raise fault(
+                "weight_rewind needs weights that keep their shape: structure weights",
+                field="retrain/policy",
+                value="weight_rewind",
+            )

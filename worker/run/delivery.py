@@ -1,0 +1,231 @@
+"""The end of a job: latencies, files, the proof of each in a clean process, the report. Nothing leaves unproven."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.errors import DiskFull, JsonValue
+from app.network.cost import cost
+from worker.evaluation import Scores, score
+from worker.export.files import export_network, file_sha256, kind_of, media_type_of, write_json, write_manifest
+from worker.latency import Latency, measure_latency
+from worker.network import Network, build_network
+from worker.run.int8 import Int8, int8_document, int8_measures, int8_rows, make_int8, write_int8
+from worker.run.preparation import Job
+from worker.run.report import class_rows, compressed_bytes, environment, measures, sparse_row, step_rows
+from worker.run.sensitivity import table_document
+from worker.training.averaging import floating_tensors, put
+from worker.verification.verification import Logits, NetworkKey, compute_logits, prove
+
+REPORT = "report.json"
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """One file of the result, on this machine's disk."""
+
+    name: str
+    kind: str
+    path: Path
+    size_bytes: int
+    sha256: str
+    media_type: str
+
+    def document(self) -> dict[str, JsonValue]:
+        """The delivery as JSON values."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "path": str(self.path),
+            "size_bytes": self.size_bytes,
+            "sha256": self.sha256,
+            "media_type": self.media_type,
+        }
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """A job that succeeded: its files (the manifest last), summary and report."""
+
+    artifacts: list[Delivery]
+    summary: dict[str, Any]
+    report: dict[str, Any]
+    stopped_early: bool
+
+
+def deliver(job: Job, *, stopped_early: bool) -> Delivered:
+    """Measure, export and prove what was reached.
+
+    Raises:
+        VerificationFailed: a file does not reproduce the network.
+        QuantizationFailed: the 8-bit file could not be made.
+        DiskFull: there is no room for the files.
+        Interrupted: the user cancelled or paused.
+    """
+    try:
+        return _deliver(job, stopped_early)
+    except OSError as exc:
+        if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFull("the worker's disk is full: the result could not be written") from exc
+
+
+def _deliver(job: Job, stopped_early: bool) -> Delivered:
+    dense = build_network(job.plan.baseline)
+    put(dense, {name: tensor.cpu() for name, tensor in job.reached.kept["baseline"].items()})
+    pruned = on_cpu(job.reached.network)
+    test = job.splits.test
+    references: dict[NetworkKey, Logits] = {
+        "pruned": compute_logits(pruned, test.images, job.preprocessing),
+        "baseline": compute_logits(dense, test.images, job.preprocessing),
+    }
+    int8 = make_int8(job, pruned, references["pruned"])
+    latency = _measure(job, dense, pruned, int8)
+    folder = job.task.scratch / "export"
+    files = _export(job, dense, pruned, int8, folder)
+    if int8 is not None and int8.met:
+        references["int8"] = int8.logits
+    proof = prove(
+        folder,
+        images=test.images,
+        labels=test.labels,
+        reference_logits=references,
+        scheme="int8_static" if int8 is None else int8.step.scheme,
+        threads=torch.get_num_threads(),
+        waiting=job.watch.look_to_leave,
+    )
+    baseline_scores = score(proof.logits["baseline"], test.labels)
+    final_scores = score(proof.logits["pruned"], test.labels)
+    baseline = _measured(dense, baseline_scores, latency.dense, folder / "baseline.safetensors")
+    final = _measured(pruned, final_scores, latency.pruned, folder / "pruned.safetensors")
+    summary = {"baseline": baseline, "final": final}
+    if int8 is not None and int8.met:
+        summary["int8"] = int8_measures(int8, final, latency.int8)
+    job.watch.charge()
+    rows = int8_rows(job, int8, pruned, final, latency.int8)
+    report = {
+        "job_id": job.task.job_id,
+        "attempt": job.task.attempt,
+        "stopped_early": stopped_early,
+        "baseline": baseline,
+        "final": final,
+        **({} if int8 is None else {"int8": int8_document(int8, final, latency.int8)}),
+        "steps": step_rows(job.task.spec.get("optimizations", []), job.plan.graphs, job.reached.ledger, final, rows),
+        "classes": class_rows(job.dataset.class_names, baseline_scores, final_scores),
+        **({} if job.plan.spec.sensitivity is None else {"sensitivity": table_document(job)}),
+        "verification": proof.document(),
+        "latency": dict(latency.conditions),
+        "compressed_bytes": compressed_bytes([path for path in files if path.suffix == ".safetensors"]),
+        **sparse_row(folder),
+        "data": _data(job),
+        "environment": environment(job.precision) | {"seed": job.training.seed},
+        "seconds": round(job.reached.ledger.seconds, 3),
+        "notes": _notes(job),
+    }
+    write_json(folder / REPORT, report)
+    files.append(folder / REPORT)
+    files.append(
+        write_manifest(
+            folder,
+            job_id=job.task.job_id,
+            attempt=job.task.attempt,
+            files=files,
+            verification=proof.document(),
+        )
+    )
+    job.journal.progress(job.watch.course.progress(1.0))
+    return Delivered([_delivery(path) for path in files], summary, report, stopped_early)
+
+
+def _measure(job: Job, dense: Network, pruned: Network, int8: Int8 | None) -> Latency:
+    """The latencies of both networks and the 8-bit file; what they have to say is noted."""
+    phase = len(job.stages) + (1 if job.quantization is None else 2)
+    job.watch.enter(phase, message="measuring latencies, dense and pruned in turns")
+    latency = measure_latency(
+        dense,
+        pruned,
+        int8=None if int8 is None else int8.model,
+        seconds=job.task.latency_s,
+        waiting=job.watch.look_to_leave,
+    )
+    if any(record.rounds for record in job.reached.ledger.steps):
+        for sentence in latency.notes:
+            job.reached.ledger.note(sentence)
+    if int8 is not None and int8.met:
+        for sentence in latency.int8_notes:
+            job.reached.ledger.note(sentence)
+    return latency
+
+
+def _export(job: Job, dense: Network, pruned: Network, int8: Int8 | None, folder: Path) -> list[Path]:
+    """The files of both networks, written into `folder`; of the 8-bit file only if it meets the wish."""
+    phase = len(job.stages) + (2 if job.quantization is None else 3)
+    job.watch.enter(phase, message="exporting, and proving each file in a clean process")
+    job.watch.look_to_leave()
+    masks = job.reached.masks
+    files: list[Path] = []
+    for stem, network in (("pruned", pruned), ("baseline", dense)):
+        files += export_network(
+            network,
+            folder,
+            stem=stem,  # type: ignore[arg-type]
+            class_names=job.dataset.class_names,
+            preprocessing=job.preprocessing,
+            formats=job.plan.spec.exports,
+            sparse=masks is not None and masks.zeros() > 0,
+        )
+        if stem == "pruned" and int8 is not None and int8.met:
+            files.append(write_int8(folder, int8))
+    return files
+
+
+def on_cpu(network: Network) -> Network:
+    """A copy of the network on the CPU, in torch's usual layout: what is exported, and what gives the reference."""
+    copy = build_network(network.graph)
+    put(copy, {name: tensor.cpu() for name, tensor in floating_tensors(network).items()})
+    return copy.eval()
+
+
+def _measured(network: Network, scores: Scores, latency_ms: dict[str, Any], weights: Path) -> dict[str, Any]:
+    size_bytes = weights.stat().st_size
+    assert size_bytes == cost(network.graph).bytes, (
+        f"{weights.name} has {size_bytes} bytes, {cost(network.graph).bytes} were planned"
+    )
+    return measures(network, scores, latency_ms=latency_ms)
+
+
+def _data(job: Job) -> dict[str, Any]:
+    return {
+        "name": job.dataset.name,
+        "sha256": job.dataset.sha256,
+        "train": len(job.splits.train),
+        "validation": len(job.splits.validation),
+        "test": len(job.splits.test),
+        "preprocessing": job.preprocessing.document(),
+    }
+
+
+def _notes(job: Job) -> list[str]:
+    """What was noted on the way, and what the data and the device have to say."""
+    notes = [*job.reached.ledger.notes, *job.dataset.notes, *job.precision.notes]
+    if job.validation is None:
+        notes.append("nothing was held out for validation: the last weights were taken, not the best epoch's")
+    if job.reached.micro_batches > 1:
+        notes.append("memory ran out once: each batch was computed in two halves, for the same gradient")
+    return list(dict.fromkeys(notes))
+
+
+def _delivery(path: Path) -> Delivery:
+    return Delivery(
+        name=path.name,
+        kind=kind_of(path.name),
+        path=path,
+        size_bytes=path.stat().st_size,
+        sha256=file_sha256(path),
+        media_type=media_type_of(path.name),
+    )

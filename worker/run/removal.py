@@ -1,0 +1,240 @@
+"""One removal of a pruning step: scores, choice, masks or surgery, recalibration; and its rows of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from app.errors import BudgetMissed
+from app.network.cost import Cost, cost
+from app.network.graph import Graph, Node
+from app.pruning.budget import (
+    BLOCKS,
+    CLOSE_ENOUGH,
+    BudgetUnreachable,
+    Removals,
+    allowed_cost,
+    choose_removals,
+    settle,
+    why_kept,
+)
+from app.pruning.channel_classes import channel_classes
+from app.pruning.weight_matrix import why_dense
+from app.spec.low_rank import Quantize, Separable
+from app.spec.optimizations import Compression
+from app.spec.prune import Prune
+from worker.latency import Stopwatch
+from worker.network import Network
+from worker.precision import Precision
+from worker.pruning.importance import class_scores
+from worker.pruning.latency_budget import confirm_time, removals_within_time
+from worker.pruning.loss_curves import loss_curves
+from worker.pruning.recalibration import recalibrate_batch_norm
+from worker.pruning.schedules import Stage
+from worker.pruning.surgery import shrink
+from worker.training.averaging import put
+from worker.training.losses import cross_entropy
+from worker.training.masks import Masks, weight_masks
+
+LARGE = ("conv", "conv_transpose", "linear")
+RECALIBRATION_IMAGES = 4096
+
+Pairs = Iterator[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What a removal needs beside the network: images of the training part without augmentation, seeds, the dense cost.
+
+    `plain` gives batches of images and labels, the same at each call; `seed` is the job's; `dense_network` gives the
+    trained network before the first compression; `images` is how many the training part has; `frozen` are the layers
+    that keep their statistics.
+    """
+
+    plain: Callable[[], Pairs]
+    seed: int
+    precision: Precision
+    baseline: Cost
+    dense_network: Callable[[], Network]
+    images: int
+    frozen: frozenset[str] = frozenset()
+
+
+def cut_weights(
+    network: Network,
+    step: Prune,
+    stage: Stage,
+    previous: Masks | None,
+    materials: Materials,
+    rewind: dict[str, Tensor] | None,
+) -> Masks:
+    """The masks after this removal; the network's pruned weights are zero.
+
+    `rewind` are the weights of an earlier epoch: they take the place of the trained ones, on which the choice is made.
+
+    Raises:
+        LayerEmptied: a threshold leaves nothing of a layer.
+        Diverged: a weight is not finite.
+    """
+    masks = joined_masks(network, step, stage.sparsity(step.sparsity), previous, seed=materials.seed)
+    if rewind is not None:
+        put(network, rewind)
+    masks.apply(network)
+    return masks
+
+
+def joined_masks(network: Network, step: Prune, sparsity: float | None, previous: Masks | None, *, seed: int) -> Masks:
+    """The masks of `step` at this sparsity, and those of earlier steps for layers that it leaves alone."""
+    new = weight_masks(network, step, sparsity, seed=seed, previous=previous)
+    if previous is None:
+        return new
+    names = [name for name, _ in network.named_parameters()]
+    held = {name: previous[name] for name in names if name in previous and name not in new}
+    return Masks(held | {name: new[name] for name in names if name in new})
+
+
+def cut_channels(network: Network, step: Prune, stage: Stage, materials: Materials, *, start: Graph) -> Network:
+    """The smaller network, placed as the larger one was. `start` is the graph before the step's first removal.
+
+    Raises:
+        BudgetMissed: the budget is below what the floors allow, or what this machine can reach.
+    """
+    classes = channel_classes(network.graph, start)
+    scores = class_scores(
+        network, classes, step.criterion, seed=materials.seed, batches=materials.plain(), loss=cross_entropy
+    )
+    losses = None
+    if step.scope == "sensitivity":
+        losses = loss_curves(
+            network,
+            classes,
+            step,
+            scores,
+            materials.plain(),
+            materials.precision,
+            images=materials.images,
+            frozen=materials.frozen,
+        )
+
+    def choose(wanted: Prune, fraction: float) -> Removals:
+        return choose_removals(
+            network.graph,
+            classes,
+            scores,
+            wanted,
+            start=start,
+            baseline=materials.baseline,
+            fraction=fraction,
+            losses=losses,
+            block=block,
+        )
+
+    try:
+        if step.budget is not None and step.budget.latency_ms is not None:
+            block = BLOCKS[0]  # round_to is stated whenever it chooses
+            stopwatch = Stopwatch(materials.dense_network())
+            removals = removals_within_time(network, classes, step, choose, stopwatch, fraction=stage.fraction)
+        else:
+            block, _ = settle(start, channel_classes(start), step, baseline=materials.baseline)
+            removals = choose(step, stage.fraction)
+            while block > 1 and not _comes_near(removals, network.graph, step, materials.baseline, stage.fraction):
+                block //= 2  # shares that are not equal may miss in blocks with which equal ones come near
+                finer = choose(step, stage.fraction)
+                removals = max(removals, finer, key=lambda found: found.cost.macs)
+    except BudgetUnreachable as exc:
+        raise BudgetMissed(str(exc)) from exc
+    smaller = shrink(network, classes, removals.dropped)
+    materials.precision.place(smaller)
+    return smaller
+
+
+def _comes_near(removals: Removals, graph: Graph, step: Prune, baseline: Cost, fraction: float) -> bool:
+    """Whether at least nine tenths of the budget are used, or nothing finer was asked for."""
+    if step.budget is None or step.round_to is not None:
+        return True
+    measure = step.budget.measure
+    most = min(allowed_cost(step, baseline, fraction), getattr(cost(graph), measure))
+    return bool(getattr(removals.cost, measure) >= CLOSE_ENOUGH * most)
+
+
+def recalibrate(network: Network, materials: Materials) -> bool:
+    """Count batch norm's statistics again on training images; False if the network has none."""
+
+    def images() -> Iterator[Tensor]:
+        seen = 0
+        for images_NCx, _ in materials.plain():
+            yield images_NCx
+            seen += len(images_NCx)
+            if seen >= RECALIBRATION_IMAGES:
+                return
+
+    return recalibrate_batch_norm(network, images(), frozen=materials.frozen) > 0
+
+
+def check_budget(network: Network, step: Compression, materials: Materials) -> None:
+    """Nothing, if the network is within the step's budget; a latency is measured once more.
+
+    Raises:
+        BudgetMissed: it is not; the message has both numbers.
+    """
+    if isinstance(step, Separable) or step.budget is None:
+        return
+    measure = step.budget.measure
+    if measure == "latency_ms":
+        confirm_time(network, step.budget, Stopwatch(materials.dense_network()))
+        return
+    reached, allowed = getattr(cost(network.graph), measure), step.budget.allowed(getattr(materials.baseline, measure))
+    if reached > allowed:
+        raise BudgetMissed(f"the pruned network has {reached} {measure}, the budget allows {allowed}")
+
+
+@torch.no_grad()
+def layer_rows(network: Network, before: Graph, step: Compression | Quantize) -> list[dict[str, Any]]:
+    """The report's `layers` of a step: each convolution and linear layer before and after, or why it was left alone.
+
+    A layer that shares its weights has none of its own: `shares` says whose they are, and the numbers are there.
+    """
+    kept = why_kept(before, channel_classes(before), step) if isinstance(step, Prune) and not step.zeros else None
+    parameters = dict(network.named_parameters())
+    rows = []
+    for node in network.graph.nodes:
+        if node.type not in LARGE:
+            continue
+        weight = parameters[f"{node.home}.weight"]
+        count, nonzero = (weight.numel(), int(torch.count_nonzero(weight))) if node.shares is None else (0, 0)
+        was = before[node.name]
+        row: dict[str, Any] = {
+            "name": node.name,
+            "type": node.type,
+            "channels_before": was.shape[0],
+            "channels_after": node.shape[0],
+            "weights": count,
+            "nonzero": nonzero,
+            "sparsity": 1 - nonzero / count if count else 0.0,
+        }
+        if node.shares is not None:
+            row["shares"] = node.shares
+        reason = _why_untouched(was, node, nonzero, step, kept) if isinstance(step, Prune) else None
+        rows.append(row if reason is None else row | {"reason": reason})
+    return rows
+
+
+def _why_untouched(before: Node, after: Node, nonzero: int, step: Prune, kept: Mapping[str, str] | None) -> str | None:
+    """Why this step left the layer as it was; None if it did not. `kept` has the layers that no removal can narrow."""
+    if kept is None and after.shares is not None:
+        return f"uses the weights of {after.shares}"
+    if kept is None:
+        what = "block" if step.structure == "blocks" else "weight"
+        untouched = nonzero == before.tensors["weight"].elements
+        return why_dense(before, step) or (f"no {what} of it was among the weakest" if untouched else None)
+    if before.shape[0] != after.shape[0]:
+        return None
+    if before.name in kept:
+        return kept[before.name]
+    if before.input_shapes[0][0] != after.input_shapes[0][0]:
+        return "only its inputs follow"
+    return "the budget was met without it, or the layers it is tied to hold it"

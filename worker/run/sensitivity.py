@@ -1,0 +1,112 @@
+"""The table of a job of kind `sensitivity`: each group of channels cut alone, to several widths, without retraining.
+
+Every cell is a real cut: the network of that width is built with the weights that are left and evaluated on the test
+part, right after the cut and after batch norm has counted its statistics again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from app.network.cost import cost
+from app.pruning.budget import choose_removals, prunable_groups, why_kept
+from app.pruning.channel_classes import Classes, Group, channel_classes
+from app.spec.sensitivity import Sensitivity
+from worker.evaluation import score
+from worker.network import Network
+from worker.pruning.importance import class_scores
+from worker.pruning.surgery import shrink
+from worker.run.preparation import Job
+from worker.run.removal import recalibrate
+from worker.training.losses import cross_entropy
+from worker.verification.verification import compute_logits
+
+
+def tabulate(job: Job) -> None:
+    """Fill `ledger.sensitivity`, a row for each group, from where an earlier attempt left it; a checkpoint after each.
+
+    Raises:
+        Interrupted: the user wishes something; the rows so far stay.
+        Diverged: a weight is not finite.
+    """
+    options = job.plan.spec.sensitivity
+    assert options is not None
+    reached, rows = job.reached, job.reached.ledger.sensitivity
+    network = reached.network
+    classes = channel_classes(network.graph)
+    groups = prunable_groups(network.graph, classes, options.step(options.kept[-1]))
+    scores = class_scores(
+        network, classes, options.criterion, seed=job.training.seed, batches=job.materials.plain(), loss=cross_entropy
+    )
+    for group in groups[len(rows) :]:
+        job.watch.look()
+        rows.append(_row(job, network, classes, group, scores, options))
+        reached.passed += 1
+        job.journal.event("sensitivity.measured", _sentence(rows[-1]), **rows[-1])
+        job.journal.progress(job.watch.course.progress(len(rows) / len(groups)))
+        job.watch.checkpoint()
+
+
+def table_document(job: Job) -> dict[str, Any]:
+    """The report's `sensitivity`: the dense accuracy on the same images, a row for each group, and what stays whole."""
+    options, ledger = job.plan.spec.sensitivity, job.reached.ledger
+    assert options is not None
+    assert ledger.baseline is not None
+    graph = job.plan.baseline
+    step = options.step(options.kept[-1])
+    examples = len(_test_positions(job, options))
+    seen_all = examples == len(job.splits.test.labels)
+    whole = why_kept(graph, channel_classes(graph), step)
+    return {
+        "criterion": options.criterion,
+        "examples": examples,
+        "accuracy": ledger.baseline.accuracy if seen_all else _accuracy(job, job.reached.network, options),
+        "groups": ledger.sensitivity,
+        "whole": [{"name": name, "reason": reason} for name, reason in whole.items()],
+    }
+
+
+def _row(
+    job: Job, network: Network, classes: Classes, group: Group, scores: dict[int, float], options: Sensitivity
+) -> dict[str, Any]:
+    points = []
+    for kept in options.kept:
+        removals = choose_removals(network.graph, classes, scores, options.step(kept), only=group.index)
+        smaller = shrink(network, classes, removals.dropped)
+        job.precision.place(smaller)
+        after_cut = _accuracy(job, smaller, options)
+        recalibrated = recalibrate(smaller, job.materials)
+        found = cost(smaller.graph)
+        points.append(
+            {
+                "kept": kept,
+                "channels": (len(group.classes) - len(removals.dropped)) * group.channels,
+                "macs": found.macs,
+                "params": found.params,
+                "after_cut": after_cut,
+                "after_recalibration": _accuracy(job, smaller, options) if recalibrated else after_cut,
+            }
+        )
+    width = len(group.classes) * group.channels
+    return {"layers": list(classes.layers_of(group)), "channels": width, "points": points}
+
+
+def _accuracy(job: Job, network: Network, options: Sensitivity) -> float:
+    positions = _test_positions(job, options)
+    images, labels = job.splits.test.images, job.splits.test.labels
+    if len(positions) < len(labels):
+        images, labels = images[positions], labels[positions]
+    return score(compute_logits(network, images, job.preprocessing), labels).accuracy
+
+
+def _test_positions(job: Job, options: Sensitivity) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Which test images are looked at: all, or so many at equal distances."""
+    count = len(job.splits.test.labels)
+    return np.linspace(0, count - 1, min(count, options.images or count)).round().astype(np.int64)
+
+
+def _sentence(row: dict[str, Any]) -> str:
+    cells = ", ".join(f"{point['channels']}: {point['after_recalibration']:.4f}" for point in row["points"])
+    return f"{row['layers'][0]} and what is tied to it, of {row['channels']} channels: {cells}"

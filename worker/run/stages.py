@@ -1,0 +1,390 @@
+"""What each phase of a job does: train, evaluate, prune, retrain. `carry_out` runs them from where the job stands."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from app.errors import Diverged, OutOfMemory
+from app.network.graph import Graph, build_graph
+from app.network.layers.registry import read_layers
+from app.spec.job import retraining
+from app.spec.optimizations import Compression
+from app.spec.prune import Prune
+from worker.compression.low_rank import loss_note, replace_trained_layers, replaced_rows
+from worker.data.dataset import derive_seed
+from worker.network import Network
+from worker.pruning.schedules import Stage as Removal
+from worker.pruning.schedules import retrain_schedule, rewind_epoch
+from worker.run.monitor import Interrupted
+from worker.run.preparation import Job, Stage
+from worker.run.record import StepRecord
+from worker.run.removal import check_budget, cut_channels, cut_weights, joined_masks, layer_rows, recalibrate
+from worker.run.report import measures
+from worker.run.sensitivity import tabulate
+from worker.run.state import NO_LIMITS
+from worker.training.averaging import snapshot
+from worker.training.learning_rate import learning_rate
+from worker.training.loop import Fit, NonFiniteLoss, Recipe
+from worker.training.masks import Masks, pruned_part
+
+ALLOCATION_FAILED = ("can't allocate memory", "not enough memory", "DefaultCPUAllocator")
+
+
+def carry_out(job: Job) -> bool:
+    """Run all stages that are left; True if the user stopped the job before the last.
+
+    A loss that is no number is tried once more from the last checkpoint; memory that runs out once more with half the
+    images at a time, for the same gradient.
+
+    Raises:
+        Interrupted: the user cancelled or paused.
+        Diverged: the loss was no number twice. OutOfMemory: halves did not fit either.
+        BudgetMissed, LayerEmptied, DiskFull: as their docstrings say.
+    """
+    while True:
+        try:
+            while job.reached.stage < len(job.stages):
+                _carry_out_one(job)
+            return False
+        except Interrupted as told:
+            if told.wish != "stop":
+                raise
+            _stop(job)
+            return True
+        except NonFiniteLoss as found:
+            _prepare_retry(job, found)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _ran_out_of_memory(error):
+                raise
+            _prepare_smaller_steps(job, str(error))
+        _return_to_checkpoint(job)
+
+
+def _carry_out_one(job: Job) -> None:
+    reached, number = job.reached, job.reached.stage
+    stage = job.stages[number]
+    job.watch.enter(number + 1, message=_announcement(job, stage), resumed=reached.suspended is not None)
+    if all(later.phase == "evaluating" and not later.table for later in job.stages[number:]):
+        job.watch.look_to_leave()
+    else:
+        job.watch.look()
+    ACTIONS[stage.phase](job, stage)
+    job.watch.charge()
+    reached.finish_stage()
+    job.watch.checkpoint()
+
+
+def _announcement(job: Job, stage: Stage) -> str:
+    if stage.phase == "training":
+        if job.training.epochs == 0:
+            return "no training: the network came trained"
+        return f"training for {job.training.epochs} epochs on {len(job.splits.train)} images"
+    if stage.table:
+        return "cutting each group of channels to several widths, without retraining"
+    if stage.phase == "evaluating":
+        return f"evaluating on {len(job.splits.test)} test images"
+    assert stage.removal is not None
+    of_rounds = f", round {stage.removal.number} of {stage.removal.count}" if stage.removal.count > 1 else ""
+    if stage.phase == "retraining":
+        return f"retraining for {stage.removal.epochs} epochs{of_rounds}"
+    step = job.compression(stage)
+    return f"pruning {step.structure}{of_rounds}" if isinstance(step, Prune) else f"applying {step.type}"
+
+
+# --- stages ----------------------------------------------------------------------------------------------------------
+
+
+def _train(job: Job, stage: Stage) -> None:
+    reached = job.reached
+    if 0 in job.watch.keep_epochs and "rewind/0" not in reached.kept:
+        reached.kept["rewind/0"] = snapshot(reached.network)
+    fit = begin_fit(job, stage)
+    fit.run(job.watch)
+    fit.conclude()
+    reached.kept["baseline"] = snapshot(reached.network)
+
+
+def _retrain(job: Job, stage: Stage) -> None:
+    fit = begin_fit(job, stage)
+    fit.run(job.watch)
+    fit.conclude()
+    record = job.reached.ledger.steps[-1]
+    if recalibrate(job.reached.network, job.materials):
+        record.rounds[-1]["recalibrated_after_retraining"] = True
+
+
+def _evaluate(job: Job, stage: Stage) -> None:
+    reached = job.reached
+    if stage.table:
+        tabulate(job)
+        return
+    reached.ledger.latest = job.score(reached.network)
+    if stage.position is None:
+        reached.ledger.baseline = reached.ledger.latest
+        return
+    step = job.compression(stage)
+    check_budget(reached.network, step, job.materials)
+    _close_record(job, step, complete=True)
+
+
+def _compress(job: Job, stage: Stage) -> None:
+    assert stage.position is not None
+    assert stage.removal is not None
+    reached, step = job.reached, job.compression(stage)
+    assert reached.ledger.latest is not None
+    if stage.removal.number == 1:
+        reached.ledger.steps.append(
+            StepRecord(
+                position=stage.position,
+                before=measures(reached.network, reached.ledger.latest),
+                start=reached.network.graph.to_layers(),
+                sparsity_before=pruned_part(reached.network, step, reached.masks) if isinstance(step, Prune) else 0.0,
+            )
+        )
+    record = reached.ledger.steps[-1]
+    _announce_removal(job, step, stage.removal)
+    _remove(job, step, stage.removal, record)
+    after_cut = job.score(reached.network)
+    recalibrated = recalibrate(reached.network, job.materials)
+    reached.ledger.latest = job.score(reached.network) if recalibrated else after_cut
+    found = measures(reached.network, reached.ledger.latest)
+    record.rounds.append(
+        {
+            "round": stage.removal.number,
+            "after_cut": after_cut.accuracy,
+            "after_recalibration": reached.ledger.latest.accuracy,
+            "params": found["params"],
+            "nonzero_params": found["nonzero_params"],
+            "macs": found["macs"],
+        }
+    )
+    _tell_removal(job, record, step)
+
+
+def _announce_removal(job: Job, step: Compression, removal: Removal) -> None:
+    if isinstance(step, Prune):
+        data: dict[str, str] = {"structure": step.structure, "criterion": step.criterion, "scope": step.scope}
+        message = f"{step.structure} by {step.criterion}, scope {step.scope}, to the {_target(step)} asked for"
+    else:
+        data, message = {"structure": step.type}, f"{step.type}: layers are replaced by products of smaller ones"
+    job.journal.event("prune.planned", message, **data, round=removal.number, rounds=removal.count)
+
+
+def _target(step: Prune) -> str:
+    named = [name for name in ("threshold", "budget", "sparsity") if getattr(step, name) is not None]
+    return named[0] if named else "pattern"
+
+
+def _remove(job: Job, step: Compression, removal: Removal, record: StepRecord) -> None:
+    """Take away what this removal takes: masks, channels, or ranks."""
+    reached = job.reached
+    if isinstance(step, Prune) and step.zeros:
+        rewind, before = _rewind_weights(job, step), 0 if reached.masks is None else reached.masks.zeros()
+        reached.masks = cut_weights(reached.network, step, removal, reached.masks, job.materials, rewind)
+        if removal.ramp is None and reached.masks.zeros() == before:
+            reached.ledger.note(
+                f"/optimizations/{record.position}: no further weight became zero; the rows of its layers say why"
+            )
+    elif isinstance(step, Prune):
+        reached.network = cut_channels(reached.network, step, removal, job.materials, start=_start(job, record))
+    else:
+        network, record.fates = replace_trained_layers(reached.network, step, baseline=job.materials.baseline)
+        if network is reached.network:
+            reached.ledger.note(
+                f"/optimizations/{record.position}: no layer was replaced; the rows of its layers say why"
+            )
+        job.precision.place(network)
+        reached.network = network
+
+
+def _tell_removal(job: Job, record: StepRecord, step: Compression) -> None:
+    latest, before = record.rounds[-1], record.before
+    what = f"{step.structure} pruned" if isinstance(step, Prune) else f"{step.type} applied"
+    job.journal.event(
+        "prune.applied",
+        f"{what}: {latest['nonzero_params']} of {before['params']} parameters and {latest['macs']} of "
+        f"{before['macs']} MACs are left; accuracy {latest['after_cut']:.4f} after the cut, "
+        f"{latest['after_recalibration']:.4f} recalibrated",
+        **latest,
+    )
+    if job.reached.masks is not None:
+        step_now = job.watch.course.progress(0.0).step
+        job.journal.metric("sparsity", step_now, _sparsity(job.reached.masks))
+    chance = 1.5 / len(job.dataset.class_names)
+    if latest["after_recalibration"] <= chance < before["accuracy"]:
+        message = f"accuracy is at chance ({latest['after_recalibration']:.4f}) until the network is retrained"
+        job.journal.event("warning", message, level="warn")
+
+
+ACTIONS: dict[str, Callable[[Job, Stage], None]] = {
+    "training": _train,
+    "evaluating": _evaluate,
+    "pruning": _compress,
+    "retraining": _retrain,
+}
+
+
+# --- trainings -------------------------------------------------------------------------------------------------------
+
+
+def begin_fit(job: Job, stage: Stage) -> Fit:
+    """The training of a stage: at its start, or where a checkpoint left it."""
+    reached = job.reached
+    batches = job.training_batches(reached.stage)
+    steps_per_epoch = len(batches)
+    recipe = _recipe(job, stage, steps_per_epoch)
+    fit = Fit(
+        reached.network,
+        batches,
+        recipe,
+        job.precision,
+        validation=job.validation,
+        masks=reached.masks,
+        teacher=job.teacher(recipe.distillation) if recipe.distillation is not None else None,
+        micro_batches=reached.micro_batches,
+    )
+    if reached.suspended is not None:
+        fit.restore(reached.suspended.tensors, reached.suspended.state)
+        reached.suspended = None
+        job.watch.course.resume_at(fit.position.step / max(1, fit.steps))
+    reached.fit = fit
+    return fit
+
+
+def _recipe(job: Job, stage: Stage, steps_per_epoch: int) -> Recipe:
+    seed = derive_seed(job.training.seed, "fit", job.reached.stage)
+    if stage.position is None or stage.removal is None:
+        return Recipe(
+            phase="training",
+            epochs=job.training.epochs,
+            rate=learning_rate(job.training),
+            training=job.training,
+            seed=seed,
+            regularizations=job.regularizations,
+            distillation=job.lesson,
+            frozen=job.plan.frozen,
+            rate_factors=job.plan.rate_factors,
+        )
+    step = job.compression(stage)
+    record = job.reached.ledger.steps[-1]
+    # what stands in the place of a layer is new and trains like any other: it has to make good what the product lost
+    new = {name for past in job.reached.ledger.steps for name, fate in past.fates.items() if "parts" in fate}
+
+    def regrow(network: Network, sparsity: float, previous: Masks | None) -> Masks:
+        assert isinstance(step, Prune), "only masks grow during a retraining"
+        return joined_masks(network, step, sparsity, previous, seed=job.training.seed)
+
+    return Recipe(
+        phase="retraining",
+        epochs=stage.removal.epochs,
+        rate=retrain_schedule(step, job.training),
+        training=job.training,
+        seed=seed,
+        regularizations=job.regularizations,
+        distillation=retraining(step, job.training).distillation,
+        mask_updates=stage.removal.mask_updates(
+            step.sparsity if isinstance(step, Prune) else None,
+            stage.removal.epochs * steps_per_epoch,
+            initial=record.sparsity_before,
+        ),
+        regrow=regrow,
+        frozen=job.plan.frozen - new,
+        rate_factors={name: factor for name, factor in job.plan.rate_factors.items() if name not in new},
+    )
+
+
+def _rewind_weights(job: Job, step: Compression) -> dict[str, Tensor] | None:
+    """The weights that `weight_rewind` goes back to; None for other policies.
+
+    Where the training was stopped before that epoch, the trained weights stay, and a note says so.
+    """
+    epoch = rewind_epoch(step, job.training)
+    if epoch is None:
+        return None
+    weights = job.reached.kept.get(f"rewind/{epoch}")
+    if weights is None:
+        job.reached.ledger.note(f"weight_rewind: training ended before epoch {epoch}, so the trained weights stayed")
+    return weights
+
+
+def _start(job: Job, record: StepRecord) -> Graph:
+    return build_graph(read_layers(record.start), job.plan.baseline.input_shape, limits=NO_LIMITS)
+
+
+def _sparsity(masks: Masks | None) -> float:
+    return 0.0 if masks is None else masks.zeros() / max(1, masks.sizes())
+
+
+def _close_record(job: Job, step: Compression, *, complete: bool) -> None:
+    reached = job.reached
+    record = reached.ledger.steps[-1]
+    job.watch.charge()
+    record.after = measures(reached.network, reached.ledger.latest)
+    if isinstance(step, Prune):
+        record.layers = layer_rows(reached.network, _start(job, record), step)
+    else:
+        record.layers = replaced_rows(reached.network, _start(job, record), record.fates)
+        if sentence := loss_note(step.type, record.before, record.after, record.fates):
+            reached.ledger.note(sentence)
+    record.complete = complete
+
+
+# --- leaving and coming back -----------------------------------------------------------------------------------------
+
+
+def _stop(job: Job) -> None:
+    """End all training here: the best weights so far are the result; steps that were not reached stay undone."""
+    reached = job.reached
+    stage = job.stages[reached.stage]
+    fit = reached.fit
+    if fit is None and reached.suspended is not None:
+        fit = begin_fit(job, stage)
+    if fit is not None:
+        fit.conclude()
+        reached.masks, reached.fit = fit.masks, None
+    reached.kept.setdefault("baseline", snapshot(reached.network))
+    reached.ledger.latest = job.score(reached.network)
+    if reached.ledger.baseline is None:
+        reached.ledger.baseline = reached.ledger.latest
+    if reached.ledger.steps and reached.ledger.steps[-1].after is None:
+        step = job.plan.spec.optimizations[reached.ledger.steps[-1].position]
+        assert isinstance(step, Compression)
+        _close_record(job, step, complete=False)
+    reached.ledger.note(f"stopped early, while {stage.phase}: the best weights so far are the result")
+    job.journal.event("job.stopping", f"stopped while {stage.phase}: the best so far is kept", phase=stage.phase)
+
+
+def _prepare_retry(job: Job, found: NonFiniteLoss) -> None:
+    """Once more from the last checkpoint; the second time the job has diverged."""
+    if job.retried:
+        raise Diverged(f"{found.message}, and again after a retry from the last checkpoint") from found
+    job.retried = True
+    message = f"{found.message}: once more from the last checkpoint"
+    job.journal.event("warning", message, level="warn", step=found.step, lr=found.rate)
+
+
+def _prepare_smaller_steps(job: Job, reason: str) -> None:
+    if job.reached.micro_batches > 1 or job.micro_batches > 1:
+        raise OutOfMemory(f"half a batch of {job.training.batch_size} images does not fit either: {reason[:200]}")
+    job.micro_batches = 2
+    message = "the device ran out of memory: the batch is computed in two halves from here on, for the same gradient"
+    job.journal.event("warning", message, level="warn", code=OutOfMemory.code)
+
+
+def _return_to_checkpoint(job: Job) -> None:
+    """Stand where the last checkpoint was taken; what the failed training held is given back first."""
+    job.reached.fit = None
+    gc.collect()
+    if job.precision.device.type == "cuda":
+        torch.cuda.empty_cache()
+    job.watch.reached = job.take_up(job.checkpoints.latest or job.task.resume)
+
+
+def _ran_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error) for words in ALLOCATION_FAILED)
