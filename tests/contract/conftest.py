@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import NullPool, create_engine, text
-from support import servers
 
 from app.database.engine import Database
 from app.database.tables import Row
 from app.settings import Settings
 from app.storage import Storage
+from tests.support.services import servers
 
 
 @pytest.fixture(scope="session")

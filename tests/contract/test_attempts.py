@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 from sqlalchemy import select, update
-from support import lives
-from support.lives import TENANT, event_types
 
 from app.database.engine import Database
 from app.database.tables import Job, Outbox, Row
@@ -18,6 +16,8 @@ from app.jobs import attempts, commands
 from app.jobs.artifacts import attempt_prefix, get_artifact, list_artifacts, list_checkpoints
 from app.jobs.attempts import Claim, NewArtifact, NewEvent
 from app.jobs.events import LOG_CAP_BYTES, LOG_CUT
+from tests.support.jobs import lives
+from tests.support.jobs.lives import TENANT, event_types
 
 WRITES: dict[str, Callable[[Database, Claim], Any]] = {
     "renew": lambda db, claim: attempts.renew(

@@ -6,12 +6,9 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from sqlalchemy import select
-from support import lives
-from support.lives import SPEC, TENANT, event_types
 
 from app.database.engine import Database
 from app.database.tables import Event, Job
@@ -19,14 +16,15 @@ from app.errors import IllegalTransition, LostOwnership
 from app.jobs import attempts, commands
 from app.jobs.attempts import NewEvent
 from app.jobs.transitions import move
-
-TESTS = Path(__file__).parent.parent
+from tests.support.checkout import ROOT
+from tests.support.jobs import lives
+from tests.support.jobs.lives import SPEC, TENANT, event_types
 
 
 def test_nine_workers_in_three_processes_claim_each_job_once(db: Database, database_url: str) -> None:
     made = {lives.submit(db).id for _ in range(90)}
-    command = [sys.executable, "-m", "support.claimer", database_url, "3"]
-    processes = [subprocess.Popen(command, cwd=TESTS, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    command = [sys.executable, "-m", "tests.support.services.claimer", database_url, "3"]
+    processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     lines = [line.split() for process in processes for line in process.communicate(timeout=120)[0].splitlines() if line]
     assert [process.returncode for process in processes] == [0] * 3
     assert {attempt for _, attempt in lines} == {"1"}

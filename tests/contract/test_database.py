@@ -16,16 +16,18 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import literal, select, text, update
 from sqlalchemy.orm import Session
-from support import lives, proxies, servers
-from support.lives import SPEC, TENANT, event_types
 
 from app.database.engine import Database, filesystem_type
 from app.database.tables import Job, Row, new_id
 from app.errors import NewerDatabase, StartupError, StorageFull, Unavailable
 from app.jobs import attempts, commands
 from app.jobs.attempts import NewEvent
+from tests.support.checkout import ROOT
+from tests.support.jobs import lives
+from tests.support.jobs.lives import SPEC, TENANT, event_types
+from tests.support.services import proxies, servers
 
-MIGRATIONS = Path(__file__).parent.parent.parent / "migrations" / "versions"
+MIGRATIONS = ROOT / "migrations" / "versions"
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from sqlalchemy import func, select
-from support.datasets import PACKED_FILES, TENANT, keys, ready, register, sweep
-from support.uploads import images, labels, npz
 
 from app.database.engine import Database
 from app.database.tables import DatasetRow, Outbox
@@ -21,6 +19,8 @@ from app.jobs import commands
 from app.settings import Settings
 from app.spec.data import DataFacts, DataSpec, Synthetic
 from app.storage import Storage
+from tests.support.services.datasets import PACKED_FILES, TENANT, keys, ready, register, sweep
+from tests.support.services.uploads import images, labels, npz
 
 
 @pytest.fixture

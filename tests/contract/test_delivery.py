@@ -15,8 +15,6 @@ from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
-from support import lives, servers
-from support.lives import TENANT
 
 from app.database.engine import Database
 from app.jobs import attempts, commands
@@ -24,8 +22,11 @@ from app.jobs.doorbell import QUEUE, TASK, BellListener, CeleryBell, Doorbell, L
 from app.jobs.recovery import Sweeper
 from app.settings import Settings
 from app.storage import Storage
+from tests.support.checkout import ROOT
+from tests.support.jobs import lives
+from tests.support.jobs.lives import TENANT
+from tests.support.services import servers
 
-TESTS = Path(__file__).parent.parent
 FAR_S = "60"  # a poll that comes too late for every test: the ring alone delivers
 AT_ONCE_S = 3.0
 
@@ -35,8 +36,8 @@ class Ringer:
 
     def __init__(self, *arguments: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "support.ringer", *arguments],
-            cwd=TESTS, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            [sys.executable, "-W", "ignore", "-m", "tests.support.services.ringer", *arguments],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
         self._lines: queue.Queue[str] = queue.Queue()
         self._reader = threading.Thread(target=self._read)

@@ -7,8 +7,6 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from sqlalchemy import func, select
-from support import lives
-from support.lives import SPEC, TENANT, event_types
 
 from app.database.engine import Database
 from app.database.tables import Job, JobLabel, Outbox
@@ -23,6 +21,8 @@ from app.errors import (
 )
 from app.jobs import attempts, commands
 from app.jobs.artifacts import list_artifacts
+from tests.support.jobs import lives
+from tests.support.jobs.lives import SPEC, TENANT, event_types
 
 VERBS = {
     "cancel": commands.cancel_job,

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import func, select, update
-from support import lives
-from support.lives import SPEC, TENANT, event_types
 
 from app.database.engine import Database
 from app.database.tables import IdempotencyKey, Outbox, Worker
@@ -18,6 +16,8 @@ from app.jobs.artifacts import artifact_key, checkpoint_key, list_artifacts, sta
 from app.jobs.recovery import Sweeper
 from app.settings import Settings
 from app.storage import LocalStorage, Storage
+from tests.support.jobs import lives
+from tests.support.jobs.lives import SPEC, TENANT, event_types
 
 NO_AGE = timedelta(seconds=-5)  # the store's clock may be a little ahead
 

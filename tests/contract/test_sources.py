@@ -12,12 +12,6 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Connection, event, func, select
-from support import lives
-from support.datasets import sweep
-from support.finished import both_networks, finished_job, network_files, submit
-from support.lives import TENANT
-from support.sources import SEEN
-from support.weights import good, tensors_of
 
 from app import weights
 from app.database.engine import Database
@@ -29,6 +23,12 @@ from app.spec.job import parse_job
 from app.spec.references import Reference, Source, references_in
 from app.storage import LocalStorage, Storage
 from app.weights import WeightsView
+from tests.support.jobs import lives
+from tests.support.jobs.finished import both_networks, finished_job, network_files, submit
+from tests.support.jobs.lives import TENANT
+from tests.support.jobs.sources import SEEN
+from tests.support.jobs.weights import good, tensors_of
+from tests.support.services.datasets import sweep
 
 UNKNOWN = "job_" + "0" * 26
 LAYERS = [{"type": "conv", "name": "one", "out_channels": 4, "kernel_size": 3}, {"type": "linear", "out_features": 10}]

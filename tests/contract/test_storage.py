@@ -12,10 +12,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from support import servers
 
 from app.errors import ObjectExists, ObjectNotFound, StartupError, StorageDenied, StorageFull, Unavailable
 from app.storage import CHUNK_BYTES, TEMPORARY, Storage
+from tests.support.services import servers
 
 BYTES = bytes(range(256)) * 10
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from support.service import Service, embedded_service, long_job, synthetic_job
+
+from tests.support.services.service import Service, embedded_service, long_job, synthetic_job
 
 DAG = [
     {"type": "conv", "name": "stem", "out_channels": 16, "kernel_size": 3, "padding": "same"},

@@ -10,10 +10,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from support.servers import postgres, redis_url, s3, valkey
-from support.service import FAST_LEASES, Service, running, synthetic_job
 
 from app.database.engine import Database
+from tests.support.services.servers import postgres, redis_url, s3, valkey
+from tests.support.services.service import FAST_LEASES, Service, running, synthetic_job
 
 
 class Cluster:

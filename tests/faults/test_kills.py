@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.service import FAST_LEASES, Service, embedded_service, synthetic_job
+
+from tests.support.services.service import FAST_LEASES, Service, embedded_service, synthetic_job
 
 
 def slow_job() -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import httpx2
 import pytest
-from support.api import SPEC, Api, error_pointers, open_api
+
+from tests.support.services.api import SPEC, Api, error_pointers, open_api
 
 JSON_TYPE = {"Content-Type": "application/json"}
 LAYERS: dict[str, Any] = {

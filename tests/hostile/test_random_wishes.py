@@ -8,16 +8,26 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
-from support.jobs import SHAPE, SYNTHETIC, tiny_layers
-from support.sources import source_of
-from support.topologies import TOPOLOGIES
-from support.wishes import JOB, ONLY_LINEAR, ONLY_NORM, SHARED, TRANSPOSED, WEIGHTLESS, WEIGHTS, WIDE, described
 
 from app.errors import Fault, InvalidSpec
 from app.planning.plan import make_plan, plan_answer
 from app.spec.data import Synthetic, synthetic_facts
 from app.spec.job import parse_job
 from app.spec.references import Source
+from tests.support.jobs.sources import source_of
+from tests.support.jobs.tiny import SHAPE, SYNTHETIC, tiny_layers
+from tests.support.jobs.wishes import (
+    JOB,
+    ONLY_LINEAR,
+    ONLY_NORM,
+    SHARED,
+    TRANSPOSED,
+    WEIGHTLESS,
+    WEIGHTS,
+    WIDE,
+    described,
+)
+from tests.support.networks.topologies import TOPOLOGIES
 
 SEEDS = range(8)
 EACH = 250

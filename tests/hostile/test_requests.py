@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support import servers
-from support.api import SPEC, Api, served_api
-from support.raw_http import RawAnswer, send_raw
+
+from tests.support.services import servers
+from tests.support.services.api import SPEC, Api, served_api
+from tests.support.services.raw_http import RawAnswer, send_raw
 
 HOST = b"Host: localhost\r\nConnection: close\r\n"
 UNKNOWN = "job_" + "0" * 26

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from support import lives
-from support.api import Api, open_api
+
+from tests.support.jobs import lives
+from tests.support.services.api import Api, open_api
 
 VERBS = ("cancel", "stop", "pause", "resume", "retry")
 

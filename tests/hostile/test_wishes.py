@@ -6,10 +6,11 @@ import json
 from collections.abc import Iterator
 
 import pytest
-from support.api import Api, open_api
-from support.finished import network_files
-from support.jobs import SHAPE, tiny_layers
-from support.wishes import ACCEPTED, REFUSED, described
+
+from tests.support.jobs.finished import network_files
+from tests.support.jobs.tiny import SHAPE, tiny_layers
+from tests.support.jobs.wishes import ACCEPTED, REFUSED, described
+from tests.support.services.api import Api, open_api
 
 RAW = ("should", "Value error", "Traceback", "None", "<class", "  ")  # words of a library, not ours
 

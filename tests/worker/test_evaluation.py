@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from support.blobs import BlobBatches, small_cnn
 
+from tests.support.jobs.blobs import BlobBatches, small_cnn
 from worker.evaluation import NO_LOSS, Scores, evaluate, score
 from worker.network import build_network
 from worker.precision import Precision

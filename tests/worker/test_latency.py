@@ -6,11 +6,11 @@ import time
 
 import pytest
 import torch
-from support.topologies import CLASSES, HEAD, conv, layer, topology, trained
 
 from app.compression.factorization import separate
 from app.network.graph import build_graph
 from app.network.layers.registry import read_layers
+from tests.support.networks.topologies import CLASSES, HEAD, conv, layer, topology, trained
 from worker.export.files import portable_tensors
 from worker.export.onnx_model import onnx_bytes
 from worker.latency import MOST_RUNS, Latency, measure_latency

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.layer_samples import LayerList, conv, layer
 from torch import nn
 
 from app.network.graph import Graph, build_graph
 from app.network.layers.registry import CONTAINERS, LAYERS, read_layers
+from tests.support.networks.layer_samples import LayerList, conv, layer
 from worker.network import Network, build_module, build_network, forward_steps
 
 PICTURE = (3, 12, 12)

@@ -10,11 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.jobs import SHAPE, SYNTHETIC, resume_folder, task_of, tiny_data, tiny_layers, tiny_spec, train_alone
 from torch import Tensor
 
 from app.api import schemas
 from app.errors import DataInvalid, DiskFull, Diverged, LayerEmptied, OutOfMemory
+from tests.support.jobs.tiny import (
+    SHAPE,
+    SYNTHETIC,
+    resume_folder,
+    task_of,
+    tiny_data,
+    tiny_layers,
+    tiny_spec,
+    train_alone,
+)
 from worker import pipeline
 from worker.journal import MemoryJournal, Progress, Wish
 from worker.network import Network

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.blobs import graph_of, small_cnn
 
 from app.spec.job import Training
+from tests.support.jobs.blobs import graph_of, small_cnn
 from worker.network import build_network
 from worker.precision import Precision, choose_precision
 

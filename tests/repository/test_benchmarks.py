@@ -1,0 +1,117 @@
+"""The benchmarks: both sides count alike and start alike, goals are judged from the lines, the page is what is stored."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from app.network.architecture import Preprocessing
+from app.network.cost import cost
+from app.network.graph import build_graph
+from app.network.layers.registry import read_layers
+from app.network.presets import preset_layers
+from tests.support.checkout import ROOT
+from worker.export.pytorch_source import model_source
+from worker.network import build_network
+
+FOLDER = ROOT / "benchmarks"
+sys.path.insert(0, str(FOLDER))
+import document  # noqa: E402
+import peers  # noqa: E402
+import quality  # noqa: E402
+import quality_tables  # noqa: E402
+import records  # noqa: E402
+
+sys.path.remove(str(FOLDER))
+
+
+@pytest.fixture
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    yield 1
+    torch.set_num_threads(before)
+
+
+def row(method: str, retrain: str, accuracy: float, **fields: Any) -> dict[str, Any]:
+    usual = {"data": "d", "model": "m", "limit": None, "epochs": 2, "retrain_epochs": 1, "seed": 0}
+    cell = {"structure": "channels", "amount": 0.25, "method": method, "retrain": retrain}
+    return usual | cell | {"dense": 0.9, "accuracy": accuracy, "macs": 0.25} | fields
+
+
+def goal(rows: list[dict[str, Any]]) -> str:
+    line = quality_tables.against_peers(rows).splitlines()[2]
+    return line.split(" | ")[-2]
+
+
+def test_a_goal_is_met_only_with_half_a_point_over_a_constant_rate_at_small_budgets() -> None:
+    ours = row("espalier default", "own", 0.800)
+    peer = "Torch-Pruning local"
+    assert goal([ours, row(peer, "constant 0.1", 0.794)]) == "met"
+    assert goal([ours, row(peer, "constant 0.1", 0.797)]) == "constant: 0.20 short"
+    half = {"amount": 0.5}
+    assert goal([ours | half, row(peer, "constant 0.1", 0.797) | half]) == "met"
+    assert goal([ours | half, row(peer, "constant 0.1", 0.801) | half]) == "constant: 0.10 short"
+    assert goal([ours, row(peer, quality_tables.SCHEDULE, 0.812)]) == "schedule: 0.20 short"
+
+
+def test_the_better_peer_counts_and_seeds_are_compared_with_themselves() -> None:
+    rows = [row("espalier default", "own", value, seed=seed) for seed, value in enumerate((0.70, 0.80))]
+    rows += [row("Torch-Pruning global", "constant 0.1", value, seed=seed) for seed, value in enumerate((0.69, 0.78))]
+    rows += [row("Torch-Pruning local", "constant 0.1", value, seed=seed) for seed, value in enumerate((0.60, 0.79))]
+    line = quality_tables.against_peers(rows).splitlines()[2]
+    assert "| 73.50 ± 6.36 | Torch-Pruning global, constant 0.1 |" in line
+    assert "| +1.50 ± 0.71 |" in line
+
+
+def test_a_half_written_line_does_not_hide_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    records.append(path, {"a": 1})
+    with path.open("a") as file:
+        file.write('{"a": 2, "b"\n')
+    records.append(path, {"a": 3})
+    assert [found["a"] for found in records.rows(path)] == [1, 3]
+
+
+def test_the_page_is_what_the_stored_results_say() -> None:
+    assert document.PAGE.read_text() == document.page(), "run benchmarks/document.py"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("deep_cnn", (1, 28, 28)), ("resnet20", (3, 32, 32)), ("audio_cnn", (1, 40))]
+)
+def test_peers_count_macs_as_a_plan_does(name: str, shape: tuple[int, ...]) -> None:
+    graph = build_graph(read_layers(preset_layers(name, shape, 10)), shape)
+    preprocessing = Preprocessing(1.0, (0.0,) * shape[0], (1.0,) * shape[0])
+    scope: dict[str, Any] = {"__name__": "plain"}
+    exec(model_source(graph, ["a"] * 10, preprocessing), scope)
+    assert peers.count_macs(scope["build"](), shape) == cost(graph).macs
+    assert peers.widths(build_network(graph)) == peers.widths(scope["build"]())
+
+
+def test_every_variant_is_a_step_that_a_job_may_have() -> None:
+    setting = quality.Setting("synthetic", "deep_cnn", None, 2, 1, 0)
+    for name, (structures, _) in quality.VARIANTS.items():
+        for structure in structures:
+            quality.Prune.model_validate(
+                quality._step(setting, quality.Cell(structure, 0.5, f"espalier {name}", "own"))
+            )
+
+
+def test_ours_and_a_peer_start_from_one_network_and_a_second_run_does_not_train_it_again(
+    tmp_path: Path, one_thread: int
+) -> None:
+    bench = quality.Bench(one_thread, "cpu", tmp_path / "cache")
+    setting = quality.Setting("synthetic", "deep_cnn", 256, 1, 1, 0)
+    dense = bench.dense(setting)
+    ours = bench.measure(setting, dense, quality.Cell("weights", 0.5, "espalier default", "own"))
+    peer = bench.measure(setting, dense, quality.Cell("weights", 0.5, "torch.prune global", quality.SCHEDULE))
+    for found in (ours, peer):
+        assert found["sparsity"] == pytest.approx(0.5, abs=1e-4)
+        assert found["macs"] == 1.0
+    again = bench.dense(setting)
+    assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in dense.tensors.items())
+    assert len(list((tmp_path / "cache" / "benchmarks" / "dense").glob("*.safetensors"))) == 1
