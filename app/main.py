@@ -12,8 +12,8 @@ from importlib.metadata import version
 from fastapi import Depends, FastAPI
 
 from app.api import parameters, problems, prometheus
-from app.api.context import Backends, Watch
-from app.api.middleware import LOOPBACK, Edge
+from app.api.context import Context, Watch
+from app.api.middleware import LOOPBACK, RequestGuard
 from app.api.routes import artifacts, catalogue, datasets, events, health, jobs, openapi, pages, weights, workers
 from app.database.engine import Database
 from app.errors import StartupError
@@ -49,12 +49,12 @@ def create_app(settings: Settings) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     database = Database(settings.database)
-    given = Backends(
+    given = Context(
         settings=settings,
         db=database,
         storage=Storage.open(settings.storage),
         bell=open_bell(settings),
-        meters=prometheus.Meters(lambda: prometheus.count_jobs(database)),
+        meters=prometheus.RequestMetrics(lambda: prometheus.count_jobs(database)),
         checks=ThreadPoolExecutor(CHECKS, thread_name_prefix="check"),
         checking=set(),
         stopping=asyncio.Event(),
@@ -67,7 +67,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.streams = events.Streams()
     app.openapi = lambda: openapi.describe(app)  # type: ignore[method-assign]
     problems.install(app)
-    app.add_middleware(Edge, settings=settings, observe=given.meters.observe)
+    app.add_middleware(RequestGuard, settings=settings, observe=given.meters.observe)
     for routes in (jobs, events, artifacts, datasets, weights, catalogue, workers, health, prometheus, openapi, pages):
         app.include_router(routes.router)
     return app
@@ -75,7 +75,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    given: Backends = app.state.backends
+    given: Context = app.state.backends
     keepers = [asyncio.create_task(datasets.keep_checking(given)), asyncio.create_task(_keep_sweeping(given))]
     yield
     given.stopping.set()
@@ -86,7 +86,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     given.db.close()
 
 
-async def _keep_sweeping(given: Backends) -> None:
+async def _keep_sweeping(given: Context) -> None:
     """Sweep as workers do: what a user deletes is gone also where no worker is alive."""
     sweeper = Sweeper(given.db, given.storage, given.bell, given.settings)
     while not given.stopping.is_set():

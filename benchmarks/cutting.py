@@ -45,7 +45,7 @@ def measure_here(name: str, size: int, criterion: str, scope: str) -> Row:
     from worker.precision import choose_precision
     from worker.pruning.importance import class_scores
     from worker.pruning.schedules import prune_stages
-    from worker.run.removal import Materials, cut_channels
+    from worker.run.removal import RemovalContext, cut_channels
     from worker.run.state import NO_LIMITS
 
     torch.set_num_threads(1)
@@ -65,7 +65,7 @@ def measure_here(name: str, size: int, criterion: str, scope: str) -> Row:
     before_network = _resident()
     network = build_network(plan.baseline, seed=0).eval()
     precision.place(network)
-    materials = Materials(lambda: iter(()), 0, precision, plan.baseline_cost, lambda: network)
+    materials = RemovalContext(lambda: iter(()), 0, precision, plan.baseline_cost, lambda: network)
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     Path("/proc/self/clear_refs").write_text("5")  # the highest resident memory counts from here
     began = time.process_time()

@@ -32,7 +32,7 @@ from app.spec.data import Synthetic
 from worker.export.pytorch_source import model_source
 from worker.journal import MemoryJournal, Progress
 from worker.run import preparation, stages
-from worker.run.monitor import JobWatch
+from worker.run.monitor import JobMonitor
 from worker.training.loop import EpochResult, Fit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,7 +114,7 @@ class BareLoop:
         return len(self.labels_N) / (time.perf_counter() - began)
 
 
-class TakingTurns(JobWatch):
+class TakingTurns(JobMonitor):
     """The job's own watch, which lets the bare loop train an epoch after each of ours."""
 
     bare: BareLoop

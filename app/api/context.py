@@ -13,7 +13,7 @@ from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
 from app.access import DEFAULT_TENANT
-from app.api.prometheus import Meters
+from app.api.prometheus import RequestMetrics
 from app.database.engine import Database
 from app.jobs import commands
 from app.jobs.doorbell import Doorbell
@@ -24,14 +24,14 @@ LOOK_S = 1.0
 
 
 @dataclass(frozen=True)
-class Backends:
+class Context:
     """The connections and the settings of one application."""
 
     settings: Settings
     db: Database
     storage: Storage
     bell: Doorbell
-    meters: Meters
+    meters: RequestMetrics
     checks: ThreadPoolExecutor  # each thread waits for one child process that checks an upload
     checking: set[str]  # the data sets whose check runs or waits here
     stopping: asyncio.Event  # set when the server begins to stop: streams and held requests end
@@ -57,9 +57,9 @@ class Watch:
         return await asyncio.shield(look)  # one waiter that leaves does not end the look of the others
 
 
-def backends(request: Request) -> Backends:
+def context_of(request: Request) -> Context:
     """The application's backends."""
-    return cast(Backends, request.app.state.backends)
+    return cast(Context, request.app.state.backends)
 
 
 def tenant(request: Request) -> str:

@@ -154,7 +154,7 @@ class Exchange:
         return {**message, "body": b""} if self.head else message
 
 
-class Edge:
+class RequestGuard:
     """The ASGI middleware; `observe` is told of every answer."""
 
     def __init__(self, app: ASGIApp, settings: Settings, observe: Observe) -> None:

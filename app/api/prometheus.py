@@ -24,7 +24,7 @@ SECONDS = (0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.125, 0.25, 0.5, 1, 2, 5, 10
 router = APIRouter(tags=["operation"])
 
 
-class Meters:
+class RequestMetrics:
     """The counters of one application. `count_jobs` gives the jobs by state; it is asked at every scrape."""
 
     def __init__(self, count_jobs: Callable[[], dict[str, int]]) -> None:

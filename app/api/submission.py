@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from app.api.context import Backends
+from app.api.context import Context
 from app.datasets import registry
 from app.jobs import references
 from app.planning.plan import JobLimits, Plan, make_plan
 from app.spec.job import parse_job
 
 
-def plan_job(given: Backends, tenant: str, document: object) -> Plan:
+def plan_job(given: Context, tenant: str, document: object) -> Plan:
     """What the job that `document` describes would be. Raises InvalidSpec with every mistake found."""
     spec = parse_job(document)
     facts = registry.facts(given.db, tenant, spec.data)

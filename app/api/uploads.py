@@ -16,7 +16,7 @@ from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
 from app.api.bodies import refuse_encoding
-from app.api.context import Backends
+from app.api.context import Context
 from app.errors import InvalidParameter, StorageFull
 
 PIECE_BYTES = 1 << 20
@@ -33,7 +33,7 @@ class Received:
     sha256: str
 
 
-def staging(given: Backends) -> Path:
+def staging(given: Context) -> Path:
     """The folder in which uploads arrive."""
     return given.settings.home_folder / "uploads"
 
@@ -46,7 +46,7 @@ def sweep_staging(folder: Path) -> None:
 
 
 @asynccontextmanager
-async def receiving(request: Request, given: Backends) -> AsyncIterator[Received]:
+async def receiving(request: Request, given: Context) -> AsyncIterator[Received]:
     """The body in a file that is gone afterwards, whatever happens. Never more of it in memory than a few pieces.
 
     Raises StorageFull, InvalidParameter, UnsupportedMediaType; TooLarge and RequestTimeout come from the edge.

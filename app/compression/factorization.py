@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from app.network.editor import WEIGHTED, Draft
+from app.network.editor import WEIGHTED, GraphEditor
 from app.network.graph import Graph, Node
 from app.network.layers.convolutions import Conv, ConvTranspose, Linear
 from app.network.layers.layer import Layer
@@ -254,7 +254,7 @@ def _replaced(graph: Graph, products: Mapping[str, tuple[Part, ...]]) -> Graph:
     """The graph with each of these layers, at all its places, replaced by the parts."""
     if not products:
         return graph
-    names, draft = part_names(graph), Draft(graph)
+    names, draft = part_names(graph), GraphEditor(graph)
     for name, parts in products.items():
         own = [named for named, _ in named_parts(parts, names[name])]
         for place in graph.places(name):
@@ -264,7 +264,7 @@ def _replaced(graph: Graph, products: Mapping[str, tuple[Part, ...]]) -> Graph:
                 if place.name != name:
                     layer = layer.model_copy(update={"shares": home})
                 if part is parts[-1]:
-                    draft.become(place.name, layer)
+                    draft.replace_layer(place.name, layer)
                     draft.redirect(place.name, place.inputs[0], before)
                 else:
                     before = draft.add_before(place.name, layer, part_name, [before])

@@ -24,7 +24,7 @@ from app.failpoints import failpoint
 from app.jobs import outbox
 from app.jobs.artifacts import NewArtifact, attempt_prefix, latest_checkpoints
 from app.jobs.events import NewEvent, write_log, write_metrics
-from app.jobs.transitions import Moved, clear_objects, move, purge
+from app.jobs.transitions import JobAfter, clear_objects, purge, transition
 
 __all__ = [
     "Claim",
@@ -79,11 +79,11 @@ def claim(db: Database, *, worker_id: str, hint: str | None = None, lease_s: flo
         if session.scalar(select(Job.id).where(*_claimable(db)).limit(1)) is None:
             return None  # an idle look takes no lock
 
-    def body(session: Session) -> Moved | None:
+    def body(session: Session) -> JobAfter | None:
         hinted = _take(session, db, worker_id, lease_s, hint) if hint is not None else None
         return hinted or _take(session, db, worker_id, lease_s)
 
-    def landed(session: Session, moved: Moved | None) -> bool:
+    def landed(session: Session, moved: JobAfter | None) -> bool:
         return moved is None or _beat(session, moved.job_id, moved.attempt) == moved.beat
 
     moved = db.transact(body, landed)
@@ -100,14 +100,14 @@ def _claimable(db: Database, job: Any = Job) -> tuple[ColumnElement[bool], ...]:
     return (job.state == "queued", job.available_at <= db.now(), job.spec_version <= SPEC_VERSION)
 
 
-def _take(session: Session, db: Database, worker_id: str, lease_s: float, job_id: str | None = None) -> Moved | None:
+def _take(session: Session, db: Database, worker_id: str, lease_s: float, job_id: str | None = None) -> JobAfter | None:
     """One queued job, taken; workers on Postgres step over rows that another is taking."""
     waiting = aliased(Job)
     first = select(waiting.id).where(*_claimable(db, waiting))
     if job_id is not None:
         first = first.where(waiting.id == job_id)
     first = first.order_by(waiting.priority.desc(), waiting.available_at, waiting.id).limit(1)
-    return move(
+    return transition(
         session,
         db,
         (Job.id == first.with_for_update(skip_locked=True).scalar_subquery(), Job.state == "queued"),
@@ -148,7 +148,7 @@ def renew(
     if progress is not None:
         values["progress"] = progress
 
-    def also(session: Session, moved: Moved) -> None:
+    def also(session: Session, moved: JobAfter) -> None:
         write_metrics(session, db, claim.job_id, metrics)
         if text:
             write_log(session, claim.job_id, text, size_bytes, moved.log_bytes)
@@ -186,7 +186,7 @@ def record_checkpoint(
         {"step": step, "epoch": epoch, "phase": phase, "size_bytes": size_bytes, "metrics": metrics},
     )
 
-    def also(session: Session, _: Moved) -> None:
+    def also(session: Session, _: JobAfter) -> None:
         row = {"epoch": epoch, "phase": phase, "at": db.now(), "key": key, "size_bytes": size_bytes, "sha256": sha256}
         session.execute(
             db.insert(Checkpoint)
@@ -233,7 +233,7 @@ def finish(
     for artifact in artifacts:
         _check_key(claim, artifact.key)
 
-    def also(session: Session, _: Moved) -> None:
+    def also(session: Session, _: JobAfter) -> None:
         rows = [{"job_id": claim.job_id, **vars(artifact)} for artifact in artifacts]
         if rows:
             session.execute(insert(Artifact), rows)
@@ -299,7 +299,7 @@ def release(db: Database, claim: Claim, *, why: str = "the worker was stopped") 
     Raises LostOwnership.
     """
 
-    def body(session: Session) -> Moved:
+    def body(session: Session) -> JobAfter:
         return _give_back(session, db, _fence(claim), None, why=why) or _lost()
 
     return _surely(db, claim.job_id, claim.attempt, body).state
@@ -311,7 +311,7 @@ def crash(db: Database, claim: Claim, reason: dict[str, Any]) -> str:
     LostOwnership.
     """
 
-    def body(session: Session) -> Moved:
+    def body(session: Session) -> JobAfter:
         return _give_back(session, db, _fence(claim), reason) or _lost()
 
     return _surely(db, claim.job_id, claim.attempt, body).state
@@ -320,7 +320,7 @@ def crash(db: Database, claim: Claim, reason: dict[str, Any]) -> str:
 def reap(db: Database, job_id: str, attempt: int, beat: int, reason: dict[str, Any]) -> str | None:
     """The state after taking a job from a worker that is silent since `beat`; None if it was heard of meanwhile."""
 
-    def body(session: Session) -> Moved | None:
+    def body(session: Session) -> JobAfter | None:
         fence = (Job.id == job_id, Job.attempt == attempt, Job.state == "running", Job.beat == beat)
         return _give_back(session, db, fence, reason)
 
@@ -346,7 +346,7 @@ def _give_back(
     reason: dict[str, Any] | None,
     *,
     why: str = "",
-) -> Moved | None:
+) -> JobAfter | None:
     """A running job without its worker: where its user's wish, and the number of its crashes, send it.
 
     `reason` is that of a crash; without one it was released, and `why` says why. None: not ours.
@@ -371,7 +371,7 @@ def _give_back(
         events.append(NewEvent("job.failed", "error", values["error"]["message"], {"error": values["error"]}))
     elif state != "queued":
         events.append(NewEvent(f"job.{state}", "info", f"the job was {state}"))
-    moved = move(session, db, fence, values, events)
+    moved = transition(session, db, fence, values, events)
     if moved is not None and state in ("cancelled", "failed"):
         _end(session, db, moved)
     return moved
@@ -397,7 +397,7 @@ def _how(reason: dict[str, Any]) -> str:
     return f"the trainer ended with exit code {reason.get('exit_code')}"
 
 
-def _end(session: Session, db: Database, moved: Moved) -> None:
+def _end(session: Session, db: Database, moved: JobAfter) -> None:
     """What a job that failed or was cancelled leaves behind goes; the job itself too if its user deleted it."""
     if moved.deleted_at is not None:
         purge(session, db, moved.job_id)
@@ -420,24 +420,24 @@ def _fenced(
     events: Sequence[NewEvent],
     *,
     where: Sequence[ColumnElement[bool]] = (),
-    also: Callable[[Session, Moved], None] = lambda session, moved: None,
+    also: Callable[[Session, JobAfter], None] = lambda session, moved: None,
     seen: bool = True,
-) -> Moved:
+) -> JobAfter:
     """The row after a move of this attempt, with whatever `also` writes in the same transaction.
 
     Raises LostOwnership.
     """
 
-    def body(session: Session) -> Moved:
+    def body(session: Session) -> JobAfter:
         changed = {**values, "beat": Job.beat + 1}
-        moved = move(session, db, (*_fence(claim), *where), changed, events, seen=seen) or _lost()
+        moved = transition(session, db, (*_fence(claim), *where), changed, events, seen=seen) or _lost()
         also(session, moved)
         return moved
 
     return _surely(db, claim.job_id, claim.attempt, body)
 
 
-def _surely(db: Database, job_id: str, attempt: int, body: Callable[[Session], Moved]) -> Moved:
+def _surely(db: Database, job_id: str, attempt: int, body: Callable[[Session], JobAfter]) -> JobAfter:
     return db.transact(body, lambda session, moved: _beat(session, job_id, attempt) == moved.beat)
 
 
@@ -445,7 +445,7 @@ def _beat(session: Session, job_id: str, attempt: int) -> int | None:
     return session.scalar(select(Job.beat).where(Job.id == job_id, Job.attempt == attempt))
 
 
-def _lost() -> Moved:
+def _lost() -> JobAfter:
     raise LostOwnership
 
 

@@ -36,7 +36,7 @@ from app.jobs import outbox, references
 from app.jobs.artifacts import list_checkpoints
 from app.jobs.attempts import workers_alive
 from app.jobs.events import NewEvent, list_events, read_log, read_metrics, write_events
-from app.jobs.transitions import allowed_verbs, clear_objects, move, purge, shown_state
+from app.jobs.transitions import allowed_verbs, clear_objects, purge, shown_state, transition
 from app.spec.job import parse_job
 from app.spec.references import Reference, references_in
 
@@ -470,7 +470,7 @@ def _wish(session: Session, db: Database, job: JobView, wish: str) -> JobView:
 
 
 def _move(session: Session, db: Database, job: JobView, values: dict[str, Any], event: NewEvent) -> JobView:
-    moved = move(session, db, (Job.id == job.id, Job.state == job.state), values, [event])
+    moved = transition(session, db, (Job.id == job.id, Job.state == job.state), values, [event])
     assert moved is not None, "the row is locked"
     return _view(session.execute(select(*VIEW).where(Job.id == job.id)).one())
 

@@ -25,7 +25,7 @@ from app.jobs.events import NewEvent, write_events
 
 
 @dataclass(frozen=True)
-class Moved:
+class JobAfter:
     """The job's row after a move, as far as moves need it."""
 
     job_id: str
@@ -38,7 +38,7 @@ class Moved:
     deleted_at: datetime | None
 
 
-def move(
+def transition(
     session: Session,
     db: Database,
     where: Sequence[ColumnElement[bool]],
@@ -46,7 +46,7 @@ def move(
     events: Sequence[NewEvent] = (),
     *,
     seen: bool = True,
-) -> Moved | None:
+) -> JobAfter | None:
     """The row after the UPDATE, with the events written; None if no row fulfils `where`.
 
     Event numbers come from the row: its lock is held until the commit, so a job's events become visible in order,
@@ -73,7 +73,7 @@ def move(
     ).one_or_none()
     if row is None:
         return None
-    moved = Moved(*tuple(row))
+    moved = JobAfter(*tuple(row))
     write_events(session, db, moved.job_id, moved.attempt, moved.event_seq, events)
     return moved
 

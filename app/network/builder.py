@@ -84,7 +84,7 @@ def _references(layer: Layer) -> Iterator[str]:
             yield from _references(inner)
 
 
-class Expansion:
+class GraphBuilder:
     """Writes layers out. Goes on behind a fault with everything that does not depend on it."""
 
     def __init__(self, input_shape: Shape, limits: Limits) -> None:

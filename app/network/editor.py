@@ -61,7 +61,7 @@ def last_layers(graph: Graph) -> frozenset[str]:
     return frozenset(found)
 
 
-class Draft:
+class GraphEditor:
     """The layers of a graph, all with names and inputs, open to change. Existing names never change."""
 
     def __init__(self, graph: Graph) -> None:
@@ -91,7 +91,7 @@ class Draft:
         self._layers[name] = self._layers[name].model_copy(update=fields)
         self.changed = True
 
-    def become(self, name: str, layer: Layer) -> None:
+    def replace_layer(self, name: str, layer: Layer) -> None:
         """Puts another layer, perhaps of another type, in the place of layer `name`."""
         self._layers[name] = layer
         self.changed = True

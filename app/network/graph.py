@@ -9,7 +9,7 @@ from typing import Any
 
 from app.errors import Fault, InvalidSpec
 from app.network import checks
-from app.network.builder import MOST_FAULTS, Expansion
+from app.network.builder import MOST_FAULTS, GraphBuilder
 from app.network.layers.layer import Layer
 from app.network.layers.names import INPUT
 from app.network.layers.shapes import MOST_SPATIAL_AXES, Shape, Tensor, written
@@ -143,7 +143,7 @@ def build_graph(
     faults = _input_faults(input_shape, pointer.rpartition("/")[0] + "/input_shape", limits)
     if faults:
         raise InvalidSpec(faults)
-    expansion = Expansion(input_shape, limits)
+    expansion = GraphBuilder(input_shape, limits)
     expansion.run(layers, pointer)
     if expansion.faults:
         raise InvalidSpec(expansion.faults)

@@ -21,7 +21,7 @@ from app.errors import Fault, InvalidSpec, JsonValue
 from app.network.cost import Cost, cost
 from app.network.editor import WEIGHTED, last_layers
 from app.network.graph import Graph, Node
-from app.pruning.budget import BudgetUnreachable, Removals, choose_removals, prunable_groups, settle, why_kept
+from app.pruning.budget import BudgetUnreachable, Removals, choose_block, choose_removals, prunable_groups, why_kept
 from app.pruning.channel_classes import Classes, TooManyChannels, channel_classes, shrink_graph
 from app.pruning.zeros import dense_layers, planned_zeros
 from app.spec.low_rank import LowRank, Quantize, Separable
@@ -78,7 +78,7 @@ class LayerPlan:
 
 
 @dataclass
-class Forecast:
+class DryRun:
     """The network while its prune steps are gone through: the graph, the zeros of each layer's weights, the plan."""
 
     graph: Graph
@@ -265,7 +265,7 @@ class Forecast:
         if budget is not None and measured:
             step = self._stand_in(step, budget, classes, pointer)
         try:
-            block, final = settle(before, classes, step, baseline=self.baseline)
+            block, final = choose_block(before, classes, step, baseline=self.baseline)
         except BudgetUnreachable as exc:
             raise InvalidSpec([_unreachable(step, exc, pointer)]) from exc
         removals, after = self._removals(step, classes, final, block)

@@ -14,7 +14,7 @@ from fnmatch import translate
 
 from app.errors import Fault
 from app.network.graph import Graph
-from app.planning.warm_start import Start, listed
+from app.planning.warm_start import WarmStart, listed
 from app.spec.job import Training
 from app.validation.faults import pointer
 
@@ -60,7 +60,7 @@ def fine_tuning_faults(training: Training, graph: Graph) -> Iterator[Fault]:
         yield Fault(FROZEN, f"leaves nothing to train: it names every layer with parameters ({len(names)})")
 
 
-def fine_tuning_warnings(training: Training, graph: Graph, start: Start | None) -> Iterator[Fault]:
+def fine_tuning_warnings(training: Training, graph: Graph, start: WarmStart | None) -> Iterator[Fault]:
     """Frozen layers whose weights nobody has trained."""
     fresh = {node.name for node in graph.nodes} if start is None else set(start.fresh)
     untrained = sorted(frozen_layers(training, graph) & fresh)

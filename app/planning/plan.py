@@ -13,9 +13,9 @@ from app.network.graph import Graph, Limits, build_graph
 from app.network.layers.registry import read_layers
 from app.network.presets import preset_layers
 from app.planning import checks, warm_start
-from app.planning.dry_run import Forecast, LayerPlan
+from app.planning.dry_run import DryRun, LayerPlan
 from app.planning.fine_tuning import fine_tuning_faults, fine_tuning_warnings, frozen_layers, rate_factors
-from app.planning.warm_start import Start
+from app.planning.warm_start import WarmStart
 from app.rewrites.rewrites import rewrite
 from app.settings import Settings
 from app.spec.data import DataFacts
@@ -80,7 +80,7 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     phases: tuple[Phase, ...]
     warnings: tuple[Fault, ...]
-    start: Start | None = None
+    start: WarmStart | None = None
     frozen: frozenset[str] = frozenset()
     rate_factors: Mapping[str, float] = field(default_factory=dict)
 
@@ -132,7 +132,7 @@ def make_plan(
         *(() if start is None else warm_start.start_faults(spec, start, given.input_shape)),
         *checks.memory_faults(spec, memory, bounds.training_bytes),
     ]
-    forecast = Forecast(baseline, cost(baseline))
+    forecast = DryRun(baseline, cost(baseline))
     for position, step in enumerate(spec.optimizations):
         try:
             forecast.follow(step, f"/optimizations/{position}")

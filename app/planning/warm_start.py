@@ -32,7 +32,7 @@ SCALES = {"uint8": 1 / 255, "float32": 1.0}
 
 
 @dataclass(frozen=True)
-class Start:
+class WarmStart:
     """Trained weights that a job begins with, and the layers that nevertheless start fresh."""
 
     reference: Reference
@@ -203,16 +203,16 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(name[:200] for name in names[:MOST_LISTED]) + more
 
 
-def start_of(spec: JobSpec, given: Graph, trained: Graph, source: Source, classes: int) -> Start:
+def start_of(spec: JobSpec, given: Graph, trained: Graph, source: Source, classes: int) -> WarmStart:
     """What the weights of `source` are for: `given` is the network they belong to, `trained` it after the rewrites."""
     reference, model = start_reference(spec), spec.model
     assert reference is not None
     fresh = _fresh_layers(given, trained, new_head(spec, given, source, classes))
     if isinstance(model, JobModel):
         known = source.preprocessing
-        return Start(reference, fresh, *((known.mean, known.std) if known is not None else (None, None)))
+        return WarmStart(reference, fresh, *((known.mean, known.std) if known is not None else (None, None)))
     stated = model.preprocessing
-    return Start(reference, fresh, *((stated.mean, stated.std) if stated is not None else (None, None)))
+    return WarmStart(reference, fresh, *((stated.mean, stated.std) if stated is not None else (None, None)))
 
 
 def _fresh_layers(given: Graph, trained: Graph, head: frozenset[str]) -> tuple[str, ...]:
@@ -227,7 +227,7 @@ def _fresh_layers(given: Graph, trained: Graph, head: frozenset[str]) -> tuple[s
     return tuple(node.name for node in trained.nodes if node.tensors and not is_known(node.name))
 
 
-def start_faults(spec: JobSpec, start: Start, input_shape: Shape) -> Iterator[Fault]:
+def start_faults(spec: JobSpec, start: WarmStart, input_shape: Shape) -> Iterator[Fault]:
     """What is wrong between trained weights and what the job does with them."""
     if spec.training.epochs == 0 and start.fresh:
         message = f"0 leaves layers untrained that start fresh: {listed(start.fresh)}"
@@ -239,7 +239,7 @@ def start_faults(spec: JobSpec, start: Start, input_shape: Shape) -> Iterator[Fa
 
 
 def warnings(
-    spec: JobSpec, facts: DataFacts, given: Graph, start: Start | None, sources: Mapping[str, Source]
+    spec: JobSpec, facts: DataFacts, given: Graph, start: WarmStart | None, sources: Mapping[str, Source]
 ) -> Iterator[Fault]:
     """What is allowed between the job and the networks it names, and may not be meant."""
     if start is not None:
@@ -250,7 +250,7 @@ def warnings(
             yield Fault(reference.pointer, f"the classes of job {reference.id} {difference}")
 
 
-def _start_warnings(spec: JobSpec, facts: DataFacts, given: Graph, start: Start, source: Source) -> Iterator[Fault]:
+def _start_warnings(spec: JobSpec, facts: DataFacts, given: Graph, start: WarmStart, source: Source) -> Iterator[Fault]:
     model, at = spec.model, start.reference.pointer
     head = new_head(spec, given, source, facts.classes)
     if isinstance(model, JobModel):

@@ -32,7 +32,7 @@ from app.network.cost import Cost, cost
 from app.network.graph import Graph
 from app.pruning.channel_classes import Classes, Group, channel_classes, shrink_graph
 from app.pruning.channel_rules import FloatArray, IntArray
-from app.pruning.incremental_cost import Measure, Quantum, Tally
+from app.pruning.incremental_cost import ChannelBlock, IncrementalCost, Measure
 from app.spec.prune import Prune, PruneOverride
 from app.validation.faults import counted
 
@@ -94,7 +94,7 @@ class BudgetUnreachable(Exception):
 
 
 @dataclass(frozen=True)
-class _Room:
+class _GroupLimits:
     """How far one group may be pruned, in classes: `width_at_start`, the fewest that stay, how many leave together.
 
     `sparsity` is its own, where an override states one; `held` says why nothing leaves, or is None.
@@ -135,7 +135,7 @@ def choose_removals(
         fraction: How far to go, in (0, 1]: stages of equal length keep the same part of what the one before left.
         only: Index of the one group that may be touched (default: all).
         losses: Scope `sensitivity`: for each group that may leave, what its removal costs. None: equal shares.
-        block: Where `round_to` is not stated: the largest block of channels, as `settle` finds it.
+        block: Where `round_to` is not stated: the largest block of channels, as `choose_block` finds it.
 
     Raises:
         BudgetUnreachable: The budget is below the floor, or nothing may be removed at all.
@@ -146,7 +146,7 @@ def choose_removals(
             room if room.group.index == only else replace(room, held=room.held or _NOT_LOOKED_AT) for room in rooms
         ]
     dense = baseline or cost(start or graph)
-    tally = Tally(graph, classes)
+    tally = IncrementalCost(graph, classes)
     forced, order = _order(rooms, scores, step, tally, fraction, losses)
     for quantum in [*forced, *order]:
         tally.remove(quantum)
@@ -175,7 +175,7 @@ def choose_removals(
     return Removals(_classes_of([*forced, *removed]), tally.cost(), floor, everything)
 
 
-def settle(graph: Graph, classes: Classes, step: Prune, *, baseline: Cost | None = None) -> tuple[int, Removals]:
+def choose_block(graph: Graph, classes: Classes, step: Prune, *, baseline: Cost | None = None) -> tuple[int, Removals]:
     """(the largest block of channels, what leaves with equal shares).
 
     Where `round_to` is not stated it is the first of 16, 8, 4, 2, 1 with which the removal comes within a tenth of what
@@ -246,7 +246,7 @@ def _on_the_way(sparsity: float, fraction: float) -> float:
 # rooms: how far each group may go
 
 
-def _rooms(graph: Graph, classes: Classes, step: Prune, start: Graph, block: int = BLOCKS[0]) -> list[_Room]:
+def _rooms(graph: Graph, classes: Classes, step: Prune, start: Graph, block: int = BLOCKS[0]) -> list[_GroupLimits]:
     before = classes if start is graph else channel_classes(start)
     widths = {before.key(group): len(group.classes) for group in before.groups}
     excluded = {name: set(classes.slots[name].ids.tolist()) for name in step.exclude}
@@ -262,7 +262,7 @@ def _rooms(graph: Graph, classes: Classes, step: Prune, start: Graph, block: int
         least = min(len(group.classes), _least(step, overrides, group, width))
         own = [o.sparsity for o in overrides if o.sparsity is not None]
         held = classes.pins.get(one) or _excluded(excluded, one) or _too_narrow(group, least, together)
-        rooms.append(_Room(group, width, least, together, min(own) if own else None, held))
+        rooms.append(_GroupLimits(group, width, least, together, min(own) if own else None, held))
     return rooms
 
 
@@ -309,7 +309,7 @@ def _too_narrow(group: Group, least: int, together: int) -> str | None:
     return None
 
 
-def _held(classes: Classes, rooms: Sequence[_Room]) -> list[str]:
+def _held(classes: Classes, rooms: Sequence[_GroupLimits]) -> list[str]:
     """One phrase for each layer that keeps all its channels."""
     phrases = []
     for room in rooms:
@@ -319,16 +319,18 @@ def _held(classes: Classes, rooms: Sequence[_Room]) -> list[str]:
     return phrases
 
 
-def _rooms_of_layers(classes: Classes, rooms: Sequence[_Room]) -> dict[str, list[_Room]]:
+def _rooms_of_layers(classes: Classes, rooms: Sequence[_GroupLimits]) -> dict[str, list[_GroupLimits]]:
     """For each layer with weights, the rooms of its output channels."""
-    found: dict[str, list[_Room]] = {}
+    found: dict[str, list[_GroupLimits]] = {}
     for room in rooms:
         for layer in classes.layers_of(room.group):
             found.setdefault(layer, []).append(room)
     return found
 
 
-def _heaviest(smallest: Graph, graph: Graph, classes: Classes, rooms: Sequence[_Room], measure: Measure) -> list[str]:
+def _heaviest(
+    smallest: Graph, graph: Graph, classes: Classes, rooms: Sequence[_GroupLimits], measure: Measure
+) -> list[str]:
     """The three layers that cost most in the smallest network, with what keeps them as they are."""
     costs = {node.name: node.macs if measure == "macs" else node.params for node in smallest.nodes}
     whole = max(1, sum(costs.values()))
@@ -347,16 +349,16 @@ def _heaviest(smallest: Graph, graph: Graph, classes: Classes, rooms: Sequence[_
 
 
 def _order(
-    rooms: Sequence[_Room],
+    rooms: Sequence[_GroupLimits],
     scores: Mapping[int, float] | None,
     step: Prune,
-    tally: Tally,
+    tally: IncrementalCost,
     fraction: float,
     losses: Mapping[int, Curve] | None,
-) -> tuple[list[Quantum], list[Quantum]]:
+) -> tuple[list[ChannelBlock], list[ChannelBlock]]:
     """(quanta that an override demands, all others in the order in which they leave)."""
-    forced: list[Quantum] = []
-    ranked: list[tuple[float, int, int, Quantum]] = []
+    forced: list[ChannelBlock] = []
+    ranked: list[tuple[float, int, int, ChannelBlock]] = []
     for room in rooms:
         if room.held is not None:
             continue
@@ -383,7 +385,7 @@ def _order(
     return forced, [quantum for *_, quantum in ranked]
 
 
-def _parts(ascending: IntArray, room: _Room) -> list[IntArray]:
+def _parts(ascending: IntArray, room: _GroupLimits) -> list[IntArray]:
     """The quanta of a group as its classes, weakest first."""
     width, together = len(ascending), room.together
     ends, end = [0], width % together or together
@@ -406,21 +408,23 @@ def _scores_of(parts: Sequence[IntArray], group: Group, values: FloatArray, *, n
 # how many of them leave
 
 
-def _within(tally: Tally, order: Sequence[Quantum], measure: Measure, allowed: int) -> list[Quantum]:
+def _within(
+    tally: IncrementalCost, order: Sequence[ChannelBlock], measure: Measure, allowed: int
+) -> list[ChannelBlock]:
     """The quanta that leave for a cost of at most `allowed`, which can be reached; `tally` is left without them.
 
     The cost falls with every quantum, so the first prefix that fits is the one a bisection would find. Then each
     quantum may return, strongest first, while all stronger ones of its group have: what is refused once never fits
     later, when more has returned.
     """
-    removed: list[Quantum] = []
+    removed: list[ChannelBlock] = []
     for quantum in order:
         if tally.fits(measure, allowed):
             break
         tally.remove(quantum)
         removed.append(quantum)
     stays: set[int] = set()
-    kept: list[Quantum] = []
+    kept: list[ChannelBlock] = []
     for quantum in reversed(removed):
         if quantum.group not in stays:
             tally.give_back(quantum)
@@ -433,13 +437,13 @@ def _within(tally: Tally, order: Sequence[Quantum], measure: Measure, allowed: i
     return kept
 
 
-def _wanted(room: _Room, part: float) -> int:
+def _wanted(room: _GroupLimits, part: float) -> int:
     """How many channels leave now so that `part` of those at the start is gone (half to even)."""
     width = room.width_at_start
     return (round(part * width) - (width - len(room.group.classes))) * room.group.channels
 
 
-def _nearest(quanta: Sequence[Quantum], wanted: int) -> list[Quantum]:
+def _nearest(quanta: Sequence[ChannelBlock], wanted: int) -> list[ChannelBlock]:
     """The first of the quanta, so many that the channels they take are nearest to `wanted`; rather fewer than more."""
     best, gone, count = abs(wanted), 0, 0
     for place, quantum in enumerate(quanta, start=1):
@@ -449,19 +453,19 @@ def _nearest(quanta: Sequence[Quantum], wanted: int) -> list[Quantum]:
     return list(quanta[:count])
 
 
-def _nearest_of_each(rooms: Sequence[_Room], order: Sequence[Quantum], part: float) -> list[Quantum]:
-    by_group: dict[int, list[Quantum]] = {}
+def _nearest_of_each(rooms: Sequence[_GroupLimits], order: Sequence[ChannelBlock], part: float) -> list[ChannelBlock]:
+    by_group: dict[int, list[ChannelBlock]] = {}
     for quantum in order:
         by_group.setdefault(quantum.group, []).append(quantum)
     return [q for group, quanta in by_group.items() for q in _nearest(quanta, _wanted(rooms[group], part))]
 
 
-def _nearest_of_all(rooms: Sequence[_Room], order: Sequence[Quantum], part: float) -> list[Quantum]:
+def _nearest_of_all(rooms: Sequence[_GroupLimits], order: Sequence[ChannelBlock], part: float) -> list[ChannelBlock]:
     free = [room for room in rooms if room.held is None and room.sparsity is None]
     at_start = sum(room.width_at_start * room.group.channels for room in free)
     now = sum(len(room.group.classes) * room.group.channels for room in free)
     return _nearest(order, round(part * at_start) - (at_start - now))
 
 
-def _classes_of(quanta: Sequence[Quantum]) -> frozenset[int]:
+def _classes_of(quanta: Sequence[ChannelBlock]) -> frozenset[int]:
     return frozenset(c for quantum in quanta for c in quantum.classes)

@@ -23,7 +23,7 @@ Measure = Literal["macs", "params", "bytes"]
 
 
 @dataclass(frozen=True)
-class Quantum:
+class ChannelBlock:
     """Classes of one group that leave together, and what this takes off each width of the tally."""
 
     group: int
@@ -43,7 +43,7 @@ class _Term:
     value: int = 0
 
 
-class Tally:
+class IncrementalCost:
     """Widths of a graph, and `macs`, `params` and `stored` (elements in the file) that follow from them."""
 
     def __init__(self, graph: Graph, classes: Classes) -> None:
@@ -65,7 +65,7 @@ class Tally:
         self._largest_header = safetensors_bytes(sizes) - FLOAT_BYTES * self.stored
         self._smallest_header = 0
 
-    def quanta(self, group: Group, parts: Sequence[IntArray]) -> list[Quantum]:
+    def quanta(self, group: Group, parts: Sequence[IntArray]) -> list[ChannelBlock]:
         """The parts of a group's classes, in order, with what each takes off the widths."""
         touched: list[tuple[int, IntArray]] = []
         for width in sorted({self._width_of_axis[axis] for axis in group.axes}):
@@ -76,7 +76,7 @@ class Tally:
             )
         ends = np.cumsum([0, *(len(part) for part in parts)]).tolist()
         return [
-            Quantum(
+            ChannelBlock(
                 group.index,
                 tuple(part.tolist()),
                 len(part) * group.channels,
@@ -85,11 +85,11 @@ class Tally:
             for part, start, end in zip(parts, ends, ends[1:], strict=False)
         ]
 
-    def remove(self, quantum: Quantum) -> None:
+    def remove(self, quantum: ChannelBlock) -> None:
         """Takes the quantum's channels out of the network."""
         self._move(quantum, -1)
 
-    def give_back(self, quantum: Quantum) -> None:
+    def give_back(self, quantum: ChannelBlock) -> None:
         """Puts the quantum's channels back."""
         self._move(quantum, 1)
 
@@ -173,7 +173,7 @@ class Tally:
         self.params += change * term.params
         self.stored += change * term.stored
 
-    def _move(self, quantum: Quantum, sign: int) -> None:
+    def _move(self, quantum: ChannelBlock, sign: int) -> None:
         for width, change in quantum.widths:
             self._widths[width] += sign * change
         key = tuple(width for width, _ in quantum.widths)

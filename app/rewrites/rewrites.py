@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from app.errors import Fault, InvalidSpec
-from app.network.editor import CONVOLUTIONS, NORMS, Block, Draft, block_of, convolutions, last_layers
+from app.network.editor import CONVOLUTIONS, NORMS, Block, GraphEditor, block_of, convolutions, last_layers
 from app.network.graph import DEFAULT_LIMITS, Graph, Limits, Node
 from app.network.layers.registry import BatchNorm, Conv, ConvTranspose, Dropout, Layer, SpatialDropout
 from app.network.layers.sharing import unshared
@@ -41,7 +41,7 @@ def rewrite(
     `limits`.
     """
     named = _named(graph, optimization.layers, pointer)
-    draft = Draft(graph)
+    draft = GraphEditor(graph)
     _RULES[type(optimization)](graph, draft, optimization, _Narrowed(named, pointer))
     if not draft.changed:
         return graph
@@ -94,7 +94,7 @@ def _is_no_convolution(node: Node) -> str | None:
     return None if node.type in CONVOLUTIONS else f"is a {node.type} layer, not a convolution"
 
 
-def _batch_norm(graph: Graph, draft: Draft, optimization: InsertBatchNorm, narrowed: _Narrowed) -> None:
+def _batch_norm(graph: Graph, draft: GraphEditor, optimization: InsertBatchNorm, narrowed: _Narrowed) -> None:
     """After each convolution, before its activation; the convolution's bias goes, since the normalisation has one.
 
     Left alone: the last layer, and convolutions that are followed by a normalisation. Convolutions that share their
@@ -117,7 +117,7 @@ def _batch_norm(graph: Graph, draft: Draft, optimization: InsertBatchNorm, narro
         draft.insert_behind(conv.name, [(BatchNorm(), f"{conv.name}_bn")])
 
 
-def _spatial_dropout(graph: Graph, draft: Draft, optimization: InsertSpatialDropout, narrowed: _Narrowed) -> None:
+def _spatial_dropout(graph: Graph, draft: GraphEditor, optimization: InsertSpatialDropout, narrowed: _Narrowed) -> None:
     """After the activation of each convolution; those without one of their own and the last layer are left alone."""
     last = last_layers(graph)
 
@@ -142,7 +142,7 @@ def _feeds_dropout(graph: Graph, node: Node) -> bool:
     return bool(readers) and all(reader.type in ("dropout", "spatial_dropout") for reader in readers)
 
 
-def _dropout(graph: Graph, draft: Draft, optimization: InsertDropout, narrowed: _Narrowed) -> None:
+def _dropout(graph: Graph, draft: GraphEditor, optimization: InsertDropout, narrowed: _Narrowed) -> None:
     """Before each linear layer, on its own input only; left alone where that input is dropout already."""
     nodes = {node.name: node for node in graph.nodes}
 
@@ -159,7 +159,7 @@ def _dropout(graph: Graph, draft: Draft, optimization: InsertDropout, narrowed: 
         draft.redirect(linear.name, source, name)
 
 
-def _small_kernels(graph: Graph, draft: Draft, optimization: SmallKernels, narrowed: _Narrowed) -> None:
+def _small_kernels(graph: Graph, draft: GraphEditor, optimization: SmallKernels, narrowed: _Narrowed) -> None:
     """Each convolution with a kernel of 4 or more becomes a stack with the same receptive field and output shape.
 
     The last of the stack keeps the convolution's name, its width and its stride. The others come before it, with
@@ -211,7 +211,7 @@ def _copies(block: Block, stem: str, *, width: int) -> list[tuple[Layer, str]]:
     return copies
 
 
-def _deeper(graph: Graph, draft: Draft, optimization: Deeper, narrowed: _Narrowed) -> None:
+def _deeper(graph: Graph, draft: GraphEditor, optimization: Deeper, narrowed: _Narrowed) -> None:
     """`times` further blocks behind the last block of each stage.
 
     A block is a convolution with its normalisation and its own activation; a stage is a run of blocks, in written
@@ -246,7 +246,7 @@ def _deeper(graph: Graph, draft: Draft, optimization: Deeper, narrowed: _Narrowe
         draft.insert_behind(block.end.name, chain)
 
 
-def _residual(graph: Graph, draft: Draft, optimization: InsertShortcuts, narrowed: _Narrowed) -> None:
+def _residual(graph: Graph, draft: GraphEditor, optimization: InsertShortcuts, narrowed: _Narrowed) -> None:
     """Shortcuts around runs of convolutions: see `shortcuts.add_shortcuts`."""
     last = last_layers(graph)
 
@@ -259,7 +259,7 @@ def _residual(graph: Graph, draft: Draft, optimization: InsertShortcuts, narrowe
     add_shortcuts(graph, draft, chosen)
 
 
-_RULES: dict[type, Callable[[Graph, Draft, Any, _Narrowed], None]] = {
+_RULES: dict[type, Callable[[Graph, GraphEditor, Any, _Narrowed], None]] = {
     InsertBatchNorm: _batch_norm,
     InsertSpatialDropout: _spatial_dropout,
     InsertDropout: _dropout,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 
-from app.network.editor import Block, Draft, block_of
+from app.network.editor import Block, GraphEditor, block_of
 from app.network.graph import Graph, Node
 from app.network.layers.names import INPUT
 from app.network.layers.registry import Add, BatchNorm, Conv
@@ -14,7 +14,7 @@ from app.network.layers.shapes import LARGEST_KERNEL, Shape
 BLOCKS_PER_SHORTCUT = 2  # as in the paper's basic block
 
 
-def add_shortcuts(graph: Graph, draft: Draft, convs: Sequence[Node]) -> None:
+def add_shortcuts(graph: Graph, draft: GraphEditor, convs: Sequence[Node]) -> None:
     """Lays a shortcut around each piece of each run of `convs`.
 
     A block is a convolution with its normalisation and its own activation, outside of every branch that an `add`
@@ -55,7 +55,7 @@ def _pieces(run: list[Block]) -> list[list[Block]]:
     return pieces
 
 
-def _add_shortcut(draft: Draft, piece: list[Block]) -> None:
+def _add_shortcut(draft: GraphEditor, piece: list[Block]) -> None:
     first, end = piece[0].conv, piece[-1]
     assert end.activation is not None
     before, after = first.input_shapes[0], end.activation.shape

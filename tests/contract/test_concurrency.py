@@ -15,7 +15,7 @@ from app.database.tables import Event, Job
 from app.errors import IllegalTransition, LostOwnership
 from app.jobs import attempts, commands
 from app.jobs.attempts import NewEvent
-from app.jobs.transitions import move
+from app.jobs.transitions import transition
 from tests.support.checkout import ROOT
 from tests.support.jobs import lives
 from tests.support.jobs.lives import SPEC, TENANT, event_types
@@ -82,7 +82,7 @@ def test_readers_see_event_numbers_without_gaps_while_six_write(db: Database) ->
 
     def roll_back(events: list[NewEvent]) -> None:
         with db.write() as session:
-            move(session, db, [Job.id == job_id], {}, events)
+            transition(session, db, [Job.id == job_id], {}, events)
             raise ZeroDivisionError
 
     def write(number: int) -> None:

@@ -28,7 +28,7 @@ from worker import pipeline
 from worker.journal import MemoryJournal, Progress, Wish
 from worker.network import Network
 from worker.pipeline import Cancelled, Delivered, Paused, run
-from worker.run.monitor import Checkpoints, Interrupted
+from worker.run.monitor import CheckpointWriter, Interrupted
 
 HALF = {"type": "prune", "sparsity": 0.5, "retrain": {"epochs": 1}}
 NARROW = {"type": "prune", "budget": {"macs": 0.5}, "round_to": 1, "retrain": {"epochs": 1}}
@@ -346,7 +346,7 @@ def test_a_full_disk_skips_one_checkpoint_and_fails_at_the_second(data: Path, tm
 
     journal = MemoryJournal()
     job = pipeline.prepare(task_of(tiny_spec(training={"epochs": 6}), data, tmp_path), journal)
-    job.watch.checkpoints = Checkpoints(tmp_path, journal, interval_s=60, identity={}, write=full)
+    job.watch.checkpoints = CheckpointWriter(tmp_path, journal, interval_s=60, identity={}, write=full)
     with pytest.raises(DiskFull, match="two checkpoints in a row"):
         pipeline.carry_out(job)
     assert [event.data.get("code") for event in journal.of_type("warning")] == ["disk_full"]

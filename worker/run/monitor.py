@@ -15,7 +15,7 @@ from app.failpoints import failpoint
 from worker.checkpoint import STEM, write_checkpoint
 from worker.evaluation import NO_LOSS
 from worker.journal import Journal, Phase, SavedCheckpoint, Wish
-from worker.run.progress import Course
+from worker.run.progress import ProgressTracker
 from worker.run.state import Reached
 from worker.training.averaging import snapshot
 from worker.training.loop import EpochResult, Fit, Window
@@ -35,7 +35,7 @@ class Interrupted(EspalierError):
         self.wish: Wish = wish
 
 
-class Checkpoints:
+class CheckpointWriter:
     """Writes checkpoints beside the training: copies tensors at once, a thread writes and announces the files.
 
     The announced files belong to whoever reads the journal. The last one also stays under another name (`latest`), for
@@ -133,12 +133,12 @@ class Checkpoints:
             sibling.replace(self._latest / f"{STEM}.{ending}")
 
 
-class JobWatch:
+class JobMonitor:
     """The watch of all trainings of one job."""
 
     reached: Reached
 
-    def __init__(self, journal: Journal, course: Course, checkpoints: Checkpoints) -> None:
+    def __init__(self, journal: Journal, course: ProgressTracker, checkpoints: CheckpointWriter) -> None:
         """`reached` is set once the job knows where it stands, before its first stage."""
         self.journal = journal
         self.course = course

@@ -30,11 +30,11 @@ from worker.journal import Journal, Phase, Progress
 from worker.network import Network, build_network
 from worker.precision import Precision, choose_precision
 from worker.pruning import schedules
-from worker.run.monitor import Checkpoints, JobWatch
-from worker.run.progress import Course, Part, forward_seconds, training_seconds
-from worker.run.record import Ledger
+from worker.run.monitor import CheckpointWriter, JobMonitor
+from worker.run.progress import PhaseEstimate, ProgressTracker, forward_seconds, training_seconds
+from worker.run.record import RunRecord
 from worker.run.references import job_network, put_weights, read_sources, start_notes
-from worker.run.removal import RECALIBRATION_IMAGES, Materials
+from worker.run.removal import RECALIBRATION_IMAGES, RemovalContext
 from worker.run.state import NO_LIMITS, Reached, restore
 from worker.training.averaging import put
 from worker.training.distillation import Teacher
@@ -92,8 +92,8 @@ class Job:
     preprocessing: Preprocessing
     precision: Precision
     stages: tuple[Stage, ...]
-    checkpoints: Checkpoints
-    watch: JobWatch
+    checkpoints: CheckpointWriter
+    watch: JobMonitor
     sources: Mapping[str, Source]
     retried: bool = False
     micro_batches: int = 1
@@ -159,7 +159,7 @@ class Job:
         )
 
     @cached_property
-    def materials(self) -> Materials:
+    def materials(self) -> RemovalContext:
         """What removals need: some training images, drawn by the seed, without augmentation, in equal batches."""
         train, seed = self.splits.train, self.training.seed
         generator = np.random.default_rng(derive_seed(seed, "plain"))
@@ -178,7 +178,7 @@ class Job:
         def plain() -> Iterator[tuple[Tensor, Tensor]]:
             return batches.epoch(0)
 
-        return Materials(
+        return RemovalContext(
             plain,
             seed,
             self.precision,
@@ -221,7 +221,7 @@ class Job:
     def fresh_start(self) -> Reached:
         """Before the first step: new weights from the job's seed, or those of its source where it has one."""
         network = build_network(self.plan.baseline, seed=self.training.seed)
-        ledger = Ledger()
+        ledger = RunRecord()
         if self.plan.start is not None:
             put_weights(network, self.plan.start.reference, self.task.sources, fresh=self.plan.start.fresh)
             for sentence in start_notes(self.plan.start, network):
@@ -283,9 +283,9 @@ def prepare(task: Task, journal: Journal) -> Job:
         "spec_sha256": spec_digest(task.spec),
         "data_sha256": dataset.sha256,
     }
-    checkpoints = Checkpoints(task.scratch, journal, interval_s=task.checkpoint_interval_s, identity=identity)
-    course = Course(_parts(plan, splits, stages))
-    watch = JobWatch(journal, course, checkpoints)
+    checkpoints = CheckpointWriter(task.scratch, journal, interval_s=task.checkpoint_interval_s, identity=identity)
+    course = ProgressTracker(_parts(plan, splits, stages))
+    watch = JobMonitor(journal, course, checkpoints)
     job = Job(
         task=task,
         journal=journal,
@@ -346,31 +346,33 @@ def _preprocessing(plan: Plan, splits: Splits, scale: float) -> Preprocessing:
     return measure_preprocessing(splits.train, scale)
 
 
-def _parts(plan: Plan, splits: Splits, stages: tuple[Stage, ...]) -> list[Part]:
+def _parts(plan: Plan, splits: Splits, stages: tuple[Stage, ...]) -> list[PhaseEstimate]:
     """The course: preparing, every stage, measuring, exporting."""
     images, held_out, test = len(splits.train), len(splits.validation), len(splits.test)
     steps_per_epoch = max(1, -(-images // plan.spec.training.batch_size))
     dense, pruned = plan.baseline_cost.macs, plan.planned_cost.macs
-    parts = [Part("preparing", 0.0, 0.5)]
+    parts = [PhaseEstimate("preparing", 0.0, 0.5)]
     for stage in stages:
         macs = dense if stage.position is None else pruned
         if stage.phase in ("training", "retraining"):
             epochs = plan.spec.training.epochs if stage.removal is None else stage.removal.epochs
             seconds = epochs * (training_seconds(images, macs) + forward_seconds(held_out, macs))
-            parts.append(Part(stage.phase, seconds, 0.0, epochs, epochs * steps_per_epoch))
+            parts.append(PhaseEstimate(stage.phase, seconds, 0.0, epochs, epochs * steps_per_epoch))
         elif stage.phase == "pruning":
-            parts.append(Part("pruning", forward_seconds(2 * test + RECALIBRATION_IMAGES, dense), 0.2))
+            parts.append(PhaseEstimate("pruning", forward_seconds(2 * test + RECALIBRATION_IMAGES, dense), 0.2))
         elif stage.table:
             cuts = _cuts(plan)
-            parts.append(Part("evaluating", cuts * forward_seconds(2 * test + RECALIBRATION_IMAGES, macs), 0.1))
+            parts.append(
+                PhaseEstimate("evaluating", cuts * forward_seconds(2 * test + RECALIBRATION_IMAGES, macs), 0.1)
+            )
         else:
-            parts.append(Part("evaluating", forward_seconds(test, macs), 0.1))
+            parts.append(PhaseEstimate("evaluating", forward_seconds(test, macs), 0.1))
     for step in plan.spec.optimizations:
         if isinstance(step, Quantize):
             images = test + step.calibration_images + 2 * held_out
-            parts.append(Part("evaluating", forward_seconds(images, pruned), QUANTIZING_S))
-    parts.append(Part("measuring", 0.0, MEASURING_S))
-    parts.append(Part("exporting", forward_seconds(3 * test, dense + pruned), EXPORTING_S))
+            parts.append(PhaseEstimate("evaluating", forward_seconds(images, pruned), QUANTIZING_S))
+    parts.append(PhaseEstimate("measuring", 0.0, MEASURING_S))
+    parts.append(PhaseEstimate("exporting", forward_seconds(3 * test, dense + pruned), EXPORTING_S))
     return parts
 
 

@@ -20,7 +20,7 @@ TRAINING_FLOP_PER_MAC = 6  # forward 2, backward 4
 
 
 @dataclass(frozen=True)
-class Part:
+class PhaseEstimate:
     """One phase: epochs, optimizer steps, and its seconds on a nominal machine, of computing and of anything else."""
 
     phase: Phase
@@ -45,10 +45,10 @@ def forward_seconds(images: int, macs: int) -> float:
     return images * (NOMINAL_IMAGE_S + FORWARD_FLOP_PER_MAC * macs / NOMINAL_FLOP_PER_S)
 
 
-class Course:
+class ProgressTracker:
     """The parts of a job in order, and where it is among them."""
 
-    def __init__(self, parts: Sequence[Part], *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, parts: Sequence[PhaseEstimate], *, clock: Callable[[], float] = time.monotonic) -> None:
         self._parts = tuple(parts)
         self._clock = clock
         self._at = 0
@@ -59,7 +59,7 @@ class Course:
         self._estimated_s = 0.0
 
     @property
-    def part(self) -> Part:
+    def part(self) -> PhaseEstimate:
         """The part that the job is in."""
         return self._parts[self._at]
 

@@ -31,7 +31,7 @@ class StepRecord:
 
 
 @dataclass
-class Ledger:
+class RunRecord:
     """The report so far: `seconds` of all attempts, scores of the dense network and of the latest one.
 
     `sensitivity` has a row for each group of channels that a job of this kind has looked at.

@@ -17,7 +17,7 @@ from torch import Tensor
 from app.errors import SourceUnavailable, WeightsInvalid
 from app.network.graph import Graph
 from app.network.layers.shapes import Shape
-from app.planning.warm_start import VARIANCE, Misfit, Start, listed, network_at
+from app.planning.warm_start import VARIANCE, Misfit, WarmStart, listed, network_at
 from app.spec.job import JobSpec
 from app.spec.references import Reference, Source, references_in
 from worker.network import Network, build_network
@@ -95,7 +95,7 @@ def _checked(tensor: Tensor, name: str, reference: Reference) -> Tensor:
     return values
 
 
-def start_notes(start: Start, network: Network) -> list[str]:
+def start_notes(start: WarmStart, network: Network) -> list[str]:
     """What the report says about where the network came from."""
     reference = start.reference
     what = f"{reference.kind} {reference.id}" + (f" ({reference.artifact})" if reference.artifact else "")

@@ -18,8 +18,8 @@ from app.pruning.budget import (
     BudgetUnreachable,
     Removals,
     allowed_cost,
+    choose_block,
     choose_removals,
-    settle,
     why_kept,
 )
 from app.pruning.channel_classes import channel_classes
@@ -47,7 +47,7 @@ Pairs = Iterator[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Materials:
+class RemovalContext:
     """What a removal needs beside the network: images of the training part without augmentation, seeds, the dense cost.
 
     `plain` gives batches of images and labels, the same at each call; `seed` is the job's; `dense_network` gives the
@@ -69,7 +69,7 @@ def cut_weights(
     step: Prune,
     stage: Stage,
     previous: Masks | None,
-    materials: Materials,
+    materials: RemovalContext,
     rewind: dict[str, Tensor] | None,
 ) -> Masks:
     """The masks after this removal; the network's pruned weights are zero.
@@ -97,7 +97,7 @@ def joined_masks(network: Network, step: Prune, sparsity: float | None, previous
     return Masks(held | {name: new[name] for name in names if name in new})
 
 
-def cut_channels(network: Network, step: Prune, stage: Stage, materials: Materials, *, start: Graph) -> Network:
+def cut_channels(network: Network, step: Prune, stage: Stage, materials: RemovalContext, *, start: Graph) -> Network:
     """The smaller network, placed as the larger one was. `start` is the graph before the step's first removal.
 
     Raises:
@@ -139,7 +139,7 @@ def cut_channels(network: Network, step: Prune, stage: Stage, materials: Materia
             stopwatch = Stopwatch(materials.dense_network())
             removals = removals_within_time(network, classes, step, choose, stopwatch, fraction=stage.fraction)
         else:
-            block, _ = settle(start, channel_classes(start), step, baseline=materials.baseline)
+            block, _ = choose_block(start, channel_classes(start), step, baseline=materials.baseline)
             removals = choose(step, stage.fraction)
             while block > 1 and not _comes_near(removals, network.graph, step, materials.baseline, stage.fraction):
                 block //= 2  # shares that are not equal may miss in blocks with which equal ones come near
@@ -161,7 +161,7 @@ def _comes_near(removals: Removals, graph: Graph, step: Prune, baseline: Cost, f
     return bool(getattr(removals.cost, measure) >= CLOSE_ENOUGH * most)
 
 
-def recalibrate(network: Network, materials: Materials) -> bool:
+def recalibrate(network: Network, materials: RemovalContext) -> bool:
     """Count batch norm's statistics again on training images; False if the network has none."""
 
     def images() -> Iterator[Tensor]:
@@ -175,7 +175,7 @@ def recalibrate(network: Network, materials: Materials) -> bool:
     return recalibrate_batch_norm(network, images(), frozen=materials.frozen) > 0
 
 
-def check_budget(network: Network, step: Compression, materials: Materials) -> None:
+def check_budget(network: Network, step: Compression, materials: RemovalContext) -> None:
     """Nothing, if the network is within the step's budget; a latency is measured once more.
 
     Raises:

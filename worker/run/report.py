@@ -19,7 +19,7 @@ from worker.evaluation import Scores
 from worker.export.sparse_file import SPARSE_WEIGHTS
 from worker.network import Network
 from worker.precision import Precision
-from worker.run.record import Ledger, StepRecord
+from worker.run.record import RunRecord, StepRecord
 
 COMPRESSION_TYPES = frozenset(step.model_fields["type"].default for step in COMPRESSIONS)
 LARGEST_TO_COMPRESS = 64 << 20  # gzip reads about 30 MB/s
@@ -45,7 +45,7 @@ def _scored(scores: Scores | None) -> Measures:
 def step_rows(
     sent: Sequence[Mapping[str, Any]],
     graphs: Sequence[Graph],
-    ledger: Ledger,
+    ledger: RunRecord,
     final: Measures,
     at_the_end: Mapping[int, Mapping[str, Any]],
 ) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ from app.planning.plan import JobLimits
 from worker.checkpoint import Arrays, Checkpoint, CheckpointRefused
 from worker.network import Network, build_network
 from worker.precision import Precision
-from worker.run.record import Ledger
+from worker.run.record import RunRecord
 from worker.training.averaging import put
 from worker.training.loop import Fit
 from worker.training.masks import Masks
@@ -62,7 +62,7 @@ class Reached:
     """Where a job stands: before phase `stage`, or in its training `fit`. `passed` are the steps of finished phases."""
 
     network: Network
-    ledger: Ledger
+    ledger: RunRecord
     stage: int = 0
     passed: int = 0
     masks: Masks | None = None
@@ -128,7 +128,7 @@ def restore(checkpoint: Checkpoint, precision: Precision) -> Reached:
         fit = state["fit"]
         return Reached(
             network=network,
-            ledger=Ledger.from_document(state["ledger"]),
+            ledger=RunRecord.from_document(state["ledger"]),
             stage=state["stage"],
             passed=state["passed"],
             masks=place_masks(masks, network) if masks else None,

@@ -31,8 +31,8 @@ from app.settings import Settings
 from app.spec.job import parse_job
 from app.spec.references import references_in
 from app.storage import Storage
-from worker.supervision.trainer_pool import Nursery, TrainerProcess
-from worker.supervision.transfers import CheckpointFiles, Porter
+from worker.supervision.trainer_pool import TrainerPool, TrainerProcess
+from worker.supervision.transfers import CheckpointFiles, Transfers
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -72,7 +72,7 @@ class Gathered:
     sources: Path | None
 
 
-class JobRun:
+class AttemptRunner:
     """One attempt of one job in one slot."""
 
     def __init__(
@@ -82,7 +82,7 @@ class JobRun:
         db: Database,
         storage: Storage,
         settings: Settings,
-        nursery: Nursery,
+        nursery: TrainerPool,
         scratch: Path,
         worker_id: str,
         slot: int,
@@ -96,7 +96,7 @@ class JobRun:
         self._worker_id = worker_id
         self._slot = slot
         self._stopping = stopping
-        self._porter = Porter(claim, db, storage)
+        self._porter = Transfers(claim, db, storage)
         self._scratch = scratch / f"{claim.job_id}-{claim.attempt}"
         self._trainer: TrainerProcess | None = None
         self._trainer_ready = False

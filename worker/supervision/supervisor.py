@@ -21,8 +21,8 @@ from app.jobs import attempts
 from app.jobs.recovery import Sweeper
 from app.settings import Settings
 from app.storage import Storage
-from worker.supervision.attempt import JobRun
-from worker.supervision.trainer_pool import Nursery
+from worker.supervision.attempt import AttemptRunner
+from worker.supervision.trainer_pool import TrainerPool
 
 log = structlog.get_logger()
 
@@ -45,7 +45,7 @@ class Supervisor:
         self._scratch = _own_scratch(settings.scratch)
         _take_over(db)
         threads = {"ESPALIER_THREADS": str(settings.threads)} if settings.threads else {}
-        self._nursery = Nursery(self._scratch, spares=settings.slots, environment=threads)
+        self._nursery = TrainerPool(self._scratch, spares=settings.slots, environment=threads)
         self._register()
         self._threads.append(threading.Thread(target=self._beat, name="beat"))
         self._threads[0].start()  # apart from the sweeps: a store that is away holds them up for minutes
@@ -63,7 +63,7 @@ class Supervisor:
                     return
                 hint = None
                 self._running[slot] = claim.job_id
-                JobRun(
+                AttemptRunner(
                     claim,
                     db=self._db,
                     storage=self._storage,

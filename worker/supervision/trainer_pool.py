@@ -113,7 +113,7 @@ class TrainerProcess:
             self.lines.put(None)  # also after a line that is no JSON: whoever listens must not wait for ever
 
 
-class Nursery:
+class TrainerPool:
     """Starts trainers, and keeps `spares` of them warm."""
 
     def __init__(self, scratch: Path, *, spares: int = 1, environment: Mapping[str, str] | None = None) -> None:

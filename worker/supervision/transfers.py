@@ -41,7 +41,7 @@ class CheckpointFiles:
     metrics: dict[str, float]
 
 
-class Porter:
+class Transfers:
     """The storage side of one attempt."""
 
     def __init__(self, claim: Claim, db: Database, storage: Storage) -> None:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Path, Request
 from starlette.responses import Response
 
 from app.api import schemas
-from app.api.context import Backends
+from app.api.context import Context
 from app.api.downloads import StoredFile, download
 from app.api.parameters import JobId, check_id
 from app.api.rendering import Json, artifact_document
@@ -36,7 +36,7 @@ def get_job_artifact(request: Request, given: Given, owner: Tenant, job_id: JobI
     return send_artifact(request, given, owner, job_id, name)
 
 
-def send_artifact(request: Request, given: Backends, owner: str, job_id: str, name: str) -> Response:
+def send_artifact(request: Request, given: Context, owner: str, job_id: str, name: str) -> Response:
     """The answer with an artifact's bytes. Names are looked up among rows; no path is made from an address."""
     check_id("job", job_id)
     if not _NAME.fullmatch(name):

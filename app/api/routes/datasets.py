@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from app.api import schemas
-from app.api.context import Backends, pause
+from app.api.context import Context, pause
 from app.api.parameters import Cursor, DatasetId, Limit, check_id, is_id
 from app.api.rendering import Json
 from app.api.routes.jobs import Given, Tenant
@@ -83,7 +83,7 @@ def delete_dataset(given: Given, owner: Tenant, dataset_id: DatasetId) -> Respon
     return Response(status_code=204)
 
 
-def start_check(given: Backends, dataset_id: str) -> Future[None]:
+def start_check(given: Context, dataset_id: str) -> Future[None]:
     """Check an upload in a thread, which waits for its child process."""
     given.checking.add(dataset_id)
     check = given.checks.submit(
@@ -93,7 +93,7 @@ def start_check(given: Backends, dataset_id: str) -> Future[None]:
     return check
 
 
-async def keep_checking(given: Backends) -> None:
+async def keep_checking(given: Context) -> None:
     """Until the server stops: check the uploads whose check a stop, a crash or an absent backend interrupted."""
     while True:
         await run_in_threadpool(_resume_checks, given)
@@ -101,7 +101,7 @@ async def keep_checking(given: Backends) -> None:
             return
 
 
-def _resume_checks(given: Backends) -> None:
+def _resume_checks(given: Context) -> None:
     sweep_staging(staging(given))
     try:
         pending = registry.list_pending(given.db)

@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from app.api import schemas
-from app.api.context import LOOK_S, Backends, pause
+from app.api.context import LOOK_S, Context, pause
 from app.api.downloads import StreamedResponse
 from app.api.parameters import After, JobId, LastEventId, Limit, check_id, parse_last_event_id
 from app.api.rendering import Json, event_document
@@ -54,7 +54,7 @@ def get_events(
     return Json({"items": [event_document(event) for event in found], "next_after": found[-1].seq if found else start})
 
 
-def stream_events(request: Request, given: Backends, owner: str, job_id: str, start: int) -> Response:
+def stream_events(request: Request, given: Context, owner: str, job_id: str, start: int) -> Response:
     """The stream of a job's events above `start`. Raises JobNotFound, TooManyStreams."""
     view = commands.get_job(given.db, owner, job_id)
     streams: Streams = request.app.state.streams
@@ -71,7 +71,7 @@ class Streams:
     def __init__(self) -> None:
         self._open: Counter[str] = Counter()
 
-    def follow(self, given: Backends, job: JobView, after: int) -> AsyncIterator[bytes]:
+    def follow(self, given: Context, job: JobView, after: int) -> AsyncIterator[bytes]:
         """The stream of a job's events above `after`. Raises TooManyStreams."""
         if self._open[job.tenant] >= STREAMS_PER_TENANT:
             raise TooManyStreams(
@@ -79,7 +79,7 @@ class Streams:
             )
         return self._counted(given, job, after)
 
-    async def _counted(self, given: Backends, job: JobView, after: int) -> AsyncIterator[bytes]:
+    async def _counted(self, given: Context, job: JobView, after: int) -> AsyncIterator[bytes]:
         self._open[job.tenant] += 1
         try:
             async for piece in _stream(given, job, after):
@@ -88,7 +88,7 @@ class Streams:
             self._open[job.tenant] -= 1
 
 
-async def _stream(given: Backends, job: JobView, after: int) -> AsyncIterator[bytes]:
+async def _stream(given: Context, job: JobView, after: int) -> AsyncIterator[bytes]:
     """`retry`, then each event once and in order; a comment after 15 s of silence. Holds no database session."""
     yield b"retry: %d\n\n" % RETRY_MS
     began = spoke = time.monotonic()

@@ -13,7 +13,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from app.api import schemas
 from app.api.bodies import parse_json, read_json
-from app.api.context import LOOK_S, Backends, backends, pause, tenant
+from app.api.context import LOOK_S, Context, context_of, pause, tenant
 from app.api.downloads import matches
 from app.api.parameters import (
     Cursor,
@@ -39,7 +39,7 @@ from app.spec.references import references_in
 POLL_S = 2  # Retry-After of a job that is not over
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
-Given = Annotated[Backends, Depends(backends)]
+Given = Annotated[Context, Depends(context_of)]
 Tenant = Annotated[str, Depends(tenant)]
 JsonBytes = Annotated[bytes, Depends(read_json)]
 Move = Callable[[Database, str, str], JobView]
@@ -114,7 +114,7 @@ async def get_job(
 
 
 async def _wait_for_change(
-    request: Request, given: Backends, owner: str, job_id: str, version: str, until: float
+    request: Request, given: Context, owner: str, job_id: str, version: str, until: float
 ) -> bool:
     """True when the job's row changed; False when the time is over, the server stops or the client is gone.
 
@@ -204,11 +204,11 @@ def list_checkpoints(given: Given, owner: Tenant, job_id: JobId) -> Response:
     return Json({"items": [checkpoint_document(checkpoint) for checkpoint in kept]})
 
 
-def _document(given: Backends, view: JobView) -> Document:
+def _document(given: Context, view: JobView) -> Document:
     return job_document(view, commands.queue_facts(given.db, view) if view.state == "queued" else None)
 
 
-def _answer(given: Backends, view: JobView, status_code: int = 200) -> Json:
+def _answer(given: Context, view: JobView, status_code: int = 200) -> Json:
     document = _document(given, view)
     answer = Json(document, status_code, {"ETag": etag_of(document), "Cache-Control": "no-cache"})
     if not view.terminal:
@@ -216,12 +216,12 @@ def _answer(given: Backends, view: JobView, status_code: int = 200) -> Json:
     return answer
 
 
-def _look(given: Backends, owner: str, job_id: str) -> tuple[str, Json]:
+def _look(given: Context, owner: str, job_id: str) -> tuple[str, Json]:
     view = commands.get_job(given.db, owner, job_id)
     return view.version, _answer(given, view)
 
 
-def _made(given: Backends, view: JobView, created: bool) -> Response:
+def _made(given: Context, view: JobView, created: bool) -> Response:
     """The answer for a new job, or for one that its Idempotency-Key has made before."""
     if created:
         given.bell.ring(view.id)
@@ -232,7 +232,7 @@ def _made(given: Backends, view: JobView, created: bool) -> Response:
     return answer
 
 
-def _tell(given: Backends, owner: str, job_id: str, if_match: str | None, move: Move) -> Response:
+def _tell(given: Context, owner: str, job_id: str, if_match: str | None, move: Move) -> Response:
     check_id("job", job_id)
     _check_match(given, owner, job_id, if_match)
     view = move(given.db, owner, job_id)
@@ -241,6 +241,6 @@ def _tell(given: Backends, owner: str, job_id: str, if_match: str | None, move: 
     return _answer(given, view, 202)
 
 
-def _check_match(given: Backends, owner: str, job_id: str, if_match: str | None) -> None:
+def _check_match(given: Context, owner: str, job_id: str, if_match: str | None) -> None:
     if if_match is not None:
         check_match(if_match, _look(given, owner, job_id)[1].headers["etag"])

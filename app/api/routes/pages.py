@@ -10,7 +10,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
-from app.api.context import Backends
+from app.api.context import Context
 from app.api.parameters import After, Cursor, JobId, LastEventId, check_id, parse_last_event_id
 from app.api.rendering import artifact_document, event_document, job_document
 from app.api.routes.artifacts import ArtifactName, send_artifact
@@ -87,7 +87,7 @@ def asset(name: str) -> Response:
     return Response(content, media_type=media_type, headers={"Cache-Control": "no-cache"})
 
 
-def _newest_events(given: Backends, owner: str, job_id: str) -> list[EventView]:
+def _newest_events(given: Context, owner: str, job_id: str) -> list[EventView]:
     newest: list[EventView] = []
     while found := commands.list_events(
         given.db, owner, job_id, after=newest[-1].seq if newest else 0, limit=MOST_EVENTS

@@ -65,7 +65,7 @@ def toy(settings: Settings, answers: Answers) -> FastAPI:
         raise Unavailable()
 
     problems.install(app)
-    app.add_middleware(middleware.Edge, settings=settings, observe=answers.observe)
+    app.add_middleware(middleware.RequestGuard, settings=settings, observe=answers.observe)
     return app
 
 

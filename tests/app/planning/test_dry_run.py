@@ -9,7 +9,7 @@ import pytest
 
 from app.network.cost import cost
 from app.planning.plan import Plan
-from app.pruning.budget import choose_removals, settle
+from app.pruning.budget import choose_block, choose_removals
 from app.pruning.channel_classes import channel_classes, shrink_graph
 from app.spec.prune import Prune
 from tests.support.jobs.specs import COLOUR, GREY, misplanned, plan, preset_graph
@@ -47,7 +47,7 @@ def test_the_plan_of_scope_layer_is_what_any_scores_give(preset: str, amount: di
     classes = channel_classes(planned.baseline)
     draw = random.Random(3)
     scores = {int(c): draw.random() for c in classes.all()}
-    block, _ = settle(planned.baseline, classes, step)
+    block, _ = choose_block(planned.baseline, classes, step)
     removals = choose_removals(planned.baseline, classes, scores, step, block=block)
     assert removals.cost == planned.planned_cost
     shrunk = shrink_graph(planned.baseline, removals.dropped, classes)

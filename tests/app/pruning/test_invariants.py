@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from app.network.cost import cost
 from app.network.graph import Graph, build_graph
 from app.network.layers.registry import read_layers
-from app.pruning.budget import BLOCKS, STEPS, choose_removals, prunable_groups, settle
+from app.pruning.budget import BLOCKS, STEPS, choose_block, choose_removals, prunable_groups
 from app.pruning.channel_classes import Classes, Group, channel_classes, shrink_graph
-from app.pruning.incremental_cost import Tally
+from app.pruning.incremental_cost import IncrementalCost
 from app.spec.prune import Prune
 from tests.support.networks.dags import one_class, random_drop, random_graph
 from tests.support.networks.known import NETWORKS, network_named
@@ -73,7 +73,7 @@ def check_classes(graph: Graph, seed: int) -> None:
         for name, count in zip(group.nodes, group.counts, strict=True):
             found = ids(classes, name)
             assert {found.count(c) for c in group.classes.tolist()} == {count}
-    assert Tally(graph, classes).cost() == cost(graph)
+    assert IncrementalCost(graph, classes).cost() == cost(graph)
 
 
 def check_surgery(graph: Graph, seed: int) -> None:
@@ -281,7 +281,7 @@ def check_budget(graph: Graph, step: Prune, seed: int) -> None:
     assert step.budget is not None
     classes = channel_classes(graph)
     scores = random_scores(classes, seed)
-    block, planned = settle(graph, classes, step)
+    block, planned = choose_block(graph, classes, step)
     removals = choose_removals(graph, classes, scores, step, block=block)
     measure = step.budget.measure
     allowed = step.budget.allowed(getattr(cost(graph), measure))

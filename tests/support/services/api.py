@@ -11,7 +11,7 @@ from typing import Any
 
 from starlette.testclient import TestClient
 
-from app.api.context import Backends
+from app.api.context import Context
 from app.database.engine import Database
 from app.jobs import attempts
 from app.jobs.artifacts import NewArtifact, artifact_key
@@ -61,7 +61,7 @@ class Api:
     """A client of the API and the backends below it."""
 
     client: TestClient
-    given: Backends
+    given: Context
 
     @property
     def db(self) -> Database:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from app.network.architecture import Preprocessing
 from app.network.cost import SAFETENSORS_METADATA, cost
-from app.pruning.budget import choose_removals, settle
+from app.pruning.budget import choose_block, choose_removals
 from app.pruning.channel_classes import Classes, channel_classes
 from app.pruning.channel_rules import OwnedAxis
 from app.spec.prune import CHANNEL_CRITERIA, Criterion, Prune
@@ -152,7 +152,7 @@ def test_random_networks_are_pruned_to_any_budget_by_any_criterion_and_delivered
     floor = choose_removals(graph, classes, None, finest).floor.macs
     allowed = max(2, floor + int(share * (cost(graph).macs - floor)))
     step = Prune.model_validate({**options, "budget": {"macs": allowed}})
-    block, _ = settle(graph, classes, step)
+    block, _ = choose_block(graph, classes, step)
     removals = choose_removals(graph, classes, scores_of(network, criterion), step, block=block)
     smaller = check_exact(network, classes, removals.dropped)
     assert cost(smaller.graph) == removals.cost

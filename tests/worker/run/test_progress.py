@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from worker.run.progress import Course, Part, forward_seconds, training_seconds
+from worker.run.progress import PhaseEstimate, ProgressTracker, forward_seconds, training_seconds
 
 PARTS = [
-    Part("preparing", 0.0, 0.5),
-    Part("training", 40.0, 0.0, epochs=4, steps=400),
-    Part("pruning", 1.0, 0.5),
-    Part("retraining", 10.0, 0.0, epochs=1, steps=100),
-    Part("exporting", 0.0, 8.0),
+    PhaseEstimate("preparing", 0.0, 0.5),
+    PhaseEstimate("training", 40.0, 0.0, epochs=4, steps=400),
+    PhaseEstimate("pruning", 1.0, 0.5),
+    PhaseEstimate("retraining", 10.0, 0.0, epochs=1, steps=100),
+    PhaseEstimate("exporting", 0.0, 8.0),
 ]
 
 
@@ -27,7 +27,7 @@ class Clock:
 
 
 def test_the_fraction_counts_all_phases_and_never_falls() -> None:
-    course = Course(PARTS, clock=Clock())
+    course = ProgressTracker(PARTS, clock=Clock())
     course.enter(1)
     half = course.progress(0.5, epoch=2, step=200)
     assert half.fraction == pytest.approx(20.5 / 60)
@@ -42,7 +42,7 @@ def test_the_fraction_counts_all_phases_and_never_falls() -> None:
 @pytest.mark.parametrize("slowness", [0.2, 1.0, 7.0])
 def test_the_time_left_follows_how_fast_the_training_really_is(slowness: float) -> None:
     clock = Clock()
-    course = Course(PARTS, clock=clock)
+    course = ProgressTracker(PARTS, clock=clock)
     course.enter(0)
     assert course.progress(0.0).eta_s is None  # nothing measured yet: no invented number
     course.enter(1)
@@ -59,7 +59,7 @@ def test_the_time_left_follows_how_fast_the_training_really_is(slowness: float) 
 
 def test_what_an_earlier_attempt_did_is_not_taken_for_speed() -> None:
     clock = Clock()
-    course = Course(PARTS, clock=clock)
+    course = ProgressTracker(PARTS, clock=clock)
     course.enter(1)
     course.resume_at(0.5)
     clock.now += 10

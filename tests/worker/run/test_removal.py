@@ -18,7 +18,7 @@ from worker.network import Network, build_network
 from worker.precision import choose_precision
 from worker.pruning.schedules import Stage
 from worker.run.removal import (
-    Materials,
+    RemovalContext,
     check_budget,
     cut_channels,
     cut_weights,
@@ -36,7 +36,7 @@ def step_of(**fields: Any) -> Prune:
     return Prune.model_validate(fields)
 
 
-def materials_for(network: Network) -> Materials:
+def materials_for(network: Network) -> RemovalContext:
     """What removals need, with blobs as images."""
 
     def plain() -> Iterator[tuple[Tensor, Tensor]]:
@@ -45,7 +45,7 @@ def materials_for(network: Network) -> Materials:
     dense = build_network(network.graph)
     dense.load_state_dict(network.state_dict())
     precision = choose_precision(Training(), "cpu", spatial_axes=2)
-    return Materials(plain, 0, precision, cost(network.graph), lambda: dense, images=48)
+    return RemovalContext(plain, 0, precision, cost(network.graph), lambda: dense, images=48)
 
 
 def three_convolutions() -> Network:

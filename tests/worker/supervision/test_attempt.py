@@ -19,8 +19,8 @@ from app.settings import Settings
 from app.storage import LocalStorage
 from tests.support.jobs import lives
 from worker.supervision import supervisor, transfers
-from worker.supervision.attempt import JobRun
-from worker.supervision.trainer_pool import Nursery
+from worker.supervision.attempt import AttemptRunner
+from worker.supervision.trainer_pool import TrainerPool
 
 SPEC: dict[str, Any] = {
     "spec_version": 1,
@@ -50,17 +50,17 @@ def db(tmp_path: Path) -> Iterator[Database]:
 
 
 @pytest.fixture
-def nursery(tmp_path: Path) -> Iterator[Nursery]:
+def nursery(tmp_path: Path) -> Iterator[TrainerPool]:
     """A nursery whose folder is a file: no trainer starts."""
     (tmp_path / "blocked").touch()
-    made = Nursery(tmp_path / "blocked", spares=0)
+    made = TrainerPool(tmp_path / "blocked", spares=0)
     yield made
     made.close()
 
 
 def run_one(
     db: Database,
-    nursery: Nursery,
+    nursery: TrainerPool,
     folder: Path,
     *,
     store: Store | None = None,
@@ -74,7 +74,7 @@ def run_one(
     first = lives.claim(db, job_id)
     lives.checkpoint(db, first, 1)
     attempts.release(db, first)
-    run = JobRun(
+    run = AttemptRunner(
         lives.claim(db, job_id),
         db=db,
         storage=store or Store(folder / "objects"),
@@ -105,7 +105,7 @@ def refuse(error: Exception) -> Callable[[], None]:
 
 
 def test_a_store_that_stays_away_gives_the_job_back_without_a_crash(
-    db: Database, nursery: Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    db: Database, nursery: TrainerPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transfers, "RETRY_FOR_S", 0.0)
     store = Store(tmp_path / "objects", refuse(Unavailable("the object store does not answer: try again")))
@@ -115,7 +115,7 @@ def test_a_store_that_stays_away_gives_the_job_back_without_a_crash(
 
 
 def test_a_store_that_stays_full_fails_the_job(
-    db: Database, nursery: Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    db: Database, nursery: TrainerPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transfers, "RETRY_FOR_S", 0.0)
     job = run_one(db, nursery, tmp_path, store=Store(tmp_path / "objects", refuse(StorageFull())))
@@ -125,7 +125,7 @@ def test_a_store_that_stays_full_fails_the_job(
 
 
 def test_a_failed_job_does_not_tell_where_this_host_keeps_its_files(
-    db: Database, nursery: Nursery, tmp_path: Path
+    db: Database, nursery: TrainerPool, tmp_path: Path
 ) -> None:
     store = Store(tmp_path / "objects", refuse(DataInvalid(f"{tmp_path}/cache/x holds no packed data set")))
     job = run_one(db, nursery, tmp_path, store=store)
@@ -133,14 +133,14 @@ def test_a_failed_job_does_not_tell_where_this_host_keeps_its_files(
     assert job.error["message"] == "<home>/cache/x holds no packed data set"
 
 
-def test_a_deleted_data_set_fails_the_job(db: Database, nursery: Nursery, tmp_path: Path) -> None:
+def test_a_deleted_data_set_fails_the_job(db: Database, nursery: TrainerPool, tmp_path: Path) -> None:
     gone = {"dataset": "ds_00000000000000000000000000"}
     job = run_one(db, nursery, tmp_path, spec={**SPEC, "data": gone})
     assert job.error is not None
     assert (job.error["code"], job.error["pointer"]) == ("data_unavailable", "/data/dataset")
 
 
-def test_a_deleted_network_that_the_job_needs_fails_it(db: Database, nursery: Nursery, tmp_path: Path) -> None:
+def test_a_deleted_network_that_the_job_needs_fails_it(db: Database, nursery: TrainerPool, tmp_path: Path) -> None:
     model = {"job": "job_" + "0" * 26, "input_shape": [1, 8, 8]}
     job = run_one(db, nursery, tmp_path, spec={**SPEC, "model": model})
     assert job.error is not None
@@ -148,14 +148,16 @@ def test_a_deleted_network_that_the_job_needs_fails_it(db: Database, nursery: Nu
     assert "submit the job again" in job.error["hint"]
 
 
-def test_a_trainer_that_cannot_be_started_counts_as_a_crash(db: Database, nursery: Nursery, tmp_path: Path) -> None:
+def test_a_trainer_that_cannot_be_started_counts_as_a_crash(db: Database, nursery: TrainerPool, tmp_path: Path) -> None:
     job = run_one(db, nursery, tmp_path)
     assert (job.state, job.crashes) == ("queued", 1)
     assert last_event(db, job).startswith("the worker failed: ")
     assert str(tmp_path) not in last_event(db, job)
 
 
-def test_a_scratch_folder_that_cannot_be_made_counts_as_a_crash(db: Database, nursery: Nursery, tmp_path: Path) -> None:
+def test_a_scratch_folder_that_cannot_be_made_counts_as_a_crash(
+    db: Database, nursery: TrainerPool, tmp_path: Path
+) -> None:
     job = run_one(db, nursery, tmp_path, scratch=tmp_path / "blocked")
     assert (job.state, job.crashes) == ("queued", 1)
 
@@ -164,7 +166,7 @@ def test_a_scratch_folder_that_cannot_be_made_counts_as_a_crash(db: Database, nu
     ("act", "state"), [(commands.cancel_job, "cancelled"), (commands.pause_job, "paused"), (None, "queued")]
 )
 def test_nobody_waits_for_a_slow_download(
-    db: Database, nursery: Nursery, tmp_path: Path, act: Callable[[Database, str, str], Any] | None, state: str
+    db: Database, nursery: TrainerPool, tmp_path: Path, act: Callable[[Database, str, str], Any] | None, state: str
 ) -> None:
     arrived, stopping, over = threading.Event(), threading.Event(), threading.Event()
 
@@ -196,7 +198,7 @@ def test_nobody_waits_for_a_slow_download(
 def test_a_nursery_outlives_a_spare_that_cannot_be_started(tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
     scratch.touch()
-    nursery = Nursery(scratch, spares=1)
+    nursery = TrainerPool(scratch, spares=1)
     with pytest.raises(FileExistsError):
         nursery.take()
     scratch.unlink()

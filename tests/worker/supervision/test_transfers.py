@@ -22,7 +22,7 @@ from tests.support.jobs.finished import both_networks, finished_job, submit
 from tests.support.jobs.weights import good
 from worker.run.references import read_sources
 from worker.supervision import transfers
-from worker.supervision.transfers import Porter
+from worker.supervision.transfers import Transfers
 
 
 class Store(LocalStorage):
@@ -61,15 +61,15 @@ def spec_of(source: str, **more: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def carried(db: Database, store: Store, source: str) -> Iterator[tuple[Porter, tuple[Reference, ...]]]:
+def carried(db: Database, store: Store, source: str) -> Iterator[tuple[Transfers, tuple[Reference, ...]]]:
     """The porter of a job that starts from a finished one and learns from its baseline, and what it is to fetch."""
-    made = Porter(lives.claim(db, submit(db, spec_of(source))), db, store)
+    made = Transfers(lives.claim(db, submit(db, spec_of(source))), db, store)
     yield made, references_in(parse_job(spec_of(source)))
     made.close()
 
 
 def test_every_network_comes_whole_under_its_key(
-    carried: tuple[Porter, tuple[Reference, ...]], source: str, tmp_path: Path
+    carried: tuple[Transfers, tuple[Reference, ...]], source: str, tmp_path: Path
 ) -> None:
     made, named = carried
     made.fetch_sources(named, tmp_path / "sources")
@@ -90,7 +90,7 @@ def test_uploaded_weights_come_alone(db: Database, store: Store, tmp_path: Path)
         db, store, lives.TENANT, tmp_path / "upload", name="w", size_bytes=len(file), sha256=digest
     )
     spec = {**lives.SPEC, "model": {"preset": "simple_cnn", "weights": view.id}}
-    made = Porter(lives.claim(db, submit(db, spec)), db, store)
+    made = Transfers(lives.claim(db, submit(db, spec)), db, store)
     made.fetch_sources(references_in(parse_job(spec)), tmp_path / "sources")
     made.close()
     folder = tmp_path / "sources" / f"weights-{view.id}"
@@ -99,7 +99,7 @@ def test_uploaded_weights_come_alone(db: Database, store: Store, tmp_path: Path)
 
 
 def test_a_store_that_comes_back_is_waited_for(
-    carried: tuple[Porter, tuple[Reference, ...]], store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    carried: tuple[Transfers, tuple[Reference, ...]], store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, named = carried
     store.absences = 2
@@ -111,7 +111,7 @@ def test_a_store_that_comes_back_is_waited_for(
 
 
 def test_a_store_that_stays_away_is_no_end_of_the_job(
-    carried: tuple[Porter, tuple[Reference, ...]], store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    carried: tuple[Transfers, tuple[Reference, ...]], store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, named = carried
     store.absences = 1
@@ -123,7 +123,7 @@ def test_a_store_that_stays_away_is_no_end_of_the_job(
 @pytest.mark.parametrize("name", ["pruned.safetensors", "architecture.json"])
 @pytest.mark.parametrize("how", ["gone", "changed"])
 def test_bytes_that_are_gone_or_changed_end_the_job_with_advice(
-    carried: tuple[Porter, tuple[Reference, ...]], store: Store, source: str, tmp_path: Path, name: str, how: str
+    carried: tuple[Transfers, tuple[Reference, ...]], store: Store, source: str, tmp_path: Path, name: str, how: str
 ) -> None:
     made, named = carried
     key = f"jobs/{source}/attempts/1/artifacts/{name}"
@@ -138,7 +138,7 @@ def test_bytes_that_are_gone_or_changed_end_the_job_with_advice(
 
 
 def test_a_source_whose_row_is_gone_ends_the_job_with_advice(
-    carried: tuple[Porter, tuple[Reference, ...]], db: Database, source: str, tmp_path: Path
+    carried: tuple[Transfers, tuple[Reference, ...]], db: Database, source: str, tmp_path: Path
 ) -> None:
     made, named = carried
     with db.write() as session:
