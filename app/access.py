@@ -8,7 +8,7 @@ import hmac
 from pydantic import SecretStr
 from sqlalchemy import ColumnElement, and_
 
-from app.database.tables import Job
+from app.database.tables import JobRow
 from app.errors import Unauthorized
 
 DEFAULT_TENANT = "default"
@@ -32,4 +32,4 @@ def authenticate(api_key: SecretStr | None, authorization: bytes | None) -> str:
 
 def visible(tenant: str) -> ColumnElement[bool]:
     """The condition under which a job exists for this tenant."""
-    return and_(Job.tenant_id == tenant, Job.deleted_at.is_(None))
+    return and_(JobRow.tenant_id == tenant, JobRow.deleted_at.is_(None))

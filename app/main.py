@@ -12,7 +12,7 @@ from importlib.metadata import version
 from fastapi import Depends, FastAPI
 
 from app.api import parameters, problems, prometheus
-from app.api.context import Context, Watch
+from app.api.context import Context, VersionWatch
 from app.api.middleware import LOOPBACK, RequestGuard
 from app.api.routes import artifacts, catalogue, datasets, events, health, jobs, openapi, pages, weights, workers
 from app.database.engine import Database
@@ -49,25 +49,25 @@ def create_app(settings: Settings) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     database = Database(settings.database)
-    given = Context(
+    context = Context(
         settings=settings,
         db=database,
         storage=Storage.open(settings.storage),
         bell=open_bell(settings),
-        meters=prometheus.RequestMetrics(lambda: prometheus.count_jobs(database)),
+        metrics=prometheus.RequestMetrics(lambda: prometheus.count_jobs(database)),
         checks=ThreadPoolExecutor(CHECKS, thread_name_prefix="check"),
         checking=set(),
         stopping=asyncio.Event(),
         leaving=threading.Event(),
-        watch=Watch(database),
+        watch=VersionWatch(database),
     )
-    app.state.backends = given
-    app.state.meters = given.meters
-    app.state.stopping = given.stopping
+    app.state.context = context
+    app.state.metrics = context.metrics
+    app.state.stopping = context.stopping
     app.state.streams = events.Streams()
     app.openapi = lambda: openapi.describe(app)  # type: ignore[method-assign]
     problems.install(app)
-    app.add_middleware(RequestGuard, settings=settings, observe=given.meters.observe)
+    app.add_middleware(RequestGuard, settings=settings, observe=context.metrics.observe)
     for routes in (jobs, events, artifacts, datasets, weights, catalogue, workers, health, prometheus, openapi, pages):
         app.include_router(routes.router)
     return app
@@ -75,21 +75,21 @@ def create_app(settings: Settings) -> FastAPI:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    given: Context = app.state.backends
-    keepers = [asyncio.create_task(datasets.keep_checking(given)), asyncio.create_task(_keep_sweeping(given))]
+    context: Context = app.state.context
+    keepers = [asyncio.create_task(datasets.keep_checking(context)), asyncio.create_task(_keep_sweeping(context))]
     yield
-    given.stopping.set()
-    given.leaving.set()
+    context.stopping.set()
+    context.leaving.set()
     await asyncio.gather(*keepers)
-    given.checks.shutdown(wait=True, cancel_futures=True)
-    given.bell.close()
-    given.db.close()
+    context.checks.shutdown(wait=True, cancel_futures=True)
+    context.bell.close()
+    context.db.close()
 
 
-async def _keep_sweeping(given: Context) -> None:
+async def _keep_sweeping(context: Context) -> None:
     """Sweep as workers do: what a user deletes is gone also where no worker is alive."""
-    sweeper = Sweeper(given.db, given.storage, given.bell, given.settings)
-    while not given.stopping.is_set():
+    sweeper = Sweeper(context.db, context.storage, context.bell, context.settings)
+    while not context.stopping.is_set():
         await asyncio.to_thread(sweeper.try_sweep)
         with suppress(TimeoutError):
-            await asyncio.wait_for(given.stopping.wait(), given.settings.sweep_s)
+            await asyncio.wait_for(context.stopping.wait(), context.settings.sweep_s)

@@ -38,7 +38,7 @@ RESTART_S = 1.0  # a worker that ended is back within 2 s
 GRACE_S = 40.0  # a worker needs 30 s at the most to checkpoint and release
 
 
-class Workers:
+class WorkerProcesses:
     """K worker processes; one that ends is started again."""
 
     def __init__(self, settings: Settings, count: int) -> None:
@@ -121,7 +121,7 @@ def _run(settings: Settings, workers: int) -> None:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, outlive)
-        staff = Workers(settings, workers)
+        staff = WorkerProcesses(settings, workers)
         try:
             server.run(sockets=[listener])
         finally:

@@ -65,13 +65,11 @@ def measure_here(name: str, size: int, criterion: str, scope: str) -> Row:
     before_network = _resident()
     network = build_network(plan.baseline, seed=0).eval()
     precision.place(network)
-    materials = RemovalContext(lambda: iter(()), 0, precision, plan.baseline_cost, lambda: network)
+    context = RemovalContext(lambda: iter(()), 0, precision, plan.baseline_cost, lambda: network)
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     Path("/proc/self/clear_refs").write_text("5")  # the highest resident memory counts from here
     began = time.process_time()
-    smaller = cut_channels(
-        network, settled, prune_stages(settled, plan.spec.training)[0], materials, start=plan.baseline
-    )
+    smaller = cut_channels(network, settled, prune_stages(settled, plan.spec.training)[0], context, start=plan.baseline)
     total = time.process_time() - began
     peak = _highest() - before_network
     kept = sum(node.macs for node in smaller.graph.nodes) / plan.baseline_cost.macs

@@ -123,10 +123,10 @@ def take_turns(
     """For each network its time relative to the dense one, by batch size: one number a round."""
     ratios: list[dict[str, list[float]]] = [{} for _ in networks]
     for batch_size in BATCH_SIZES:
-        watch = Stopwatch(dense, seconds=seconds, batch_size=batch_size, clock=time.thread_time)
+        monitor = Stopwatch(dense, seconds=seconds, batch_size=batch_size, clock=time.thread_time)
         for _ in range(rounds):
             for found, network in zip(ratios, networks, strict=True):
-                ratio = watch.time_ms(network) / watch.dense_ms
+                ratio = monitor.time_ms(network) / monitor.dense_ms
                 found.setdefault(f"batch_{batch_size}", []).append(round(ratio, 4))
     return ratios
 

@@ -170,7 +170,7 @@ class Bench:
                 job = self.prepare(setting, [], Path(scratch))
                 stages.carry_out(job)
                 job.close()
-            baseline = job.reached.ledger.baseline
+            baseline = job.reached.record.baseline
             assert baseline is not None
             save_file({name: tensor.contiguous().cpu() for name, tensor in snapshot(job.reached.network).items()}, path)
             about.write_text(json.dumps(baseline.document()))
@@ -224,10 +224,10 @@ def _our_result(job: preparation.Job, dense: Dense) -> Row:
     reached = job.reached
     put(reached.network, {name: tensor.to(job.precision.device) for name, tensor in dense.tensors.items()})
     reached.kept["baseline"] = snapshot(reached.network)
-    reached.ledger.baseline = reached.ledger.latest = dense.scores
+    reached.record.baseline = reached.record.latest = dense.scores
     reached.stage = AFTER_TRAINING
     stages.carry_out(job)
-    after, record = job.reached.ledger.latest, job.reached.ledger.steps[-1]
+    after, record = job.reached.record.latest, job.reached.record.steps[-1]
     assert after is not None
     network = job.reached.network
     return {

@@ -159,15 +159,15 @@ def measure(name: str, *, images: int, rounds: int, threads: int, augment: bool)
         scratch.mkdir()
         task = preparation.Task("benchmark", 1, document, data, scratch, threads=threads, device="cpu")
         job = preparation.prepare(task, Echo(keep=False))
-        watch = TakingTurns(job.journal, job.watch.course, job.checkpoints)
-        watch.reached, watch.ours, watch.theirs = job.reached, [], []
-        job.watch = watch
-        watch.bare = BareLoop(job, name, augment=augment)
-        watch.bare.epoch()
-        watch.began = time.perf_counter()
+        monitor = TakingTurns(job.journal, job.monitor.tracker, job.checkpoints)
+        monitor.reached, monitor.ours, monitor.theirs = job.reached, [], []
+        job.monitor = monitor
+        monitor.bare = BareLoop(job, name, augment=augment)
+        monitor.bare.epoch()
+        monitor.began = time.perf_counter()
         stages.carry_out(job)
         job.close()
-    ours, theirs = watch.ours[1:], watch.theirs[1:]
+    ours, theirs = monitor.ours[1:], monitor.theirs[1:]
     ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
     return {
         "network": name,

@@ -36,7 +36,7 @@ class CheckpointRefused(EspalierError):
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class LoadedCheckpoint:
     """A checkpoint that passed every check: arrays by name, and the state beside them."""
 
     arrays: Arrays
@@ -99,7 +99,7 @@ def check_checkpoint(tensors: Path, state: Path, *, spec_sha256: str | None = No
     return document
 
 
-def read_checkpoint(folder: Path, *, spec_sha256: str | None = None, name: str = STEM) -> Checkpoint:
+def read_checkpoint(folder: Path, *, spec_sha256: str | None = None, name: str = STEM) -> LoadedCheckpoint:
     """The checkpoint `name` of a folder.
 
     Raises:
@@ -108,7 +108,7 @@ def read_checkpoint(folder: Path, *, spec_sha256: str | None = None, name: str =
     tensors = folder / f"{name}.safetensors"
     state = check_checkpoint(tensors, folder / f"{name}.json", spec_sha256=spec_sha256)
     try:
-        return Checkpoint(load_file(tensors), state)
+        return LoadedCheckpoint(load_file(tensors), state)
     except SafetensorError as exc:
         raise CheckpointRefused(f"{tensors.name} is not a safetensors file: {exc}") from exc
 

@@ -73,7 +73,7 @@ class Journal(Protocol):
 
 
 @dataclass(frozen=True)
-class Event:
+class JournalEvent:
     """One event as a MemoryJournal keeps it."""
 
     type: str
@@ -93,7 +93,7 @@ class MemoryJournal:
     wishes: Callable[[Progress | None], Wish | None] = lambda progress: None
     echo: IO[str] | None = None
     keep: bool = True
-    events: list[Event] = field(default_factory=list)
+    events: list[JournalEvent] = field(default_factory=list)
     progresses: list[Progress] = field(default_factory=list)
     metrics: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     checkpoints: list[SavedCheckpoint] = field(default_factory=list)
@@ -102,7 +102,7 @@ class MemoryJournal:
 
     def event(self, type: str, message: str, *, level: str = "info", **data: JsonValue) -> None:  # noqa: A002
         """Keep the event, and print it where an echo is wanted."""
-        self.events.append(Event(type, message, level, data))
+        self.events.append(JournalEvent(type, message, level, data))
         if self.echo is not None:
             self.echo.write(f"{time.monotonic() - self.started:8.1f} s  {message}\n")
             self.echo.flush()
@@ -127,6 +127,6 @@ class MemoryJournal:
         self.asked += 1
         return self.wishes(self.progresses[-1] if self.progresses else None)
 
-    def of_type(self, type: str) -> list[Event]:  # noqa: A002
+    def of_type(self, type: str) -> list[JournalEvent]:  # noqa: A002
         """The events of one type, in order."""
         return [event for event in self.events if event.type == type]

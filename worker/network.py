@@ -19,7 +19,7 @@ from app.network.layers import registry as spec
 from app.network.layers.names import INPUT
 
 
-class Step(NamedTuple):
+class ForwardStep(NamedTuple):
     """One line of the forward pass: a chain of sub-modules on earlier outputs, and which outputs nobody needs then.
 
     `calls` are the nodes whose modules they are, in the same order.
@@ -94,7 +94,7 @@ INEXACT = (spec.Sigmoid,)
 """torch computes most elements in vectors and the rest one by one: of these, with another last bit."""
 
 
-def forward_steps(graph: Graph) -> tuple[Step, ...]:
+def forward_steps(graph: Graph) -> tuple[ForwardStep, ...]:
     """The order in which a forward pass runs, and what it may forget when.
 
     Max pooling runs before the monotone activation (relu and its like) that only it reads: the result is the same,
@@ -122,7 +122,7 @@ def forward_steps(graph: Graph) -> tuple[Step, ...]:
     for name, position in last.items():
         frees[position].append(name)
     return tuple(
-        Step(output, tuple(graph[name].home for name in chain), inputs, tuple(done), chain)
+        ForwardStep(output, tuple(graph[name].home for name in chain), inputs, tuple(done), chain)
         for (output, chain, inputs), done in zip(order, frees, strict=True)
     )
 

@@ -31,15 +31,15 @@ class Context:
     db: Database
     storage: Storage
     bell: Doorbell
-    meters: RequestMetrics
+    metrics: RequestMetrics
     checks: ThreadPoolExecutor  # each thread waits for one child process that checks an upload
     checking: set[str]  # the data sets whose check runs or waits here
     stopping: asyncio.Event  # set when the server begins to stop: streams and held requests end
     leaving: threading.Event  # set when the application ends: checks are interrupted and taken up by the next process
-    watch: Watch
+    watch: VersionWatch
 
 
-class Watch:
+class VersionWatch:
     """The versions of jobs that somebody waits on: one query a second and job, however many wait."""
 
     def __init__(self, db: Database) -> None:
@@ -59,7 +59,7 @@ class Watch:
 
 def context_of(request: Request) -> Context:
     """The application's backends."""
-    return cast(Context, request.app.state.backends)
+    return cast(Context, request.app.state.context)
 
 
 def tenant(request: Request) -> str:

@@ -261,12 +261,12 @@ class RequestGuard:
         """Note the tenant; pages take the key as the password of HTTP Basic, the only way a browser sends one."""
         path = scope["path"]
         if path.startswith("/v1"):
-            given = credentials[0] if len(credentials) == 1 else None
+            sent = credentials[0] if len(credentials) == 1 else None
         elif path == "/" or path.startswith("/jobs/"):
-            given = b"Bearer " + _password(credentials[0]) if len(credentials) == 1 else None
+            sent = b"Bearer " + _password(credentials[0]) if len(credentials) == 1 else None
         else:
             return
-        scope["state"]["tenant"] = authenticate(self._settings.api_key, given)
+        scope["state"]["tenant"] = authenticate(self._settings.api_key, sent)
 
 
 def too_large(limit: int) -> TooLarge:

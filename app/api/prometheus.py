@@ -14,7 +14,7 @@ from sqlalchemy import func, select
 from starlette.responses import Response
 
 from app.database.engine import Database
-from app.database.tables import Job
+from app.database.tables import JobRow
 from app.errors import Unavailable
 
 log = structlog.get_logger("espalier.api")
@@ -50,7 +50,9 @@ class RequestMetrics:
 def count_jobs(db: Database) -> dict[str, int]:
     """How many jobs there are in each stored state."""
     with db.read() as session:
-        rows = session.execute(select(Job.state, func.count()).where(Job.deleted_at.is_(None)).group_by(Job.state))
+        rows = session.execute(
+            select(JobRow.state, func.count()).where(JobRow.deleted_at.is_(None)).group_by(JobRow.state)
+        )
         return dict(rows.all())
 
 
@@ -76,4 +78,4 @@ class _JobCounts(Collector):
 @router.get("/metrics", summary="Counters for Prometheus")
 def metrics(request: Request) -> Response:
     """The counters of this process and the jobs by state, in Prometheus' text format."""
-    return Response(generate_latest(request.app.state.meters.registry), media_type=CONTENT_TYPE_LATEST)
+    return Response(generate_latest(request.app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)

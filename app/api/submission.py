@@ -9,9 +9,9 @@ from app.planning.plan import JobLimits, Plan, make_plan
 from app.spec.job import parse_job
 
 
-def plan_job(given: Context, tenant: str, document: object) -> Plan:
+def plan_job(context: Context, tenant: str, document: object) -> Plan:
     """What the job that `document` describes would be. Raises InvalidSpec with every mistake found."""
     spec = parse_job(document)
-    facts = registry.facts(given.db, tenant, spec.data)
-    known = references.resolve(given.db, given.storage, tenant, spec)
-    return make_plan(spec, facts, limits=JobLimits.of(given.settings), sources=known)
+    facts = registry.facts(context.db, tenant, spec.data)
+    known = references.resolve(context.db, context.storage, tenant, spec)
+    return make_plan(spec, facts, limits=JobLimits.of(context.settings), sources=known)

@@ -33,9 +33,9 @@ class Received:
     sha256: str
 
 
-def staging(given: Context) -> Path:
+def staging(context: Context) -> Path:
     """The folder in which uploads arrive."""
-    return given.settings.home_folder / "uploads"
+    return context.settings.home_folder / "uploads"
 
 
 def sweep_staging(folder: Path) -> None:
@@ -46,14 +46,14 @@ def sweep_staging(folder: Path) -> None:
 
 
 @asynccontextmanager
-async def receiving(request: Request, given: Context) -> AsyncIterator[Received]:
+async def receiving(request: Request, context: Context) -> AsyncIterator[Received]:
     """The body in a file that is gone afterwards, whatever happens. Never more of it in memory than a few pieces.
 
     Raises StorageFull, InvalidParameter, UnsupportedMediaType; TooLarge and RequestTimeout come from the edge.
     """
     refuse_encoding(request)
     with _disk():
-        file = await run_in_threadpool(_open, staging(given))
+        file = await run_in_threadpool(_open, staging(context))
     path = Path(file.name)
     try:
         with _disk():

@@ -48,7 +48,7 @@ _NO_LIMITS = Limits(
 
 
 @dataclass(frozen=True)
-class Part:
+class ProductPart:
     """One layer of a product; `role` "expand" or the last of all keeps the name of the layer that it replaces."""
 
     role: Role
@@ -60,7 +60,7 @@ class Part:
         return self.layer.out_features if isinstance(self.layer, Linear) else self.layer.out_channels
 
 
-Product = tuple[tuple[str, Part], ...]
+Product = tuple[tuple[str, ProductPart], ...]
 """The layers that stand in the place of one, with their names; the last one has the name of the layer."""
 
 
@@ -147,27 +147,27 @@ class Factorable:
         """The cheapest ranks that may be chosen; `widths` where none of them saves anything."""
         return self.settled(tuple(self.grid(mode, round_to)[0] for mode in range(len(self.widths))), measure)
 
-    def parts(self, ranks: Ranks) -> tuple[Part, ...]:
+    def parts(self, ranks: Ranks) -> tuple[ProductPart, ...]:
         """The layers of the product, in order, without names; the layer itself with full ranks."""
         layer = unshared(self.node.layer)
         assert isinstance(layer, Conv | ConvTranspose | Linear)
         if ranks == self.widths:
-            return (Part("expand", layer),)
+            return (ProductPart("expand", layer),)
         if isinstance(layer, Linear):
-            first = Part("reduce", Linear(out_features=ranks[0], bias=False))
-            return first, Part("expand", Linear(out_features=layer.out_features, bias=layer.bias))
+            first = ProductPart("reduce", Linear(out_features=ranks[0], bias=False))
+            return first, ProductPart("expand", Linear(out_features=layer.out_features, bias=layer.bias))
         conv = _convolution(layer)
         if self.is_plain:
             narrow = conv.model_copy(update={"out_channels": ranks[0], "bias": False, "in_channels": None, "groups": 1})
-            return Part("reduce", narrow), Part("expand", _pointwise(conv.out_channels, bias=conv.bias))
+            return ProductPart("reduce", narrow), ProductPart("expand", _pointwise(conv.out_channels, bias=conv.bias))
         (inputs, outputs), (before, behind) = self.channels, ranks
         last = behind == outputs
         core = conv.model_copy(
             update={"out_channels": behind, "bias": conv.bias and last, "in_channels": None, "groups": 1}
         )
-        found = [Part("reduce", _pointwise(before, bias=False))] if before < inputs else []
-        found.append(Part("core", core))
-        return (*found, *([] if last else [Part("expand", _pointwise(outputs, bias=conv.bias))]))
+        found = [ProductPart("reduce", _pointwise(before, bias=False))] if before < inputs else []
+        found.append(ProductPart("core", core))
+        return (*found, *([] if last else [ProductPart("expand", _pointwise(outputs, bias=conv.bias))]))
 
 
 def low_rank_layers(
@@ -214,13 +214,13 @@ def stored_shapes(layer: Factorable, product: Product) -> dict[str, Shape]:
     return shapes
 
 
-def separable_parts(layer: Factorable) -> tuple[Part, ...]:
+def separable_parts(layer: Factorable) -> tuple[ProductPart, ...]:
     """A depthwise convolution with the kernel, and a 1 x 1 convolution with the bias."""
     conv = _convolution(unshared(layer.node.layer))
     depthwise = conv.model_copy(
         update={"out_channels": layer.channels[0], "groups": "depthwise", "bias": False, "in_channels": None}
     )
-    return Part("depthwise", depthwise), Part("expand", _pointwise(conv.out_channels, bias=conv.bias))
+    return ProductPart("depthwise", depthwise), ProductPart("expand", _pointwise(conv.out_channels, bias=conv.bias))
 
 
 def part_names(graph: Graph) -> dict[str, dict[Role, str]]:
@@ -245,16 +245,16 @@ def part_names(graph: Graph) -> dict[str, dict[Role, str]]:
     return names
 
 
-def named_parts(parts: tuple[Part, ...], names: Mapping[Role, str]) -> Product:
+def named_parts(parts: tuple[ProductPart, ...], names: Mapping[Role, str]) -> Product:
     """The parts with their names: the last one has the layer's own, whatever its role."""
     return tuple((names["expand" if part is parts[-1] else part.role], part) for part in parts)
 
 
-def _replaced(graph: Graph, products: Mapping[str, tuple[Part, ...]]) -> Graph:
+def _replaced(graph: Graph, products: Mapping[str, tuple[ProductPart, ...]]) -> Graph:
     """The graph with each of these layers, at all its places, replaced by the parts."""
     if not products:
         return graph
-    names, draft = part_names(graph), GraphEditor(graph)
+    names, editor = part_names(graph), GraphEditor(graph)
     for name, parts in products.items():
         own = [named for named, _ in named_parts(parts, names[name])]
         for place in graph.places(name):
@@ -264,11 +264,11 @@ def _replaced(graph: Graph, products: Mapping[str, tuple[Part, ...]]) -> Graph:
                 if place.name != name:
                     layer = layer.model_copy(update={"shares": home})
                 if part is parts[-1]:
-                    draft.replace_layer(place.name, layer)
-                    draft.redirect(place.name, place.inputs[0], before)
+                    editor.replace_layer(place.name, layer)
+                    editor.redirect(place.name, place.inputs[0], before)
                 else:
-                    before = draft.add_before(place.name, layer, part_name, [before])
-    return draft.graph(_NO_LIMITS)
+                    before = editor.add_before(place.name, layer, part_name, [before])
+    return editor.graph(_NO_LIMITS)
 
 
 # --- which layers -----------------------------------------------------------------------------------------------------

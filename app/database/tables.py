@@ -134,7 +134,7 @@ def _job_key() -> Mapped[str]:
     return mapped_column(String(64), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
 
 
-class Job(Row):
+class JobRow(Row):
     """One job: the truth about its state.
 
     A user's request is the flag `wish`; `attempt` is the fencing token of its worker.
@@ -187,12 +187,26 @@ _RUNNING = text("state = 'running'")
 _SHOWN = text("deleted_at IS NULL")
 _NOT_DONE = text("done_at IS NULL")
 
-Index("jobs_waiting", Job.priority.desc(), Job.available_at, Job.id, postgresql_where=_WAITING, sqlite_where=_WAITING)
-Index("jobs_running", Job.tenant_id, postgresql_where=_RUNNING, sqlite_where=_RUNNING)
-Index("jobs_newest", Job.tenant_id, Job.created_at.desc(), Job.id.desc(), postgresql_where=_SHOWN, sqlite_where=_SHOWN)
+Index(
+    "jobs_waiting",
+    JobRow.priority.desc(),
+    JobRow.available_at,
+    JobRow.id,
+    postgresql_where=_WAITING,
+    sqlite_where=_WAITING,
+)
+Index("jobs_running", JobRow.tenant_id, postgresql_where=_RUNNING, sqlite_where=_RUNNING)
+Index(
+    "jobs_newest",
+    JobRow.tenant_id,
+    JobRow.created_at.desc(),
+    JobRow.id.desc(),
+    postgresql_where=_SHOWN,
+    sqlite_where=_SHOWN,
+)
 
 
-class Event(Row):
+class EventRow(Row):
     """What happened to a job; `seq` is 1, 2, 3, ... without gaps."""
 
     __tablename__ = "events"
@@ -209,7 +223,7 @@ class Event(Row):
     __table_args__ = ({"sqlite_with_rowid": False},)
 
 
-class Metric(Row):
+class MetricRow(Row):
     """One point of a job's series; a step that is trained again after a crash replaces its point."""
 
     __tablename__ = "metrics"
@@ -222,7 +236,7 @@ class Metric(Row):
     __table_args__ = ({"sqlite_with_rowid": False},)
 
 
-class LogChunk(Row):
+class LogChunkRow(Row):
     """A piece of a job's log; `seq` is the place of its first byte in the whole log."""
 
     __tablename__ = "log_chunks"
@@ -232,7 +246,7 @@ class LogChunk(Row):
     text: Mapped[str] = mapped_column(Words)
 
 
-class Checkpoint(Row):
+class CheckpointRow(Row):
     """A checkpoint whose bytes are in the object store: `key` (.safetensors) and the same name with .json."""
 
     __tablename__ = "checkpoints"
@@ -249,7 +263,7 @@ class Checkpoint(Row):
     metrics: Mapped[dict[str, Any]]
 
 
-class Artifact(Row):
+class ArtifactRow(Row):
     """A delivered file; the rows of a job appear together, with its success."""
 
     __tablename__ = "artifacts"
@@ -263,7 +277,7 @@ class Artifact(Row):
     media_type: Mapped[str] = mapped_column(String(255))
 
 
-class JobLabel(Row):
+class JobLabelRow(Row):
     """A label of a job, for the search by label."""
 
     __tablename__ = "job_labels"
@@ -276,7 +290,7 @@ class JobLabel(Row):
     __table_args__ = (Index("job_labels_job", "job_id"),)  # the cascade of a deleted job
 
 
-class JobSource(Row):
+class JobSourceRow(Row):
     """A finished job or uploaded weights that a job starts from or learns from: in use until the job is over."""
 
     __tablename__ = "job_sources"
@@ -291,7 +305,7 @@ class JobSource(Row):
     )
 
 
-class IdempotencyKey(Row):
+class IdempotencyKeyRow(Row):
     """A request that was carried out once: the same key and body again gives the same job."""
 
     __tablename__ = "idempotency"
@@ -308,7 +322,7 @@ class IdempotencyKey(Row):
     __table_args__ = (Index("idempotency_job", "job_id"), Index("idempotency_age", "created_at"))
 
 
-class Outbox(Row):
+class OutboxRow(Row):
     """Something to do outside the database after a commit, at least once: ring for a job, delete objects."""
 
     __tablename__ = "outbox"
@@ -327,7 +341,7 @@ class Outbox(Row):
     )
 
 
-class Worker(Row):
+class WorkerRow(Row):
     """A worker process that said it is alive at `seen_at`."""
 
     __tablename__ = "workers"

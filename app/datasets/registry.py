@@ -24,10 +24,10 @@ from sqlalchemy import ColumnElement, and_, func, insert, select, update
 from sqlalchemy.orm import Session
 
 from app.database.engine import Database
-from app.database.tables import TERMINAL, DatasetRow, Job, new_id
+from app.database.tables import TERMINAL, DatasetRow, JobRow, new_id
 from app.datasets.ingest.builtin import BUILTIN, ensure_builtin
-from app.datasets.ingest.child import Answer, Interrupted, check_in_child
-from app.datasets.ingest.limits import Limits
+from app.datasets.ingest.child import CheckInterrupted, CheckResult, check_in_child
+from app.datasets.ingest.limits import UploadLimits
 from app.datasets.ingest.synthetic import ensure_synthetic, synthetic_bytes
 from app.datasets.packed.packed import MANIFEST, PACKED, Manifest, ensure_packed, locked, packed_files
 from app.datasets.packed.resizing import prepare_pictures
@@ -163,7 +163,10 @@ def delete_dataset(db: Database, tenant: str, dataset_id: str) -> None:
         if row is None:
             raise NotFound("there is no such data set")
         users = session.scalars(
-            select(Job.id).where(Job.dataset == dataset_id, Job.state.not_in(TERMINAL)).order_by(Job.id).limit(3)
+            select(JobRow.id)
+            .where(JobRow.dataset == dataset_id, JobRow.state.not_in(TERMINAL))
+            .order_by(JobRow.id)
+            .limit(3)
         ).all()
         if users:
             raise InUse(f"jobs that have not finished use the data set: {', '.join(users)}; cancel them or wait")
@@ -230,7 +233,7 @@ def check_upload(
                 shutil.rmtree(work, ignore_errors=True)  # left by a killed process
                 work.mkdir()
                 _check(db, storage, settings, dataset_id, work, stopping)
-        except (Unavailable, Interrupted) as error:
+        except (Unavailable, CheckInterrupted) as error:
             log.warning("upload not checked yet", dataset=dataset_id, reason=str(error) or type(error).__name__)
         except OSError as error:
             if error.errno not in FULL:
@@ -280,11 +283,11 @@ def _check(
     try:
         upload = _uploaded(storage, dataset_id, work)
     except ObjectNotFound:
-        answer = Answer(
+        answer = CheckResult(
             None, None, ({"file": "upload", "message": "its bytes are gone from the store: send it again"},)
         )
     else:
-        limits = Limits(unpacked_bytes=settings.max_unpacked_bytes)
+        limits = UploadLimits(unpacked_bytes=settings.max_unpacked_bytes)
         answer = check_in_child(upload, row.format, child, limits, name=row.name, stopping=stopping)
     if answer.manifest is not None:
         answer = _store(storage, dataset_id, child / PACKED, answer)
@@ -318,14 +321,14 @@ def _uploaded(storage: Storage, dataset_id: str, work: Path) -> Path:
     return local
 
 
-def _store(storage: Storage, dataset_id: str, folder: Path, answer: Answer) -> Answer:
+def _store(storage: Storage, dataset_id: str, folder: Path, answer: CheckResult) -> CheckResult:
     """The answer once the packed files are in the store, the manifest last; a refusal where they do not fit there."""
     try:
         for path in [*packed_files(folder), folder / MANIFEST]:
             storage.put_file(packed_prefix(dataset_id) + path.name, path)
     except StorageFull:
         message = "the service's object store is full: free space there, then send it again"
-        return Answer(None, None, ({"file": "upload", "message": message},))
+        return CheckResult(None, None, ({"file": "upload", "message": message},))
     return answer
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from sqlalchemy import Select, select
 
 from app.database.engine import Database
-from app.database.tables import Artifact, Checkpoint
+from app.database.tables import ArtifactRow, CheckpointRow
 from app.errors import NotFound
 from app.jobs.events import require_job
 
@@ -88,7 +88,7 @@ def list_artifacts(db: Database, tenant: str, job_id: str) -> list[ArtifactView]
     """The job's delivered files by name; none before it succeeded. Raises JobNotFound."""
     with db.read() as session:
         require_job(session, tenant, job_id)
-        rows = session.execute(_artifacts().where(Artifact.job_id == job_id).order_by(Artifact.name))
+        rows = session.execute(_artifacts().where(ArtifactRow.job_id == job_id).order_by(ArtifactRow.name))
         return [ArtifactView(*tuple(row)) for row in rows]
 
 
@@ -96,7 +96,7 @@ def get_artifact(db: Database, tenant: str, job_id: str, name: str) -> ArtifactV
     """One delivered file. Raises JobNotFound, NotFound."""
     with db.read() as session:
         require_job(session, tenant, job_id)
-        row = session.execute(_artifacts().where(Artifact.job_id == job_id, Artifact.name == name)).one_or_none()
+        row = session.execute(_artifacts().where(ArtifactRow.job_id == job_id, ArtifactRow.name == name)).one_or_none()
     if row is None:
         raise NotFound("the job has no artifact with this name")
     return ArtifactView(*tuple(row))
@@ -116,22 +116,29 @@ def latest_checkpoints(db: Database, job_id: str, n: int = 2) -> list[Checkpoint
 
 
 def _artifacts() -> Select[*tuple[Any, ...]]:
-    return select(Artifact.name, Artifact.kind, Artifact.key, Artifact.sha256, Artifact.size_bytes, Artifact.media_type)
+    return select(
+        ArtifactRow.name,
+        ArtifactRow.kind,
+        ArtifactRow.key,
+        ArtifactRow.sha256,
+        ArtifactRow.size_bytes,
+        ArtifactRow.media_type,
+    )
 
 
 def _checkpoints(job_id: str) -> Select[*tuple[Any, ...]]:
     return (
         select(
-            Checkpoint.attempt,
-            Checkpoint.step,
-            Checkpoint.epoch,
-            Checkpoint.phase,
-            Checkpoint.at,
-            Checkpoint.key,
-            Checkpoint.size_bytes,
-            Checkpoint.sha256,
-            Checkpoint.metrics,
+            CheckpointRow.attempt,
+            CheckpointRow.step,
+            CheckpointRow.epoch,
+            CheckpointRow.phase,
+            CheckpointRow.at,
+            CheckpointRow.key,
+            CheckpointRow.size_bytes,
+            CheckpointRow.sha256,
+            CheckpointRow.metrics,
         )
-        .where(Checkpoint.job_id == job_id)
-        .order_by(Checkpoint.attempt.desc(), Checkpoint.step.desc())
+        .where(CheckpointRow.job_id == job_id)
+        .order_by(CheckpointRow.attempt.desc(), CheckpointRow.step.desc())
     )

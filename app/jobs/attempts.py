@@ -18,7 +18,7 @@ from sqlalchemy import ColumnElement, case, delete, func, insert, select, update
 from sqlalchemy.orm import Session, aliased
 
 from app.database.engine import Database
-from app.database.tables import Artifact, Checkpoint, Job, Worker, storable_text
+from app.database.tables import ArtifactRow, CheckpointRow, JobRow, WorkerRow, storable_text
 from app.errors import LostOwnership, Poisoned
 from app.failpoints import failpoint
 from app.jobs import outbox
@@ -76,33 +76,33 @@ def claim(db: Database, *, worker_id: str, hint: str | None = None, lease_s: flo
     """
     failpoint("claim_before")
     with db.read() as session:
-        if session.scalar(select(Job.id).where(*_claimable(db)).limit(1)) is None:
+        if session.scalar(select(JobRow.id).where(*_claimable(db)).limit(1)) is None:
             return None  # an idle look takes no lock
 
     def body(session: Session) -> JobAfter | None:
         hinted = _take(session, db, worker_id, lease_s, hint) if hint is not None else None
         return hinted or _take(session, db, worker_id, lease_s)
 
-    def landed(session: Session, moved: JobAfter | None) -> bool:
-        return moved is None or _beat(session, moved.job_id, moved.attempt) == moved.beat
+    def landed(session: Session, after: JobAfter | None) -> bool:
+        return after is None or _beat(session, after.job_id, after.attempt) == after.beat
 
-    moved = db.transact(body, landed)
-    if moved is None:
+    after = db.transact(body, landed)
+    if after is None:
         return None
     with db.read() as session:
         job = session.execute(
-            select(Job.tenant_id, Job.spec, Job.progress_step, Job.name).where(Job.id == moved.job_id)
+            select(JobRow.tenant_id, JobRow.spec, JobRow.progress_step, JobRow.name).where(JobRow.id == after.job_id)
         ).one()
-    return Claim(moved.job_id, moved.attempt, job.tenant_id, job.spec, moved.wish, job.progress_step, job.name)
+    return Claim(after.job_id, after.attempt, job.tenant_id, job.spec, after.wish, job.progress_step, job.name)
 
 
-def _claimable(db: Database, job: Any = Job) -> tuple[ColumnElement[bool], ...]:
+def _claimable(db: Database, job: Any = JobRow) -> tuple[ColumnElement[bool], ...]:
     return (job.state == "queued", job.available_at <= db.now(), job.spec_version <= SPEC_VERSION)
 
 
 def _take(session: Session, db: Database, worker_id: str, lease_s: float, job_id: str | None = None) -> JobAfter | None:
     """One queued job, taken; workers on Postgres step over rows that another is taking."""
-    waiting = aliased(Job)
+    waiting = aliased(JobRow)
     first = select(waiting.id).where(*_claimable(db, waiting))
     if job_id is not None:
         first = first.where(waiting.id == job_id)
@@ -110,14 +110,14 @@ def _take(session: Session, db: Database, worker_id: str, lease_s: float, job_id
     return transition(
         session,
         db,
-        (Job.id == first.with_for_update(skip_locked=True).scalar_subquery(), Job.state == "queued"),
+        (JobRow.id == first.with_for_update(skip_locked=True).scalar_subquery(), JobRow.state == "queued"),
         {
             "state": "running",
-            "attempt": Job.attempt + 1,
-            "beat": Job.beat + 1,
+            "attempt": JobRow.attempt + 1,
+            "beat": JobRow.beat + 1,
             "owner": worker_id,
             "lease_until": db.now(lease_s),
-            "started_at": func.coalesce(Job.started_at, db.now()),
+            "started_at": func.coalesce(JobRow.started_at, db.now()),
         },
         [NewEvent("job.claimed", "info", "a worker took the job", {"worker": worker_id})],
     )
@@ -143,15 +143,15 @@ def renew(
     values: dict[str, Any] = {
         "owner": worker_id,
         "lease_until": db.now(lease_s),
-        "log_bytes": Job.log_bytes + size_bytes,
+        "log_bytes": JobRow.log_bytes + size_bytes,
     }
     if progress is not None:
         values["progress"] = progress
 
-    def also(session: Session, moved: JobAfter) -> None:
+    def also(session: Session, after: JobAfter) -> None:
         write_metrics(session, db, claim.job_id, metrics)
         if text:
-            write_log(session, claim.job_id, text, size_bytes, moved.log_bytes)
+            write_log(session, claim.job_id, text, size_bytes, after.log_bytes)
 
     seen = bool(progress is not None or events)
     return _fenced(db, claim, values, events, also=also, seen=seen).wish
@@ -174,10 +174,10 @@ def record_checkpoint(
     A step beyond all earlier ones is progress: crashes before it are forgiven.
     """
     _check_key(claim, key)
-    advanced = step > Job.progress_step
+    advanced = step > JobRow.progress_step
     values = {
-        "crashes": case((advanced, 0), else_=Job.crashes),
-        "progress_step": case((advanced, step), else_=Job.progress_step),
+        "crashes": case((advanced, 0), else_=JobRow.crashes),
+        "progress_step": case((advanced, step), else_=JobRow.progress_step),
     }
     event = NewEvent(
         "checkpoint.saved",
@@ -189,7 +189,7 @@ def record_checkpoint(
     def also(session: Session, _: JobAfter) -> None:
         row = {"epoch": epoch, "phase": phase, "at": db.now(), "key": key, "size_bytes": size_bytes, "sha256": sha256}
         session.execute(
-            db.insert(Checkpoint)
+            db.insert(CheckpointRow)
             .values(job_id=claim.job_id, attempt=claim.attempt, step=step, metrics=metrics, **row)
             .on_conflict_do_update(index_elements=["job_id", "attempt", "step"], set_={**row, "metrics": metrics})
         )
@@ -201,16 +201,16 @@ def record_checkpoint(
 def _drop_old_checkpoints(session: Session, db: Database, job_id: str) -> None:
     """Rows now, objects by the outbox: a crash in between leaves garbage, never a row without bytes."""
     old = session.execute(
-        select(Checkpoint.attempt, Checkpoint.step, Checkpoint.key)
-        .where(Checkpoint.job_id == job_id)
-        .order_by(Checkpoint.attempt.desc(), Checkpoint.step.desc())
+        select(CheckpointRow.attempt, CheckpointRow.step, CheckpointRow.key)
+        .where(CheckpointRow.job_id == job_id)
+        .order_by(CheckpointRow.attempt.desc(), CheckpointRow.step.desc())
         .offset(KEPT_CHECKPOINTS)
         .limit(1000)
     ).all()
     for attempt, step, key in old:
         session.execute(
-            delete(Checkpoint).where(
-                Checkpoint.job_id == job_id, Checkpoint.attempt == attempt, Checkpoint.step == step
+            delete(CheckpointRow).where(
+                CheckpointRow.job_id == job_id, CheckpointRow.attempt == attempt, CheckpointRow.step == step
             )
         )
         outbox.post(session, db, "delete_prefix", key.removesuffix("safetensors"))
@@ -236,7 +236,7 @@ def finish(
     def also(session: Session, _: JobAfter) -> None:
         rows = [{"job_id": claim.job_id, **vars(artifact)} for artifact in artifacts]
         if rows:
-            session.execute(insert(Artifact), rows)
+            session.execute(insert(ArtifactRow), rows)
         clear_objects(session, db, claim.job_id, keep_artifacts=True)
 
     how = "the job was stopped; what it had is delivered" if stopped_early else "the job succeeded"
@@ -251,7 +251,7 @@ def finish(
             "stopped_early": stopped_early,
         },
         [*events, NewEvent("job.succeeded", "info", how, {"stopped_early": stopped_early})],
-        where=(Job.wish.is_distinct_from("cancel"),),
+        where=(JobRow.wish.is_distinct_from("cancel"),),
         also=also,
     )
 
@@ -260,7 +260,7 @@ def fail(db: Database, claim: Claim, error: dict[str, Any], events: Sequence[New
     """The job failed for good, with code, message, pointer and hint. Raises LostOwnership."""
     failed = NewEvent("job.failed", "error", str(error["message"]), {"error": error})
     values = {**_no_owner(db, "failed"), "finished_at": db.now(), "error": error}
-    _fenced(db, claim, values, [*events, failed], also=lambda session, moved: _end(session, db, moved))
+    _fenced(db, claim, values, [*events, failed], also=lambda session, after: _end(session, db, after))
 
 
 def obey_cancel(db: Database, claim: Claim, events: Sequence[NewEvent] = ()) -> None:
@@ -271,8 +271,8 @@ def obey_cancel(db: Database, claim: Claim, events: Sequence[NewEvent] = ()) -> 
         claim,
         {**_no_owner(db, "cancelled"), "finished_at": db.now()},
         [*events, cancelled],
-        where=(Job.wish == "cancel",),
-        also=lambda session, moved: _end(session, db, moved),
+        where=(JobRow.wish == "cancel",),
+        also=lambda session, after: _end(session, db, after),
     )
 
 
@@ -283,10 +283,10 @@ def obey_pause(db: Database, claim: Claim) -> bool:
     """
     paused = NewEvent("job.paused", "info", "the job was paused")
     try:
-        _fenced(db, claim, _no_owner(db, "paused"), [paused], where=(Job.wish == "pause",))
+        _fenced(db, claim, _no_owner(db, "paused"), [paused], where=(JobRow.wish == "pause",))
     except LostOwnership:
         with db.read() as session:
-            if session.scalar(select(Job.id).where(*_fence(claim))) is None:
+            if session.scalar(select(JobRow.id).where(*_fence(claim))) is None:
                 raise
         return False
     return True
@@ -321,19 +321,19 @@ def reap(db: Database, job_id: str, attempt: int, beat: int, reason: dict[str, A
     """The state after taking a job from a worker that is silent since `beat`; None if it was heard of meanwhile."""
 
     def body(session: Session) -> JobAfter | None:
-        fence = (Job.id == job_id, Job.attempt == attempt, Job.state == "running", Job.beat == beat)
+        fence = (JobRow.id == job_id, JobRow.attempt == attempt, JobRow.state == "running", JobRow.beat == beat)
         return _give_back(session, db, fence, reason)
 
     with db.write() as session:
-        moved = body(session)
-    return moved.state if moved is not None else None
+        after = body(session)
+    return after.state if after is not None else None
 
 
 def abandon(db: Database, worker_id: str, reason: dict[str, Any] | None = None) -> list[str]:
     """The ids of the jobs taken from a worker whose process is known to be dead: no need to wait for its leases."""
     with db.read() as session:
         owned = session.execute(
-            select(Job.id, Job.attempt, Job.beat).where(Job.state == "running", Job.owner == worker_id)
+            select(JobRow.id, JobRow.attempt, JobRow.beat).where(JobRow.state == "running", JobRow.owner == worker_id)
         ).all()
     why = reason or {"message": "the worker's process ended"}
     return [job_id for job_id, attempt, beat in owned if reap(db, job_id, attempt, beat, why) is not None]
@@ -351,7 +351,7 @@ def _give_back(
 
     `reason` is that of a crash; without one it was released, and `why` says why. None: not ours.
     """
-    job = session.execute(select(Job.id, Job.wish, Job.crashes).where(*fence).with_for_update()).one_or_none()
+    job = session.execute(select(JobRow.id, JobRow.wish, JobRow.crashes).where(*fence).with_for_update()).one_or_none()
     if job is None:
         return None
     crashes = job.crashes + (reason is not None)
@@ -371,10 +371,10 @@ def _give_back(
         events.append(NewEvent("job.failed", "error", values["error"]["message"], {"error": values["error"]}))
     elif state != "queued":
         events.append(NewEvent(f"job.{state}", "info", f"the job was {state}"))
-    moved = transition(session, db, fence, values, events)
-    if moved is not None and state in ("cancelled", "failed"):
-        _end(session, db, moved)
-    return moved
+    after = transition(session, db, fence, values, events)
+    if after is not None and state in ("cancelled", "failed"):
+        _end(session, db, after)
+    return after
 
 
 def back_off_s(crashes: int) -> float:
@@ -397,12 +397,12 @@ def _how(reason: dict[str, Any]) -> str:
     return f"the trainer ended with exit code {reason.get('exit_code')}"
 
 
-def _end(session: Session, db: Database, moved: JobAfter) -> None:
+def _end(session: Session, db: Database, after: JobAfter) -> None:
     """What a job that failed or was cancelled leaves behind goes; the job itself too if its user deleted it."""
-    if moved.deleted_at is not None:
-        purge(session, db, moved.job_id)
+    if after.deleted_at is not None:
+        purge(session, db, after.job_id)
     else:
-        clear_objects(session, db, moved.job_id, keep_artifacts=False)
+        clear_objects(session, db, after.job_id, keep_artifacts=False)
 
 
 def _no_owner(db: Database, state: str) -> dict[str, Any]:
@@ -410,7 +410,7 @@ def _no_owner(db: Database, state: str) -> dict[str, Any]:
 
 
 def _fence(claim: Claim) -> tuple[ColumnElement[bool], ...]:
-    return (Job.id == claim.job_id, Job.attempt == claim.attempt, Job.state == "running")
+    return (JobRow.id == claim.job_id, JobRow.attempt == claim.attempt, JobRow.state == "running")
 
 
 def _fenced(
@@ -420,7 +420,7 @@ def _fenced(
     events: Sequence[NewEvent],
     *,
     where: Sequence[ColumnElement[bool]] = (),
-    also: Callable[[Session, JobAfter], None] = lambda session, moved: None,
+    also: Callable[[Session, JobAfter], None] = lambda session, after: None,
     seen: bool = True,
 ) -> JobAfter:
     """The row after a move of this attempt, with whatever `also` writes in the same transaction.
@@ -429,20 +429,20 @@ def _fenced(
     """
 
     def body(session: Session) -> JobAfter:
-        changed = {**values, "beat": Job.beat + 1}
-        moved = transition(session, db, (*_fence(claim), *where), changed, events, seen=seen) or _lost()
-        also(session, moved)
-        return moved
+        changed = {**values, "beat": JobRow.beat + 1}
+        after = transition(session, db, (*_fence(claim), *where), changed, events, seen=seen) or _lost()
+        also(session, after)
+        return after
 
     return _surely(db, claim.job_id, claim.attempt, body)
 
 
 def _surely(db: Database, job_id: str, attempt: int, body: Callable[[Session], JobAfter]) -> JobAfter:
-    return db.transact(body, lambda session, moved: _beat(session, job_id, attempt) == moved.beat)
+    return db.transact(body, lambda session, after: _beat(session, job_id, attempt) == after.beat)
 
 
 def _beat(session: Session, job_id: str, attempt: int) -> int | None:
-    return session.scalar(select(Job.beat).where(Job.id == job_id, Job.attempt == attempt))
+    return session.scalar(select(JobRow.beat).where(JobRow.id == job_id, JobRow.attempt == attempt))
 
 
 def _lost() -> JobAfter:
@@ -479,7 +479,7 @@ def register_worker(db: Database, worker_id: str, host: str, pid: int, slots: in
     """The worker is alive."""
     with db.write() as session:
         session.execute(
-            insert(Worker).values(
+            insert(WorkerRow).values(
                 id=worker_id,
                 host=host,
                 pid=pid,
@@ -496,14 +496,16 @@ def beat_worker(db: Database, worker_id: str, running: list[str]) -> bool:
     """True: the worker is still alive and runs these jobs. False: it was forgotten, as after a day of silence."""
     with db.write() as session:
         values = {"running": running, "seen_at": db.now()}
-        row = session.execute(update(Worker).where(Worker.id == worker_id).values(**values).returning(Worker.id))
+        row = session.execute(
+            update(WorkerRow).where(WorkerRow.id == worker_id).values(**values).returning(WorkerRow.id)
+        )
         return row.first() is not None
 
 
 def forget_worker(db: Database, worker_id: str) -> None:
     """The worker ended."""
     with db.write() as session:
-        session.execute(delete(Worker).where(Worker.id == worker_id))
+        session.execute(delete(WorkerRow).where(WorkerRow.id == worker_id))
 
 
 def list_workers(db: Database) -> list[WorkerView]:
@@ -511,9 +513,9 @@ def list_workers(db: Database) -> list[WorkerView]:
     with db.read() as session:
         rows = session.execute(
             select(
-                Worker.id, Worker.host, Worker.pid, Worker.slots, Worker.device, Worker.running, Worker.started_at,
-                Worker.seen_at, Worker.seen_at > db.now(-WORKER_ALIVE_S),
-            ).order_by(Worker.started_at, Worker.id)
+                WorkerRow.id, WorkerRow.host, WorkerRow.pid, WorkerRow.slots, WorkerRow.device, WorkerRow.running,
+                WorkerRow.started_at, WorkerRow.seen_at, WorkerRow.seen_at > db.now(-WORKER_ALIVE_S),
+            ).order_by(WorkerRow.started_at, WorkerRow.id)
         )  # fmt: skip
         return [WorkerView(*row) for row in rows]
 
@@ -521,6 +523,8 @@ def list_workers(db: Database) -> list[WorkerView]:
 def workers_alive(session: Session, db: Database) -> tuple[int, int]:
     """How many workers are alive, and how many jobs they can run together."""
     workers, slots = session.execute(
-        select(func.count(), func.coalesce(func.sum(Worker.slots), 0)).where(Worker.seen_at > db.now(-WORKER_ALIVE_S))
+        select(func.count(), func.coalesce(func.sum(WorkerRow.slots), 0)).where(
+            WorkerRow.seen_at > db.now(-WORKER_ALIVE_S)
+        )
     ).one()
     return int(workers), int(slots)

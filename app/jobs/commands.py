@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 
 from app.access import visible
 from app.database.engine import Database
-from app.database.tables import STATES, TERMINAL, IdempotencyKey, Job, JobLabel, new_id
+from app.database.tables import STATES, TERMINAL, IdempotencyKeyRow, JobLabelRow, JobRow, new_id
 from app.errors import (
     Fault,
     IdempotencyMismatch,
@@ -112,9 +112,10 @@ class JobView:
 
 
 VIEW = (
-    Job.id, Job.tenant_id, Job.name, Job.labels, Job.spec, Job.state, Job.wish, Job.attempt, Job.progress, Job.error,
-    Job.summary, Job.stopped_early, Job.retry_of, Job.created_at, Job.started_at, Job.finished_at, Job.available_at,
-    Job.priority, Job.progress_step, Job.crashes, Job.revision,
+    JobRow.id, JobRow.tenant_id, JobRow.name, JobRow.labels, JobRow.spec, JobRow.state, JobRow.wish, JobRow.attempt,
+    JobRow.progress, JobRow.error, JobRow.summary, JobRow.stopped_early, JobRow.retry_of, JobRow.created_at,
+    JobRow.started_at, JobRow.finished_at, JobRow.available_at, JobRow.priority, JobRow.progress_step, JobRow.crashes,
+    JobRow.revision,
 )  # fmt: skip
 
 
@@ -152,7 +153,7 @@ def submit(
         return view, True
 
     def landed(session: Session, result: tuple[JobView, bool]) -> bool:
-        return session.scalar(select(Job.id).where(Job.id == result[0].id)) is not None
+        return session.scalar(select(JobRow.id).where(JobRow.id == result[0].id)) is not None
 
     result = db.transact(body, landed)
     failpoint("submit_after_commit")
@@ -163,18 +164,18 @@ def _use_key(session: Session, db: Database, scope: tuple[str, str, str, str], j
     """None if the key is new and now taken; else the job that it made. The INSERT waits for a twin's commit."""
     tenant, route, key, request_sha256 = scope
     taken = session.execute(
-        db.insert(IdempotencyKey)
+        db.insert(IdempotencyKeyRow)
         .values(
             tenant_id=tenant, route=route, key=key, request_sha256=request_sha256, job_id=job_id, created_at=db.now()
         )
         .on_conflict_do_nothing()
-        .returning(IdempotencyKey.key)
+        .returning(IdempotencyKeyRow.key)
     ).one_or_none()
     if taken is not None:
         return None
     earlier = session.execute(
-        select(IdempotencyKey.request_sha256, IdempotencyKey.job_id).where(
-            IdempotencyKey.tenant_id == tenant, IdempotencyKey.route == route, IdempotencyKey.key == key
+        select(IdempotencyKeyRow.request_sha256, IdempotencyKeyRow.job_id).where(
+            IdempotencyKeyRow.tenant_id == tenant, IdempotencyKeyRow.route == route, IdempotencyKeyRow.key == key
         )
     ).one()
     if earlier.request_sha256 != request_sha256:
@@ -193,7 +194,7 @@ def _insert_job(
     retry_of: str | None,
 ) -> JobView:
     row = session.execute(
-        insert(Job)
+        insert(JobRow)
         .values(
             id=job_id,
             tenant_id=tenant,
@@ -212,7 +213,7 @@ def _insert_job(
     ).one()
     if labels:
         session.execute(
-            insert(JobLabel), [{"tenant_id": tenant, "k": k, "v": v, "job_id": job_id} for k, v in labels.items()]
+            insert(JobLabelRow), [{"tenant_id": tenant, "k": k, "v": v, "job_id": job_id} for k, v in labels.items()]
         )
     write_events(session, db, job_id, 0, 1, [NewEvent("job.submitted", "info", "the job waits for a worker")])
     outbox.post(session, db, "ring", job_id)
@@ -251,7 +252,7 @@ def get_job(db: Database, tenant: str, job_id: str) -> JobView:
 def job_version(db: Database, tenant: str, job_id: str) -> str:
     """What differs after every visible change of the job: one number of one row. Raises JobNotFound."""
     with db.read() as session:
-        revision = session.scalar(select(Job.revision).where(Job.id == job_id, visible(tenant)))
+        revision = session.scalar(select(JobRow.revision).where(JobRow.id == job_id, visible(tenant)))
     if revision is None:
         raise JobNotFound
     return str(revision)
@@ -277,9 +278,9 @@ def list_jobs(
     query = select(*VIEW).where(visible(tenant), *_matching(tenant, state, label))
     if cursor is not None:
         place = _read_cursor(cursor, binding)
-        query = query.where(tuple_(Job.created_at, Job.id) < tuple_(*place))
+        query = query.where(tuple_(JobRow.created_at, JobRow.id) < tuple_(*place))
     with db.read() as session:
-        rows = session.execute(query.order_by(Job.created_at.desc(), Job.id.desc()).limit(limit + 1)).all()
+        rows = session.execute(query.order_by(JobRow.created_at.desc(), JobRow.id.desc()).limit(limit + 1)).all()
     page = [_view(row) for row in rows[:limit]]
     more = len(rows) > limit
     return page, _make_cursor(page[-1], binding) if more else None
@@ -288,11 +289,11 @@ def list_jobs(
 def _matching(tenant: str, state: str | None, label: tuple[str, str] | None) -> list[ColumnElement[bool]]:
     conditions: list[ColumnElement[bool]] = []
     if state == "cancelling":
-        conditions.append(and_(Job.state == "running", Job.wish == "cancel"))
+        conditions.append(and_(JobRow.state == "running", JobRow.wish == "cancel"))
     elif state == "running":
-        conditions.append(and_(Job.state == "running", Job.wish.is_distinct_from("cancel")))
+        conditions.append(and_(JobRow.state == "running", JobRow.wish.is_distinct_from("cancel")))
     elif state in STATES:
-        conditions.append(Job.state == state)
+        conditions.append(JobRow.state == state)
     elif state is not None:
         message = f"must be one of: {', '.join((*STATES, 'cancelling'))}"
         raise InvalidParameter(f"state {message}", [Fault("/query/state", message)])
@@ -300,7 +301,10 @@ def _matching(tenant: str, state: str | None, label: tuple[str, str] | None) -> 
         key, value = label
         conditions.append(
             exists().where(
-                JobLabel.tenant_id == tenant, JobLabel.k == key, JobLabel.v == value, JobLabel.job_id == Job.id
+                JobLabelRow.tenant_id == tenant,
+                JobLabelRow.k == key,
+                JobLabelRow.v == value,
+                JobLabelRow.job_id == JobRow.id,
             )
         )
     return conditions
@@ -392,8 +396,8 @@ def delete_job(db: Database, tenant: str, job_id: str) -> None:
         if job.state != "running":
             purge(session, db, job_id)
             return
-        session.execute(delete(IdempotencyKey).where(IdempotencyKey.job_id == job_id))
-        session.execute(update(Job).where(Job.id == job_id).values(deleted_at=db.now()))
+        session.execute(delete(IdempotencyKeyRow).where(IdempotencyKeyRow.job_id == job_id))
+        session.execute(update(JobRow).where(JobRow.id == job_id).values(deleted_at=db.now()))
         if job.wish != "cancel":
             _wish(session, db, job, "cancel")
 
@@ -401,7 +405,9 @@ def delete_job(db: Database, tenant: str, job_id: str) -> None:
 def read_report(db: Database, tenant: str, job_id: str) -> dict[str, Any]:
     """The report of a job that succeeded. Raises JobNotFound, NotFinished, NotFound (it failed or was cancelled)."""
     with db.read() as session:
-        row = session.execute(select(Job.state, Job.report).where(Job.id == job_id, visible(tenant))).one_or_none()
+        row = session.execute(
+            select(JobRow.state, JobRow.report).where(JobRow.id == job_id, visible(tenant))
+        ).one_or_none()
     if row is None:
         raise JobNotFound
     if row.state not in TERMINAL:
@@ -420,11 +426,14 @@ def queue_facts(db: Database, job: JobView) -> dict[str, Any]:
     """
     with db.read() as session:
         before = or_(
-            Job.priority > job.priority,
-            and_(Job.priority == job.priority, tuple_(Job.available_at, Job.id) < tuple_(job.available_at, job.id)),
+            JobRow.priority > job.priority,
+            and_(
+                JobRow.priority == job.priority,
+                tuple_(JobRow.available_at, JobRow.id) < tuple_(job.available_at, job.id),
+            ),
         )
-        ahead = session.scalar(select(func.count()).select_from(Job).where(Job.state == "queued", before)) or 0
-        running = session.scalar(select(func.count()).select_from(Job).where(Job.state == "running")) or 0
+        ahead = session.scalar(select(func.count()).select_from(JobRow).where(JobRow.state == "queued", before)) or 0
+        running = session.scalar(select(func.count()).select_from(JobRow).where(JobRow.state == "running")) or 0
         workers, slots = workers_alive(session, db)
         backing_off = session.scalar(select(db.now() < job.available_at))
     if workers == 0:
@@ -470,13 +479,13 @@ def _wish(session: Session, db: Database, job: JobView, wish: str) -> JobView:
 
 
 def _move(session: Session, db: Database, job: JobView, values: dict[str, Any], event: NewEvent) -> JobView:
-    moved = transition(session, db, (Job.id == job.id, Job.state == job.state), values, [event])
-    assert moved is not None, "the row is locked"
-    return _view(session.execute(select(*VIEW).where(Job.id == job.id)).one())
+    after = transition(session, db, (JobRow.id == job.id, JobRow.state == job.state), values, [event])
+    assert after is not None, "the row is locked"
+    return _view(session.execute(select(*VIEW).where(JobRow.id == job.id)).one())
 
 
 def _visible_job(tenant: str, job_id: str) -> Select[*tuple[Any, ...]]:
-    return select(*VIEW).where(Job.id == job_id, visible(tenant))
+    return select(*VIEW).where(JobRow.id == job_id, visible(tenant))
 
 
 def _view(row: Row[*tuple[Any, ...]]) -> JobView:

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from app.access import visible
 from app.database.engine import Database
-from app.database.tables import Event, Job, LogChunk, Metric
+from app.database.tables import EventRow, JobRow, LogChunkRow, MetricRow
 from app.errors import JobNotFound
 
 MOST_EVENTS = 1000
@@ -66,7 +66,7 @@ def write_events(
     if any(row["at"] is None for row in rows):
         now = session.scalar(select(db.now()))
         rows = [{**row, "at": row["at"] or now} for row in rows]
-    session.execute(insert(Event), rows)
+    session.execute(insert(EventRow), rows)
 
 
 def write_metrics(session: Session, db: Database, job_id: str, points: Sequence[tuple[str, int, float]]) -> None:
@@ -79,7 +79,7 @@ def write_metrics(session: Session, db: Database, job_id: str, points: Sequence[
         rows = [
             {"job_id": job_id, "series": name, "step": step, "value": value} for (name, step), value in newest.items()
         ]
-        statement = db.insert(Metric)
+        statement = db.insert(MetricRow)
         session.execute(
             statement.on_conflict_do_update(
                 index_elements=["job_id", "series", "step"], set_={"value": statement.excluded.value}
@@ -93,9 +93,11 @@ def write_log(session: Session, job_id: str, text: str, size_bytes: int, log_byt
 
     The newest 4 MiB are kept: the reason of a crash stands at the end.
     """
-    session.execute(insert(LogChunk).values(job_id=job_id, seq=log_bytes - size_bytes, text=text))
+    session.execute(insert(LogChunkRow).values(job_id=job_id, seq=log_bytes - size_bytes, text=text))
     if log_bytes > LOG_CAP_BYTES:
-        session.execute(delete(LogChunk).where(LogChunk.job_id == job_id, LogChunk.seq < log_bytes - LOG_CAP_BYTES))
+        session.execute(
+            delete(LogChunkRow).where(LogChunkRow.job_id == job_id, LogChunkRow.seq < log_bytes - LOG_CAP_BYTES)
+        )
 
 
 def list_events(db: Database, tenant: str, job_id: str, after: int = 0, limit: int = 200) -> list[EventView]:
@@ -103,9 +105,9 @@ def list_events(db: Database, tenant: str, job_id: str, after: int = 0, limit: i
     with db.read() as session:
         require_job(session, tenant, job_id)
         rows = session.execute(
-            select(Event.seq, Event.at, Event.type, Event.level, Event.message, Event.data)
-            .where(Event.job_id == job_id, Event.seq > after)
-            .order_by(Event.seq)
+            select(EventRow.seq, EventRow.at, EventRow.type, EventRow.level, EventRow.message, EventRow.data)
+            .where(EventRow.job_id == job_id, EventRow.seq > after)
+            .order_by(EventRow.seq)
             .limit(min(limit, MOST_EVENTS))
         )
         return [EventView(*row) for row in rows]
@@ -117,9 +119,9 @@ def read_metrics(db: Database, tenant: str, job_id: str) -> dict[str, list[tuple
     with db.read() as session:
         require_job(session, tenant, job_id)
         rows = session.execute(
-            select(Metric.series, Metric.step, Metric.value)
-            .where(Metric.job_id == job_id)
-            .order_by(Metric.series, Metric.step)
+            select(MetricRow.series, MetricRow.step, MetricRow.value)
+            .where(MetricRow.job_id == job_id)
+            .order_by(MetricRow.series, MetricRow.step)
         )
         for name, step, value in rows:
             series.setdefault(name, []).append((step, value))
@@ -131,7 +133,7 @@ def read_log(db: Database, tenant: str, job_id: str) -> str:
     with db.read() as session:
         require_job(session, tenant, job_id)
         chunks = session.execute(
-            select(LogChunk.seq, LogChunk.text).where(LogChunk.job_id == job_id).order_by(LogChunk.seq)
+            select(LogChunkRow.seq, LogChunkRow.text).where(LogChunkRow.job_id == job_id).order_by(LogChunkRow.seq)
         ).all()
     cut = LOG_CUT if chunks and chunks[0].seq > 0 else ""
     return cut + "".join(chunk.text for chunk in chunks)
@@ -139,5 +141,5 @@ def read_log(db: Database, tenant: str, job_id: str) -> str:
 
 def require_job(session: Session, tenant: str, job_id: str) -> None:
     """Raise JobNotFound unless the tenant sees the job."""
-    if session.scalar(select(Job.id).where(Job.id == job_id, visible(tenant))) is None:
+    if session.scalar(select(JobRow.id).where(JobRow.id == job_id, visible(tenant))) is None:
         raise JobNotFound

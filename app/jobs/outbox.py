@@ -11,7 +11,7 @@ from sqlalchemy import delete, insert, select, update
 from sqlalchemy.orm import Session
 
 from app.database.engine import Database
-from app.database.tables import Outbox
+from app.database.tables import OutboxRow
 
 LEASE_S = 60.0  # a sweeper that died gives its errands back after this
 LONGEST_DELAY_S = 3600.0
@@ -20,31 +20,33 @@ KEEP_DONE = timedelta(days=1)
 
 def post(session: Session, db: Database, kind: str, subject: str, *, after_s: float = 0.0) -> None:
     """Ask, in this transaction, for a `ring` of job `subject`, or a `delete_prefix` of all keys that begin with it."""
-    session.execute(insert(Outbox).values(kind=kind, subject=subject, due_at=db.now(after_s)))
+    session.execute(insert(OutboxRow).values(kind=kind, subject=subject, due_at=db.now(after_s)))
 
 
 def take_due(db: Database, limit: int = 50) -> list[tuple[int, str, str]]:
     """Errands that are due as (id, kind, subject), taken for a minute: no other sweeper gets them meanwhile."""
     with db.read() as session:
         if (
-            session.scalar(select(Outbox.id).where(Outbox.done_at.is_(None), Outbox.due_at <= db.now()).limit(1))
+            session.scalar(
+                select(OutboxRow.id).where(OutboxRow.done_at.is_(None), OutboxRow.due_at <= db.now()).limit(1)
+            )
             is None
         ):
             return []  # an empty look takes no lock
     with db.write() as session:
         due = (
-            select(Outbox.id)
-            .where(Outbox.done_at.is_(None), Outbox.due_at <= db.now())
-            .order_by(Outbox.due_at, Outbox.id)
+            select(OutboxRow.id)
+            .where(OutboxRow.done_at.is_(None), OutboxRow.due_at <= db.now())
+            .order_by(OutboxRow.due_at, OutboxRow.id)
             .limit(limit)
             .with_for_update(skip_locked=True)
         )
         ids = list(session.scalars(due))
         rows = session.execute(
-            update(Outbox)
-            .where(Outbox.id.in_(ids))
-            .values(due_at=db.now(LEASE_S), tries=Outbox.tries + 1)
-            .returning(Outbox.id, Outbox.kind, Outbox.subject)
+            update(OutboxRow)
+            .where(OutboxRow.id.in_(ids))
+            .values(due_at=db.now(LEASE_S), tries=OutboxRow.tries + 1)
+            .returning(OutboxRow.id, OutboxRow.kind, OutboxRow.subject)
         )
         return sorted((row.id, row.kind, row.subject) for row in rows)
 
@@ -52,18 +54,18 @@ def take_due(db: Database, limit: int = 50) -> list[tuple[int, str, str]]:
 def mark_done(db: Database, errand_id: int) -> None:
     """The errand was carried out."""
     with db.write() as session:
-        session.execute(update(Outbox).where(Outbox.id == errand_id).values(done_at=db.now()))
+        session.execute(update(OutboxRow).where(OutboxRow.id == errand_id).values(done_at=db.now()))
 
 
 def put_off(db: Database, errand_id: int) -> None:
     """The errand failed: try again after 5 s, 10 s, 20 s, ..., an hour."""
     with db.write() as session:
-        tries = session.scalar(select(Outbox.tries).where(Outbox.id == errand_id))
+        tries = session.scalar(select(OutboxRow.tries).where(OutboxRow.id == errand_id))
         delay_s = min(LONGEST_DELAY_S, 5.0 * 2 ** min((tries or 1) - 1, 20))
-        session.execute(update(Outbox).where(Outbox.id == errand_id).values(due_at=db.now(delay_s)))
+        session.execute(update(OutboxRow).where(OutboxRow.id == errand_id).values(due_at=db.now(delay_s)))
 
 
 def forget_done(db: Database) -> None:
     """Remove errands that were done more than a day ago."""
     with db.write() as session:
-        session.execute(delete(Outbox).where(Outbox.done_at < db.now(-KEEP_DONE.total_seconds())))
+        session.execute(delete(OutboxRow).where(OutboxRow.done_at < db.now(-KEEP_DONE.total_seconds())))

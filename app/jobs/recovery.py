@@ -19,7 +19,16 @@ import structlog
 from sqlalchemy import delete, func, select
 
 from app.database.engine import Database
-from app.database.tables import TERMINAL, Artifact, Checkpoint, DatasetRow, IdempotencyKey, Job, WeightsRow, Worker
+from app.database.tables import (
+    TERMINAL,
+    ArtifactRow,
+    CheckpointRow,
+    DatasetRow,
+    IdempotencyKeyRow,
+    JobRow,
+    WeightsRow,
+    WorkerRow,
+)
 from app.errors import Unavailable
 from app.jobs import attempts, outbox
 from app.jobs.artifacts import state_key
@@ -86,7 +95,9 @@ class Sweeper:
         """The ids of the jobs taken from workers that are silent."""
         with self._db.read() as session:
             running = session.execute(
-                select(Job.id, Job.attempt, Job.beat, Job.lease_until < self._db.now()).where(Job.state == "running")
+                select(JobRow.id, JobRow.attempt, JobRow.beat, JobRow.lease_until < self._db.now()).where(
+                    JobRow.state == "running"
+                )
             ).all()
         now = self._monotonic()
         known = self._first_seen
@@ -106,11 +117,11 @@ class Sweeper:
         """The ids rung for again: as many waiting jobs as there are idle slots, not one message for each that waits."""
         with self._db.read() as session:
             _, slots = attempts.workers_alive(session, self._db)
-            running = session.scalar(select(func.count()).select_from(Job).where(Job.state == "running")) or 0
+            running = session.scalar(select(func.count()).select_from(JobRow).where(JobRow.state == "running")) or 0
             waiting = session.scalars(
-                select(Job.id)
-                .where(Job.state == "queued", Job.available_at <= self._db.now())
-                .order_by(Job.priority.desc(), Job.available_at, Job.id)
+                select(JobRow.id)
+                .where(JobRow.state == "queued", JobRow.available_at <= self._db.now())
+                .order_by(JobRow.priority.desc(), JobRow.available_at, JobRow.id)
                 .limit(max(0, slots - running))
             ).all()
         for job_id in waiting:
@@ -143,9 +154,9 @@ class Sweeper:
         now = self._db.now
         with self._db.write() as session:
             session.execute(
-                delete(IdempotencyKey).where(IdempotencyKey.created_at < now(-IDEMPOTENCY_LIFE.total_seconds()))
+                delete(IdempotencyKeyRow).where(IdempotencyKeyRow.created_at < now(-IDEMPOTENCY_LIFE.total_seconds()))
             )
-            session.execute(delete(Worker).where(Worker.seen_at < now(-SILENT_WORKER_LIFE.total_seconds())))
+            session.execute(delete(WorkerRow).where(WorkerRow.seen_at < now(-SILENT_WORKER_LIFE.total_seconds())))
         outbox.forget_done(self._db)
 
     def collect_garbage(self, older_than: timedelta = GARBAGE_AGE) -> list[str]:
@@ -173,10 +184,10 @@ class Sweeper:
                 by_job.setdefault(match[1], []).append((int(match[2]), stored.key))
         for ids in _batches(sorted(by_job)):
             with self._db.read() as session:
-                rows = session.execute(select(Job.id, Job.attempt, Job.state).where(Job.id.in_(ids)))
+                rows = session.execute(select(JobRow.id, JobRow.attempt, JobRow.state).where(JobRow.id.in_(ids)))
                 jobs = {job_id: (attempt, state) for job_id, attempt, state in rows}
-                named = set(session.scalars(select(Artifact.key).where(Artifact.job_id.in_(ids))))
-                for key in session.scalars(select(Checkpoint.key).where(Checkpoint.job_id.in_(ids))):
+                named = set(session.scalars(select(ArtifactRow.key).where(ArtifactRow.job_id.in_(ids))))
+                for key in session.scalars(select(CheckpointRow.key).where(CheckpointRow.job_id.in_(ids))):
                     named |= {key, state_key(key)}
             for job_id in ids:
                 present, state = jobs.get(job_id, (0, "gone"))

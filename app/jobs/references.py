@@ -17,13 +17,13 @@ from sqlalchemy.orm import Session
 
 from app.access import visible
 from app.database.engine import Database
-from app.database.tables import TERMINAL, Artifact, Job, JobSource, WeightsRow
+from app.database.tables import TERMINAL, ArtifactRow, JobRow, JobSourceRow, WeightsRow
 from app.errors import Fault, InUse, InvalidSpec, InvalidWeights, ObjectNotFound, SourceUnavailable
 from app.spec.job import JobSpec
 from app.spec.prune import Artifact as Stem
 from app.spec.references import Kind, Reference, Source, every_reference, references_in
 from app.storage import Storage
-from app.validation.safetensors_header import Entry, read_entries
+from app.validation.safetensors_header import TensorEntry, read_entries
 
 WEIGHTS_FILE = "weights.safetensors"
 ARCHITECTURE_FILE = "architecture.json"
@@ -103,7 +103,11 @@ def keep(session: Session, tenant: str, job_id: str, named: Sequence[Reference])
     ids = {kind: sorted(name for of, name in wanted if of == kind) for kind in ("job", "weights")}
     present: set[tuple[str, str]] = set()
     if ids["job"]:  # shared locks: two jobs may need the same, a deletion waits
-        there = select(Job.id).where(Job.id.in_(ids["job"]), visible(tenant), Job.state == "succeeded").order_by(Job.id)
+        there = (
+            select(JobRow.id)
+            .where(JobRow.id.in_(ids["job"]), visible(tenant), JobRow.state == "succeeded")
+            .order_by(JobRow.id)
+        )
         present |= {("job", found) for found in session.scalars(there.with_for_update(read=True))}
     if ids["weights"]:
         known = select(WeightsRow.id).where(WeightsRow.id.in_(ids["weights"]), WeightsRow.tenant_id == tenant)
@@ -113,16 +117,16 @@ def keep(session: Session, tenant: str, job_id: str, named: Sequence[Reference])
     if faults:
         raise InvalidSpec(faults)
     rows = [{"job_id": job_id, "kind": kind, "source_id": source_id} for kind, source_id in wanted]
-    session.execute(insert(JobSource), rows)
+    session.execute(insert(JobSourceRow), rows)
 
 
 def check_unused(session: Session, kind: Kind, source_id: str) -> None:
     """Raise InUse, naming jobs, while one that is not over needs it; the source's row is locked by the caller."""
     users = session.scalars(
-        select(JobSource.job_id)
-        .join(Job, Job.id == JobSource.job_id)
-        .where(JobSource.kind == kind, JobSource.source_id == source_id, Job.state.not_in(TERMINAL))
-        .order_by(JobSource.job_id)
+        select(JobSourceRow.job_id)
+        .join(JobRow, JobRow.id == JobSourceRow.job_id)
+        .where(JobSourceRow.kind == kind, JobSourceRow.source_id == source_id, JobRow.state.not_in(TERMINAL))
+        .order_by(JobSourceRow.job_id)
         .limit(MOST_NAMED)
     ).all()
     if users:
@@ -143,9 +147,11 @@ def _look(session: Session, tenant: str, named: Sequence[Reference]) -> dict[str
     if job_ids:
         names = [name for files in ARTIFACTS.values() for name in files.values()]
         rows = session.execute(
-            select(Job.id, Job.state, Artifact.name, Artifact.key, Artifact.size_bytes, Artifact.sha256)
-            .outerjoin(Artifact, and_(Artifact.job_id == Job.id, Artifact.name.in_(names)))
-            .where(Job.id.in_(job_ids), visible(tenant))
+            select(
+                JobRow.id, JobRow.state, ArtifactRow.name, ArtifactRow.key, ArtifactRow.size_bytes, ArtifactRow.sha256
+            )
+            .outerjoin(ArtifactRow, and_(ArtifactRow.job_id == JobRow.id, ArtifactRow.name.in_(names)))
+            .where(JobRow.id.in_(job_ids), visible(tenant))
         )
         for row in rows:
             states[row.id] = row.state
@@ -215,7 +221,7 @@ def _read(storage: Storage, reference: Reference, found: Found) -> Source:
         raise _Unusable(f"the network of job {reference.id} cannot be read any more: run it again") from error
 
 
-def _stored_entries(storage: Storage, file: SourceFile) -> tuple[Entry, ...]:
+def _stored_entries(storage: Storage, file: SourceFile) -> tuple[TensorEntry, ...]:
     """The tensors of a stored safetensors file; its header alone is read."""
     return read_entries(lambda start, end: b"".join(storage.stream(file.key, start, end)), file.size_bytes)[0]
 

@@ -18,7 +18,7 @@ from sqlalchemy import ColumnElement, delete, select, update
 from sqlalchemy.orm import Session
 
 from app.database.engine import Database
-from app.database.tables import TERMINAL, Checkpoint, Job
+from app.database.tables import TERMINAL, CheckpointRow, JobRow
 from app.jobs import outbox
 from app.jobs.artifacts import attempt_prefix, job_prefix
 from app.jobs.events import NewEvent, write_events
@@ -53,29 +53,29 @@ def transition(
     without gaps. `seen` is False for a change that no reader sees.
     """
     # RETURNING deleted_at, not deleted_at IS NOT NULL: that SQLite 3.40 answers wrongly beside jobs_newest's condition.
-    changed: dict[str, Any] = {**values, "event_seq": Job.event_seq + len(events)}
+    changed: dict[str, Any] = {**values, "event_seq": JobRow.event_seq + len(events)}
     if seen:
-        changed["revision"] = Job.revision + 1
+        changed["revision"] = JobRow.revision + 1
     row = session.execute(
-        update(Job)
+        update(JobRow)
         .where(*where)
         .values(**changed)
         .returning(
-            Job.id,
-            Job.attempt,
-            Job.beat,
-            Job.event_seq,
-            Job.log_bytes,
-            Job.state,
-            Job.wish,
-            Job.deleted_at,
+            JobRow.id,
+            JobRow.attempt,
+            JobRow.beat,
+            JobRow.event_seq,
+            JobRow.log_bytes,
+            JobRow.state,
+            JobRow.wish,
+            JobRow.deleted_at,
         )
     ).one_or_none()
     if row is None:
         return None
-    moved = JobAfter(*tuple(row))
-    write_events(session, db, moved.job_id, moved.attempt, moved.event_seq, events)
-    return moved
+    after = JobAfter(*tuple(row))
+    write_events(session, db, after.job_id, after.attempt, after.event_seq, events)
+    return after
 
 
 def clear_objects(session: Session, db: Database, job_id: str, *, keep_artifacts: bool) -> None:
@@ -84,11 +84,11 @@ def clear_objects(session: Session, db: Database, job_id: str, *, keep_artifacts
     Rows go before objects.
     """
     if keep_artifacts:
-        attempts = session.scalars(select(Checkpoint.attempt).where(Checkpoint.job_id == job_id).distinct())
+        attempts = session.scalars(select(CheckpointRow.attempt).where(CheckpointRow.job_id == job_id).distinct())
         prefixes = [f"{attempt_prefix(job_id, attempt)}checkpoints/" for attempt in attempts]
     else:
         prefixes = [job_prefix(job_id)]
-    session.execute(delete(Checkpoint).where(Checkpoint.job_id == job_id))
+    session.execute(delete(CheckpointRow).where(CheckpointRow.job_id == job_id))
     for prefix in prefixes:
         outbox.post(session, db, "delete_prefix", prefix)
 
@@ -96,7 +96,7 @@ def clear_objects(session: Session, db: Database, job_id: str, *, keep_artifacts
 def purge(session: Session, db: Database, job_id: str) -> None:
     """Remove the job's row, what hangs on it, and its objects."""
     clear_objects(session, db, job_id, keep_artifacts=False)
-    session.execute(delete(Job).where(Job.id == job_id))
+    session.execute(delete(JobRow).where(JobRow.id == job_id))
 
 
 def shown_state(state: str, wish: str | None) -> str:

@@ -12,7 +12,7 @@ from app.network import checks
 from app.network.builder import MOST_FAULTS, GraphBuilder
 from app.network.layers.layer import Layer
 from app.network.layers.names import INPUT
-from app.network.layers.shapes import MOST_SPATIAL_AXES, Shape, Tensor, written
+from app.network.layers.shapes import MOST_SPATIAL_AXES, LayerTensor, Shape, written
 from app.network.node import Limits, Node
 
 __all__ = ["DEFAULT_LIMITS", "Graph", "Limits", "Node", "build_graph"]
@@ -85,7 +85,7 @@ class Graph:
         """
         return self._places[name]
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, LayerTensor]:
         """Every tensor by its key `<node>.<tensor>`, in the order of the nodes."""
         return {f"{node.name}.{key}": tensor for node in self.nodes for key, tensor in node.tensors.items()}
 
@@ -143,11 +143,11 @@ def build_graph(
     faults = _input_faults(input_shape, pointer.rpartition("/")[0] + "/input_shape", limits)
     if faults:
         raise InvalidSpec(faults)
-    expansion = GraphBuilder(input_shape, limits)
-    expansion.run(layers, pointer)
-    if expansion.faults:
-        raise InvalidSpec(expansion.faults)
-    graph = Graph(tuple(input_shape), tuple(expansion.nodes))
+    builder = GraphBuilder(input_shape, limits)
+    builder.run(layers, pointer)
+    if builder.faults:
+        raise InvalidSpec(builder.faults)
+    graph = Graph(tuple(input_shape), tuple(builder.nodes))
     faults = [*checks.unused(graph), *checks.sizes(graph, limits, pointer)]
     if classes is not None:
         faults += checks.class_scores(graph, classes)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from app.network.layers.layer import Layer
-from app.network.layers.shapes import LARGEST_WIDTH, Shape, Tensor
+from app.network.layers.shapes import LARGEST_WIDTH, LayerTensor, Shape
 from app.network.layers.sharing import Shareable
 
 
@@ -57,12 +57,12 @@ class Node:
         return self.shares or self.name
 
     @cached_property
-    def uses(self) -> dict[str, Tensor]:
+    def uses(self) -> dict[str, LayerTensor]:
         """The tensors it computes with, by name: weight, bias, running_mean, running_var."""
         return self.layer.tensors(self.input_shapes)
 
     @property
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, LayerTensor]:
         """Those of `uses` that are stored under its name: all, or none where it shares another node's."""
         return {} if self.shares is not None else self.uses
 

@@ -44,7 +44,7 @@ class JobLimits(Limits):
 
 
 @dataclass(frozen=True)
-class Phase:
+class PlannedPhase:
     """One stretch of a job: which phase, how many epochs (None: not counted in epochs), for which optimization."""
 
     phase: str
@@ -78,7 +78,7 @@ class Plan:
     floor: Cost | None
     memory: Memory
     layers: tuple[LayerPlan, ...]
-    phases: tuple[Phase, ...]
+    phases: tuple[PlannedPhase, ...]
     warnings: tuple[Fault, ...]
     start: WarmStart | None = None
     frozen: frozenset[str] = frozenset()
@@ -132,15 +132,15 @@ def make_plan(
         *(() if start is None else warm_start.start_faults(spec, start, given.input_shape)),
         *checks.memory_faults(spec, memory, bounds.training_bytes),
     ]
-    forecast = DryRun(baseline, cost(baseline))
+    dry_run = DryRun(baseline, cost(baseline))
     for position, step in enumerate(spec.optimizations):
         try:
-            forecast.follow(step, f"/optimizations/{position}")
+            dry_run.follow(step, f"/optimizations/{position}")
         except InvalidSpec as exc:
             faults += exc.faults
     if spec.sensitivity is not None:
         try:
-            forecast.look(spec.sensitivity, "/sensitivity")
+            dry_run.look(spec.sensitivity, "/sensitivity")
         except InvalidSpec as exc:
             faults += exc.faults
     if faults:
@@ -150,19 +150,19 @@ def make_plan(
         facts=facts,
         graphs=graphs,
         given_cost=cost(given),
-        baseline_cost=forecast.baseline,
-        planned_cost=forecast.cost,
-        planned=forecast.graph,
-        floor=forecast.floor,
+        baseline_cost=dry_run.baseline,
+        planned_cost=dry_run.cost,
+        planned=dry_run.graph,
+        floor=dry_run.floor,
         memory=memory,
-        layers=(*rows, *forecast.rows, *_untouched(baseline, forecast.rows)),
+        layers=(*rows, *dry_run.rows, *_untouched(baseline, dry_run.rows)),
         phases=_phases(spec),
         warnings=(
             *checks.warnings(spec, facts, baseline),
             *warm_start.warnings(spec, facts, given, start, known),
             *fine_tuning_warnings(spec.training, baseline, start),
             *warnings,
-            *forecast.warnings,
+            *dry_run.warnings,
         ),
         start=start,
         frozen=frozen_layers(spec.training, baseline),
@@ -296,21 +296,21 @@ def _untouched(baseline: Graph, rows: Sequence[LayerPlan]) -> list[LayerPlan]:
     ]
 
 
-def _phases(spec: JobSpec) -> tuple[Phase, ...]:
-    phases = [Phase("preparing"), Phase("training", spec.training.epochs), Phase("evaluating")]
+def _phases(spec: JobSpec) -> tuple[PlannedPhase, ...]:
+    phases = [PlannedPhase("preparing"), PlannedPhase("training", spec.training.epochs), PlannedPhase("evaluating")]
     for position, step in enumerate(spec.optimizations):
         if not isinstance(step, Compression):
             continue
         pointer = f"/optimizations/{position}"
         epochs = retraining(step, spec.training).epochs or 0
         for _ in range(step.rounds):
-            phases.append(Phase("pruning", optimization=pointer))
+            phases.append(PlannedPhase("pruning", optimization=pointer))
             if epochs:
-                phases.append(Phase("retraining", epochs, pointer))
-        phases.append(Phase("evaluating", optimization=pointer))
+                phases.append(PlannedPhase("retraining", epochs, pointer))
+        phases.append(PlannedPhase("evaluating", optimization=pointer))
     for position, step in enumerate(spec.optimizations):
         if isinstance(step, Quantize):
-            phases.append(Phase("evaluating", optimization=f"/optimizations/{position}"))
+            phases.append(PlannedPhase("evaluating", optimization=f"/optimizations/{position}"))
     if spec.sensitivity is not None:
-        phases.append(Phase("evaluating", optimization="/sensitivity"))
-    return (*phases, Phase("measuring"), Phase("exporting"))
+        phases.append(PlannedPhase("evaluating", optimization="/sensitivity"))
+    return (*phases, PlannedPhase("measuring"), PlannedPhase("exporting"))

@@ -146,14 +146,14 @@ def choose_removals(
             room if room.group.index == only else replace(room, held=room.held or _NOT_LOOKED_AT) for room in rooms
         ]
     dense = baseline or cost(start or graph)
-    tally = IncrementalCost(graph, classes)
-    forced, order = _order(rooms, scores, step, tally, fraction, losses)
-    for quantum in [*forced, *order]:
-        tally.remove(quantum)
-    floor, everything = tally.cost(), _classes_of([*forced, *order])
-    tally.settle()
-    for quantum in order:
-        tally.give_back(quantum)
+    cost_model = IncrementalCost(graph, classes)
+    forced, order = _order(rooms, scores, step, cost_model, fraction, losses)
+    for channel_block in [*forced, *order]:
+        cost_model.remove(channel_block)
+    floor, everything = cost_model.cost(), _classes_of([*forced, *order])
+    cost_model.settle()
+    for channel_block in order:
+        cost_model.give_back(channel_block)
 
     if step.budget is not None:
         assert step.budget.measure != "latency_ms", "a latency is measured, not counted"
@@ -162,7 +162,7 @@ def choose_removals(
         if least > allowed:
             holds = _heaviest(shrink_graph(graph, everything, classes), graph, classes, rooms, measure)
             raise BudgetUnreachable(measure, allowed, least, int(getattr(dense, measure)), holds)
-        removed = _within(tally, order, measure, allowed)
+        removed = _within(cost_model, order, measure, allowed)
     else:
         assert step.sparsity is not None, "a prune step of channels has a budget or a sparsity"
         if not everything and (start is None or start == graph):  # later stages may find all of it done
@@ -170,9 +170,9 @@ def choose_removals(
         part = _on_the_way(step.sparsity, fraction)
         together = step.scope == "global" and scores is not None
         removed = _nearest_of_all(rooms, order, part) if together else _nearest_of_each(rooms, order, part)
-        for quantum in removed:
-            tally.remove(quantum)
-    return Removals(_classes_of([*forced, *removed]), tally.cost(), floor, everything)
+        for channel_block in removed:
+            cost_model.remove(channel_block)
+    return Removals(_classes_of([*forced, *removed]), cost_model.cost(), floor, everything)
 
 
 def choose_block(graph: Graph, classes: Classes, step: Prune, *, baseline: Cost | None = None) -> tuple[int, Removals]:
@@ -352,7 +352,7 @@ def _order(
     rooms: Sequence[_GroupLimits],
     scores: Mapping[int, float] | None,
     step: Prune,
-    tally: IncrementalCost,
+    cost_model: IncrementalCost,
     fraction: float,
     losses: Mapping[int, Curve] | None,
 ) -> tuple[list[ChannelBlock], list[ChannelBlock]]:
@@ -367,9 +367,9 @@ def _order(
         assert values is None or np.isfinite(values).all(), "NaN is neither weak nor strong"
         ascending = group.classes if values is None else group.classes[np.argsort(values, kind="stable")]
         parts = _parts(ascending, room)
-        quanta = tally.quanta(group, parts)
+        channel_blocks = cost_model.channel_blocks(group, parts)
         if room.sparsity is not None:
-            forced += _nearest(quanta, _wanted(room, _on_the_way(room.sparsity, fraction)))
+            forced += _nearest(channel_blocks, _wanted(room, _on_the_way(room.sparsity, fraction)))
             continue
         if values is None or step.scope != "global":
             gone = np.cumsum([len(part) for part in parts]) + room.width_at_start - len(group.classes)
@@ -380,9 +380,11 @@ def _order(
             ranks = share.tolist()
         else:
             ranks = _scores_of(parts, group, values, normalised=step.criterion not in COMPARABLE)
-        ranked += [(rank, group.index, place, q) for place, (rank, q) in enumerate(zip(ranks, quanta, strict=True))]
+        ranked += [
+            (rank, group.index, place, q) for place, (rank, q) in enumerate(zip(ranks, channel_blocks, strict=True))
+        ]
     ranked.sort(key=lambda entry: entry[:3])
-    return forced, [quantum for *_, quantum in ranked]
+    return forced, [channel_block for *_, channel_block in ranked]
 
 
 def _parts(ascending: IntArray, room: _GroupLimits) -> list[IntArray]:
@@ -409,30 +411,30 @@ def _scores_of(parts: Sequence[IntArray], group: Group, values: FloatArray, *, n
 
 
 def _within(
-    tally: IncrementalCost, order: Sequence[ChannelBlock], measure: Measure, allowed: int
+    cost_model: IncrementalCost, order: Sequence[ChannelBlock], measure: Measure, allowed: int
 ) -> list[ChannelBlock]:
-    """The quanta that leave for a cost of at most `allowed`, which can be reached; `tally` is left without them.
+    """The quanta that leave for a cost of at most `allowed`, which can be reached; `cost_model` is left without them.
 
     The cost falls with every quantum, so the first prefix that fits is the one a bisection would find. Then each
     quantum may return, strongest first, while all stronger ones of its group have: what is refused once never fits
     later, when more has returned.
     """
     removed: list[ChannelBlock] = []
-    for quantum in order:
-        if tally.fits(measure, allowed):
+    for channel_block in order:
+        if cost_model.fits(measure, allowed):
             break
-        tally.remove(quantum)
-        removed.append(quantum)
+        cost_model.remove(channel_block)
+        removed.append(channel_block)
     stays: set[int] = set()
     kept: list[ChannelBlock] = []
-    for quantum in reversed(removed):
-        if quantum.group not in stays:
-            tally.give_back(quantum)
-            if tally.fits(measure, allowed):
+    for channel_block in reversed(removed):
+        if channel_block.group not in stays:
+            cost_model.give_back(channel_block)
+            if cost_model.fits(measure, allowed):
                 continue
-            tally.remove(quantum)
-            stays.add(quantum.group)
-        kept.append(quantum)
+            cost_model.remove(channel_block)
+            stays.add(channel_block.group)
+        kept.append(channel_block)
     kept.reverse()
     return kept
 
@@ -443,21 +445,23 @@ def _wanted(room: _GroupLimits, part: float) -> int:
     return (round(part * width) - (width - len(room.group.classes))) * room.group.channels
 
 
-def _nearest(quanta: Sequence[ChannelBlock], wanted: int) -> list[ChannelBlock]:
+def _nearest(channel_blocks: Sequence[ChannelBlock], wanted: int) -> list[ChannelBlock]:
     """The first of the quanta, so many that the channels they take are nearest to `wanted`; rather fewer than more."""
     best, gone, count = abs(wanted), 0, 0
-    for place, quantum in enumerate(quanta, start=1):
-        gone += quantum.channels
+    for place, channel_block in enumerate(channel_blocks, start=1):
+        gone += channel_block.channels
         if abs(gone - wanted) < best:
             best, count = abs(gone - wanted), place
-    return list(quanta[:count])
+    return list(channel_blocks[:count])
 
 
 def _nearest_of_each(rooms: Sequence[_GroupLimits], order: Sequence[ChannelBlock], part: float) -> list[ChannelBlock]:
     by_group: dict[int, list[ChannelBlock]] = {}
-    for quantum in order:
-        by_group.setdefault(quantum.group, []).append(quantum)
-    return [q for group, quanta in by_group.items() for q in _nearest(quanta, _wanted(rooms[group], part))]
+    for channel_block in order:
+        by_group.setdefault(channel_block.group, []).append(channel_block)
+    return [
+        q for group, channel_blocks in by_group.items() for q in _nearest(channel_blocks, _wanted(rooms[group], part))
+    ]
 
 
 def _nearest_of_all(rooms: Sequence[_GroupLimits], order: Sequence[ChannelBlock], part: float) -> list[ChannelBlock]:
@@ -467,5 +471,5 @@ def _nearest_of_all(rooms: Sequence[_GroupLimits], order: Sequence[ChannelBlock]
     return _nearest(order, round(part * at_start) - (at_start - now))
 
 
-def _classes_of(quanta: Sequence[ChannelBlock]) -> frozenset[int]:
-    return frozenset(c for quantum in quanta for c in quantum.classes)
+def _classes_of(channel_blocks: Sequence[ChannelBlock]) -> frozenset[int]:
+    return frozenset(c for channel_block in channel_blocks for c in channel_block.classes)

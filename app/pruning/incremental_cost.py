@@ -65,7 +65,7 @@ class IncrementalCost:
         self._largest_header = safetensors_bytes(sizes) - FLOAT_BYTES * self.stored
         self._smallest_header = 0
 
-    def quanta(self, group: Group, parts: Sequence[IntArray]) -> list[ChannelBlock]:
+    def channel_blocks(self, group: Group, parts: Sequence[IntArray]) -> list[ChannelBlock]:
         """The parts of a group's classes, in order, with what each takes off the widths."""
         touched: list[tuple[int, IntArray]] = []
         for width in sorted({self._width_of_axis[axis] for axis in group.axes}):
@@ -85,13 +85,13 @@ class IncrementalCost:
             for part, start, end in zip(parts, ends, ends[1:], strict=False)
         ]
 
-    def remove(self, quantum: ChannelBlock) -> None:
+    def remove(self, channel_block: ChannelBlock) -> None:
         """Takes the quantum's channels out of the network."""
-        self._move(quantum, -1)
+        self._move(channel_block, -1)
 
-    def give_back(self, quantum: ChannelBlock) -> None:
+    def give_back(self, channel_block: ChannelBlock) -> None:
         """Puts the quantum's channels back."""
-        self._move(quantum, 1)
+        self._move(channel_block, 1)
 
     def fits(self, measure: Measure, allowed: int) -> bool:
         """Whether the cost is at most `allowed`."""
@@ -173,10 +173,10 @@ class IncrementalCost:
         self.params += change * term.params
         self.stored += change * term.stored
 
-    def _move(self, quantum: ChannelBlock, sign: int) -> None:
-        for width, change in quantum.widths:
+    def _move(self, channel_block: ChannelBlock, sign: int) -> None:
+        for width, change in channel_block.widths:
             self._widths[width] += sign * change
-        key = tuple(width for width, _ in quantum.widths)
+        key = tuple(width for width, _ in channel_block.widths)
         if key not in self._touched:
             found = {id(term): term for width in key for term in self._terms_of_width[width]}
             self._touched[key] = list(found.values())

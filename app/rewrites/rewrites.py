@@ -41,12 +41,12 @@ def rewrite(
     `limits`.
     """
     named = _named(graph, optimization.layers, pointer)
-    draft = GraphEditor(graph)
-    _RULES[type(optimization)](graph, draft, optimization, _Narrowed(named, pointer))
-    if not draft.changed:
+    editor = GraphEditor(graph)
+    _RULES[type(optimization)](graph, editor, optimization, _Narrowed(named, pointer))
+    if not editor.changed:
         return graph
     try:
-        return draft.graph(limits)
+        return editor.graph(limits)
     except InvalidSpec as exc:
         raise InvalidSpec(
             [Fault(pointer, f"after this rewrite: {f.message}", f.limit, f.value) for f in exc.faults]
@@ -94,7 +94,7 @@ def _is_no_convolution(node: Node) -> str | None:
     return None if node.type in CONVOLUTIONS else f"is a {node.type} layer, not a convolution"
 
 
-def _batch_norm(graph: Graph, draft: GraphEditor, optimization: InsertBatchNorm, narrowed: _Narrowed) -> None:
+def _batch_norm(graph: Graph, editor: GraphEditor, optimization: InsertBatchNorm, narrowed: _Narrowed) -> None:
     """After each convolution, before its activation; the convolution's bias goes, since the normalisation has one.
 
     Left alone: the last layer, and convolutions that are followed by a normalisation. Convolutions that share their
@@ -113,11 +113,13 @@ def _batch_norm(graph: Graph, draft: GraphEditor, optimization: InsertBatchNorm,
     normed = {conv.name for conv in chosen}
     for conv in chosen:
         if all(place.name in normed for place in graph.places(conv.home)):
-            draft.update(conv.name, bias=False)
-        draft.insert_behind(conv.name, [(BatchNorm(), f"{conv.name}_bn")])
+            editor.update(conv.name, bias=False)
+        editor.insert_behind(conv.name, [(BatchNorm(), f"{conv.name}_bn")])
 
 
-def _spatial_dropout(graph: Graph, draft: GraphEditor, optimization: InsertSpatialDropout, narrowed: _Narrowed) -> None:
+def _spatial_dropout(
+    graph: Graph, editor: GraphEditor, optimization: InsertSpatialDropout, narrowed: _Narrowed
+) -> None:
     """After the activation of each convolution; those without one of their own and the last layer are left alone."""
     last = last_layers(graph)
 
@@ -134,7 +136,7 @@ def _spatial_dropout(graph: Graph, draft: GraphEditor, optimization: InsertSpati
 
     for conv in narrowed.choose(graph.nodes, why_not):
         activation = block_of(graph, conv).end
-        draft.insert_behind(activation.name, [(SpatialDropout(p=optimization.p), f"{conv.name}_dropout")])
+        editor.insert_behind(activation.name, [(SpatialDropout(p=optimization.p), f"{conv.name}_dropout")])
 
 
 def _feeds_dropout(graph: Graph, node: Node) -> bool:
@@ -142,7 +144,7 @@ def _feeds_dropout(graph: Graph, node: Node) -> bool:
     return bool(readers) and all(reader.type in ("dropout", "spatial_dropout") for reader in readers)
 
 
-def _dropout(graph: Graph, draft: GraphEditor, optimization: InsertDropout, narrowed: _Narrowed) -> None:
+def _dropout(graph: Graph, editor: GraphEditor, optimization: InsertDropout, narrowed: _Narrowed) -> None:
     """Before each linear layer, on its own input only; left alone where that input is dropout already."""
     nodes = {node.name: node for node in graph.nodes}
 
@@ -155,11 +157,11 @@ def _dropout(graph: Graph, draft: GraphEditor, optimization: InsertDropout, narr
 
     for linear in narrowed.choose(graph.nodes, why_not):
         source = linear.inputs[0]
-        name = draft.add_before(linear.name, Dropout(p=optimization.p), f"{linear.name}_dropout", [source])
-        draft.redirect(linear.name, source, name)
+        name = editor.add_before(linear.name, Dropout(p=optimization.p), f"{linear.name}_dropout", [source])
+        editor.redirect(linear.name, source, name)
 
 
-def _small_kernels(graph: Graph, draft: GraphEditor, optimization: SmallKernels, narrowed: _Narrowed) -> None:
+def _small_kernels(graph: Graph, editor: GraphEditor, optimization: SmallKernels, narrowed: _Narrowed) -> None:
     """Each convolution with a kernel of 4 or more becomes a stack with the same receptive field and output shape.
 
     The last of the stack keeps the convolution's name, its width and its stride. The others come before it, with
@@ -192,12 +194,12 @@ def _small_kernels(graph: Graph, draft: GraphEditor, optimization: SmallKernels,
                 own: Layer = layer
             else:
                 own = layer.model_copy(update={"shares": stacks[node.home][number - 1]})
-            before = draft.add_before(node.name, own, stem, [before])
+            before = editor.add_before(node.name, own, stem, [before])
             stacks.setdefault(node.name, []).append(before)
             for part, name in _copies(block, stem, width=layer.out_channels):
-                before = draft.add_before(node.name, part, name, [before])
-        draft.update(node.name, kernel_size=last.kernel_size, padding=last.padding, in_channels=None)
-        draft.redirect(node.name, source, before)
+                before = editor.add_before(node.name, part, name, [before])
+        editor.update(node.name, kernel_size=last.kernel_size, padding=last.padding, in_channels=None)
+        editor.redirect(node.name, source, before)
 
 
 def _copies(block: Block, stem: str, *, width: int) -> list[tuple[Layer, str]]:
@@ -211,7 +213,7 @@ def _copies(block: Block, stem: str, *, width: int) -> list[tuple[Layer, str]]:
     return copies
 
 
-def _deeper(graph: Graph, draft: GraphEditor, optimization: Deeper, narrowed: _Narrowed) -> None:
+def _deeper(graph: Graph, editor: GraphEditor, optimization: Deeper, narrowed: _Narrowed) -> None:
     """`times` further blocks behind the last block of each stage.
 
     A block is a convolution with its normalisation and its own activation; a stage is a run of blocks, in written
@@ -243,10 +245,10 @@ def _deeper(graph: Graph, draft: GraphEditor, optimization: Deeper, narrowed: _N
             bias = block.norm is None
             layer = Conv(out_channels=node.shape[0], kernel_size=3, padding="same", groups=conv.groups, bias=bias)
             chain += [(layer, stem), *_copies(block, stem, width=node.shape[0])]
-        draft.insert_behind(block.end.name, chain)
+        editor.insert_behind(block.end.name, chain)
 
 
-def _residual(graph: Graph, draft: GraphEditor, optimization: InsertShortcuts, narrowed: _Narrowed) -> None:
+def _residual(graph: Graph, editor: GraphEditor, optimization: InsertShortcuts, narrowed: _Narrowed) -> None:
     """Shortcuts around runs of convolutions: see `shortcuts.add_shortcuts`."""
     last = last_layers(graph)
 
@@ -256,7 +258,7 @@ def _residual(graph: Graph, draft: GraphEditor, optimization: InsertShortcuts, n
         return _is_no_convolution(node)
 
     chosen = narrowed.choose(convolutions(graph), why_not)
-    add_shortcuts(graph, draft, chosen)
+    add_shortcuts(graph, editor, chosen)
 
 
 _RULES: dict[type, Callable[[Graph, GraphEditor, Any, _Narrowed], None]] = {

@@ -14,7 +14,7 @@ from app.network.layers.shapes import LARGEST_KERNEL, Shape
 BLOCKS_PER_SHORTCUT = 2  # as in the paper's basic block
 
 
-def add_shortcuts(graph: Graph, draft: GraphEditor, convs: Sequence[Node]) -> None:
+def add_shortcuts(graph: Graph, editor: GraphEditor, convs: Sequence[Node]) -> None:
     """Lays a shortcut around each piece of each run of `convs`.
 
     A block is a convolution with its normalisation and its own activation, outside of every branch that an `add`
@@ -27,7 +27,7 @@ def add_shortcuts(graph: Graph, draft: GraphEditor, convs: Sequence[Node]) -> No
     inside = _joined_branches(graph)
     for run in _runs(graph, [node for node in convs if node.name not in inside]):
         for piece in _pieces(run):
-            _add_shortcut(draft, piece)
+            _add_shortcut(editor, piece)
 
 
 def _runs(graph: Graph, convs: Sequence[Node]) -> list[list[Block]]:
@@ -55,7 +55,7 @@ def _pieces(run: list[Block]) -> list[list[Block]]:
     return pieces
 
 
-def _add_shortcut(draft: GraphEditor, piece: list[Block]) -> None:
+def _add_shortcut(editor: GraphEditor, piece: list[Block]) -> None:
     first, end = piece[0].conv, piece[-1]
     assert end.activation is not None
     before, after = first.input_shapes[0], end.activation.shape
@@ -65,11 +65,11 @@ def _add_shortcut(draft: GraphEditor, piece: list[Block]) -> None:
         if stride is None:
             return
         layer = Conv(out_channels=after[0], kernel_size=1, stride=stride, bias=False)
-        projection = draft.add_before(first.name, layer, f"{first.name}_shortcut", [source])
-        source = draft.add_before(first.name, BatchNorm(), f"{first.name}_shortcut_bn", [projection])
+        projection = editor.add_before(first.name, layer, f"{first.name}_shortcut", [source])
+        source = editor.add_before(first.name, BatchNorm(), f"{first.name}_shortcut_bn", [projection])
     sum_of = end.norm or end.conv
-    name = draft.add_before(end.activation.name, Add(), f"{end.conv.name}_add", [sum_of.name, source])
-    draft.redirect(end.activation.name, sum_of.name, name)
+    name = editor.add_before(end.activation.name, Add(), f"{end.conv.name}_add", [sum_of.name, source])
+    editor.redirect(end.activation.name, sum_of.name, name)
 
 
 def _stride(piece: Sequence[Block], before: Shape, after: Shape) -> int | tuple[int, ...] | None:

@@ -47,7 +47,7 @@ Read = Callable[[int, int], bytes]
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor of a file: `kind` by safetensors' names (`F32`), its bytes [begin, end) behind the header."""
 
     name: str
@@ -57,7 +57,7 @@ class Entry:
     end: int
 
 
-def check_weights(path: Path, size_bytes: int) -> tuple[Entry, ...]:
+def check_weights(path: Path, size_bytes: int) -> tuple[TensorEntry, ...]:
     """The tensors of an uploaded file of this size, in the order of their bytes, all of them finite in float32.
 
     Raises InvalidWeights: it is no safetensors file, or one with other types, holes, values that are not finite, or
@@ -79,7 +79,7 @@ def check_weights(path: Path, size_bytes: int) -> tuple[Entry, ...]:
     return entries
 
 
-def read_entries(read: Read, size_bytes: int) -> tuple[tuple[Entry, ...], int]:
+def read_entries(read: Read, size_bytes: int) -> tuple[tuple[TensorEntry, ...], int]:
     """(the tensors in the order of their bytes, where the data begin) of a file of this size; reads the header alone.
 
     Raises InvalidWeights.
@@ -102,7 +102,7 @@ def read_entries(read: Read, size_bytes: int) -> tuple[tuple[Entry, ...], int]:
     entries, faults = [], []
     for name, stated in document.items():
         found = _entry(name, stated)
-        if isinstance(found, Entry):
+        if isinstance(found, TensorEntry):
             entries.append(found)
         else:
             faults.append(found)
@@ -153,7 +153,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _entry(name: str, stated: Any) -> Entry | Fault:
+def _entry(name: str, stated: Any) -> TensorEntry | Fault:
     """The tensor as the header states it, or what is wrong with it alone."""
     at = _pointer(name)
     if not 1 <= len(name) <= LONGEST_NAME or not name.isprintable():
@@ -175,14 +175,14 @@ def _entry(name: str, stated: Any) -> Entry | Fault:
     if end - begin != needed:
         message = f"{name} has {end - begin} bytes; {NAMES[kind]} of this shape takes {needed}"
         return Fault(f"{at}/data_offsets", message, limit=needed, value=end - begin)
-    return Entry(name, kind, tuple(shape), begin, end)
+    return TensorEntry(name, kind, tuple(shape), begin, end)
 
 
 def _are_sizes(numbers: Any) -> bool:
     return isinstance(numbers, list) and all(type(number) is int and 0 <= number < 1 << 48 for number in numbers)
 
 
-def _layout_faults(entries: Sequence[Entry], data_bytes: int) -> Iterator[Fault]:
+def _layout_faults(entries: Sequence[TensorEntry], data_bytes: int) -> Iterator[Fault]:
     """Where tensors overlap, leave gaps, or are more or less than the file has behind its header."""
     present, before = 0, None
     for entry in entries:
@@ -201,7 +201,7 @@ def _layout_faults(entries: Sequence[Entry], data_bytes: int) -> Iterator[Fault]
         yield Fault("", message, limit=present, value=data_bytes)
 
 
-def _wrong_values(file: BinaryIO, entry: Entry) -> str | None:
+def _wrong_values(file: BinaryIO, entry: TensorEntry) -> str | None:
     """What is wrong with the values of the tensor, whose bytes are next in the file; None: nothing."""
     left, wrong = entry.end - entry.begin, None
     of_variances = entry.name.rpartition(".")[2] == VARIANCE
@@ -227,7 +227,7 @@ def _as_float32(piece: bytes, kind: str) -> npt.NDArray[np.float32]:
         return values.astype(np.float32, copy=False)
 
 
-def _agree_with_library(path: Path, entries: Sequence[Entry]) -> None:
+def _agree_with_library(path: Path, entries: Sequence[TensorEntry]) -> None:
     """Raise InvalidWeights if the library with which the worker reads takes the file for something else."""
     try:
         with safe_open(path, "numpy") as file:

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import select, update
 
 from app.database.engine import Database
-from app.database.tables import Job, Outbox, Row
+from app.database.tables import JobRow, OutboxRow, Row
 from app.errors import LostOwnership, NotFound
 from app.jobs import attempts, commands
 from app.jobs.artifacts import attempt_prefix, get_artifact, list_artifacts, list_checkpoints
@@ -48,7 +48,7 @@ def everything(db: Database) -> dict[str, list[Any]]:
 def objects_to_delete(db: Database) -> set[str]:
     """The prefixes that the outbox will delete."""
     with db.read() as session:
-        return set(session.scalars(select(Outbox.subject).where(Outbox.kind == "delete_prefix")))
+        return set(session.scalars(select(OutboxRow.subject).where(OutboxRow.kind == "delete_prefix")))
 
 
 @pytest.mark.parametrize("write", WRITES)
@@ -79,7 +79,7 @@ def test_a_worker_cannot_write_to_a_job_that_left_it(db: Database, state: str) -
 def test_a_claim_takes_the_oldest_of_the_highest_priority_and_the_hint_before_both(db: Database) -> None:
     first, second, third, urgent = (lives.submit(db).id for _ in range(4))
     with db.write() as session:
-        session.execute(update(Job).where(Job.id == urgent).values(priority=1))
+        session.execute(update(JobRow).where(JobRow.id == urgent).values(priority=1))
     order = [attempts.claim(db, worker_id="w", hint=hint) for hint in (third, None, "job_unknown", third, None)]
     assert [claim and claim.job_id for claim in order] == [third, urgent, first, second, None]
 
@@ -248,7 +248,7 @@ def test_three_crashes_without_progress_poison_a_job_and_progress_forgives(db: D
         if states[-1] == "failed":
             break
         with db.write() as session:
-            session.execute(update(Job).values(available_at=db.now()))
+            session.execute(update(JobRow).values(available_at=db.now()))
     assert states == ["queued", "queued", "queued", "failed"]
     job = commands.get_job(db, TENANT, job_id)
     assert job.error is not None
@@ -271,7 +271,7 @@ def test_a_crashed_job_waits_longer_each_time(db: Database) -> None:
         waits_s = (commands.get_job(db, TENANT, job_id).available_at - now).total_seconds()
         assert least_s - 1 < waits_s < most_s
         with db.write() as session:
-            session.execute(update(Job).values(available_at=db.now()))
+            session.execute(update(JobRow).values(available_at=db.now()))
 
 
 @pytest.mark.parametrize(("wish", "after_crash", "after_release"), [

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import select
 
 from app.database.engine import Database
-from app.database.tables import Event, Job
+from app.database.tables import EventRow, JobRow
 from app.errors import IllegalTransition, LostOwnership
 from app.jobs import attempts, commands
 from app.jobs.attempts import NewEvent
@@ -37,7 +37,7 @@ def test_nine_workers_in_three_processes_claim_each_job_once(db: Database, datab
 def test_a_worker_steps_over_a_job_that_another_is_taking(db: Database) -> None:
     first, second = lives.submit(db).id, lives.submit(db).id
     with db.write() as session:
-        session.execute(select(Job.id).where(Job.id == first).with_for_update())
+        session.execute(select(JobRow.id).where(JobRow.id == first).with_for_update())
         claim = attempts.claim(db, worker_id="w")
         assert claim is not None
         assert claim.job_id == second
@@ -82,7 +82,7 @@ def test_readers_see_event_numbers_without_gaps_while_six_write(db: Database) ->
 
     def roll_back(events: list[NewEvent]) -> None:
         with db.write() as session:
-            transition(session, db, [Job.id == job_id], {}, events)
+            transition(session, db, [JobRow.id == job_id], {}, events)
             raise ZeroDivisionError
 
     def write(number: int) -> None:
@@ -121,6 +121,8 @@ def test_a_cancel_and_a_finish_at_once_leave_one_end(db: Database) -> None:
                 ("cancelling", (LostOwnership, type(None))),
             )
             with db.read() as session:
-                types = session.scalars(select(Event.type).where(Event.job_id == job_id).order_by(Event.seq)).all()
+                types = session.scalars(
+                    select(EventRow.type).where(EventRow.job_id == job_id).order_by(EventRow.seq)
+                ).all()
             assert types[2:] == (["job.succeeded"] if state == "succeeded" else ["job.stopping"])
     assert len(ends) == 15

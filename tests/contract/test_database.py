@@ -18,7 +18,7 @@ from sqlalchemy import literal, select, text, update
 from sqlalchemy.orm import Session
 
 from app.database.engine import Database, filesystem_type
-from app.database.tables import Job, Row, new_id
+from app.database.tables import JobRow, Row, new_id
 from app.errors import NewerDatabase, StartupError, StorageFull, Unavailable
 from app.jobs import attempts, commands
 from app.jobs.attempts import NewEvent
@@ -107,12 +107,12 @@ def test_times_are_aware_and_keep_their_microseconds(db: Database) -> None:
     job_id = lives.submit(db).id
     moment = datetime(2026, 2, 3, 4, 5, 6, 789, tzinfo=timezone(timedelta(hours=5)))
     with db.write() as session:
-        session.execute(update(Job).values(created_at=moment))
+        session.execute(update(JobRow).values(created_at=moment))
     read = commands.get_job(db, TENANT, job_id).created_at
     assert read == moment
     assert read.tzinfo is UTC
     with pytest.raises(sqlalchemy.exc.StatementError, match="naive"), db.write() as session:
-        session.execute(update(Job).values(created_at=datetime(2026, 1, 1)))
+        session.execute(update(JobRow).values(created_at=datetime(2026, 1, 1)))
     with db.read() as session:
         now, later = session.execute(select(db.now(), db.now(90.5))).one()
     assert abs(now - datetime.now(UTC)) < timedelta(seconds=5)
@@ -134,7 +134,7 @@ def test_what_is_raised_in_a_session_rolls_everything_back(db: Database) -> None
 
     def change() -> None:
         with db.write() as session:
-            session.execute(update(Job).values(name="changed"))
+            session.execute(update(JobRow).values(name="changed"))
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -159,7 +159,7 @@ def test_a_pool_without_a_free_connection_says_try_again(database_url: str) -> N
 
 def test_no_index_of_jobs_names_what_changes_with_every_renewal() -> None:
     renewed = {"lease_until", "beat", "progress", "event_seq", "revision", "log_bytes", "owner"}
-    for index in Job.metadata.tables["jobs"].indexes:
+    for index in JobRow.metadata.tables["jobs"].indexes:
         assert renewed.isdisjoint(re.findall(r"\w+", " ".join(map(str, index.expressions)))), index.name
 
 
@@ -222,7 +222,7 @@ def test_a_killed_backend_is_one_try_again_and_the_next_request_works(postgres_s
             with db.write() as session:
                 [pid] = session.scalars(text("SELECT pg_backend_pid()"))
                 postgres_server.sql(f"SELECT pg_terminate_backend({pid})")
-                session.execute(update(Job).values(name="lost"))
+                session.execute(update(JobRow).values(name="lost"))
 
         with pytest.raises(Unavailable):
             lose_connection()
@@ -287,13 +287,13 @@ def test_writers_on_sqlite_never_fail_at_the_step_from_reading_to_writing(db: Da
     job_id = lives.submit(db).id
 
     def count(session: Session) -> int:
-        return int(session.scalars(select(Job.priority).where(Job.id == job_id)).one())
+        return int(session.scalars(select(JobRow.priority).where(JobRow.id == job_id)).one())
 
     def add(_: int) -> None:
         with db.write() as session:
-            session.execute(select(Job.id).where(Job.id == job_id).with_for_update())
+            session.execute(select(JobRow.id).where(JobRow.id == job_id).with_for_update())
             present = count(session)
-            session.execute(update(Job).values(priority=present + 1))
+            session.execute(update(JobRow).values(priority=present + 1))
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(add, range(80)))

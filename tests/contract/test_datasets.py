@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import func, select
 
 from app.database.engine import Database
-from app.database.tables import DatasetRow, Outbox
+from app.database.tables import DatasetRow, OutboxRow
 from app.datasets import registry
 from app.datasets.packed.packed import read_manifest
 from app.errors import DataInvalid, DataUnavailable, InUse, InvalidSpec, NotFound
@@ -143,7 +143,7 @@ def test_two_checks_at_once_do_the_work_once(
             check.result()
     assert registry.get_dataset(db, TENANT, view.id).state == "ready"
     with db.read() as session:
-        assert session.scalar(select(func.count()).select_from(Outbox)) == 1, "one of them found nothing to do"
+        assert session.scalar(select(func.count()).select_from(OutboxRow)) == 1, "one of them found nothing to do"
 
 
 def test_built_in_and_synthetic_data_need_no_row(db: Database, local_storage: Storage, settings: Settings) -> None:

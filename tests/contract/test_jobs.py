@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import func, select
 
 from app.database.engine import Database
-from app.database.tables import Job, JobLabel, Outbox
+from app.database.tables import JobLabelRow, JobRow, OutboxRow
 from app.errors import (
     IdempotencyMismatch,
     IllegalTransition,
@@ -96,8 +96,8 @@ def test_a_deleted_job_is_gone_at_once_and_its_rows_and_objects_go_with_it(db: D
         assert attempts.renew(db, claim, worker_id="w") == "cancel"
         attempts.obey_cancel(db, claim)
     with db.read() as session:
-        assert session.scalar(select(func.count()).select_from(Job)) == 0
-        subjects = set(session.scalars(select(Outbox.subject).where(Outbox.kind == "delete_prefix")))
+        assert session.scalar(select(func.count()).select_from(JobRow)) == 0
+        subjects = set(session.scalars(select(OutboxRow.subject).where(OutboxRow.kind == "delete_prefix")))
     assert f"jobs/{job_id}/" in subjects
 
 
@@ -112,7 +112,7 @@ def test_a_new_job_waits_and_says_so(db: Database) -> None:
     [event] = commands.list_events(db, TENANT, view.id)
     assert (event.seq, event.type, event.level) == (1, "job.submitted", "info")
     with db.read() as session:
-        assert session.execute(select(Outbox.kind, Outbox.subject)).all() == [("ring", view.id)]
+        assert session.execute(select(OutboxRow.kind, OutboxRow.subject)).all() == [("ring", view.id)]
 
 
 def test_the_same_key_and_body_give_the_same_job_and_another_body_is_refused(db: Database) -> None:
@@ -161,7 +161,7 @@ def test_pages_are_newest_first_and_hold_each_job_once_while_new_ones_come(db: D
 def test_jobs_of_one_moment_are_paged_by_their_ids(db: Database) -> None:
     made = sorted((lives.submit(db).id for _ in range(4)), reverse=True)
     with db.write() as session:
-        session.execute(Job.__table__.update().values(created_at=datetime(2026, 1, 1, tzinfo=UTC)))
+        session.execute(JobRow.__table__.update().values(created_at=datetime(2026, 1, 1, tzinfo=UTC)))
     first, cursor = commands.list_jobs(db, TENANT, limit=3)
     rest, end = commands.list_jobs(db, TENANT, limit=3, cursor=cursor)
     assert [job.id for job in (*first, *rest)] == made
@@ -178,7 +178,7 @@ def test_jobs_are_found_by_state_and_label(db: Database) -> None:
     assert commands.list_jobs(db, TENANT, label=("team", "vision"), state="running")[0] == []
     commands.delete_job(db, TENANT, labelled)
     with db.read() as session:
-        assert session.scalar(select(func.count()).select_from(JobLabel)) == 1
+        assert session.scalar(select(func.count()).select_from(JobLabelRow)) == 1
     with pytest.raises(InvalidParameter, match="cancelling"):
         commands.list_jobs(db, TENANT, state="dead")
     with pytest.raises(InvalidParameter):

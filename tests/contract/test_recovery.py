@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import func, select, update
 
 from app.database.engine import Database
-from app.database.tables import IdempotencyKey, Outbox, Worker
+from app.database.tables import IdempotencyKeyRow, OutboxRow, WorkerRow
 from app.errors import LostOwnership, Unavailable
 from app.jobs import attempts, commands, outbox
 from app.jobs.artifacts import artifact_key, checkpoint_key, list_artifacts, state_key
@@ -182,7 +182,7 @@ def test_an_errand_whose_store_is_away_comes_again_and_holds_up_no_other(
     back = Sweeper(db, local_storage, bell, settings)
     assert back.drain_outbox() == 0, "not due yet"
     with db.write() as session:
-        session.execute(update(Outbox).values(due_at=db.now(-1)))
+        session.execute(update(OutboxRow).values(due_at=db.now(-1)))
     assert back.drain_outbox() == 1
     assert local_storage.list("jobs/") == []
 
@@ -233,9 +233,11 @@ def test_old_keys_workers_and_done_errands_are_forgotten(db: Database, sweeper: 
     sweeper.expire()
     assert counts(db) == (2, 1, 2)
     with db.write() as session:
-        session.execute(update(IdempotencyKey).where(IdempotencyKey.key == "old").values(created_at=db.now(-8 * 86400)))
-        session.execute(update(Worker).values(seen_at=db.now(-2 * 86400)))
-        session.execute(update(Outbox).values(done_at=db.now(-2 * 86400)))
+        session.execute(
+            update(IdempotencyKeyRow).where(IdempotencyKeyRow.key == "old").values(created_at=db.now(-8 * 86400))
+        )
+        session.execute(update(WorkerRow).values(seen_at=db.now(-2 * 86400)))
+        session.execute(update(OutboxRow).values(done_at=db.now(-2 * 86400)))
     sweeper.expire()
     assert counts(db) == (1, 0, 0)
     assert commands.submit(db, tenant=TENANT, spec=SPEC, idempotency=("young", "a" * 64)) == (young, False)
@@ -261,13 +263,13 @@ def test_a_sweep_does_all_of_it_and_may_be_repeated(
 def outbox_left(db: Database) -> set[str]:
     """The subjects of the errands that are not done."""
     with db.read() as session:
-        return set(session.scalars(select(Outbox.subject).where(Outbox.done_at.is_(None))))
+        return set(session.scalars(select(OutboxRow.subject).where(OutboxRow.done_at.is_(None))))
 
 
 def counts(db: Database) -> tuple[int, ...]:
     """How many idempotency keys, workers and errands there are."""
     with db.read() as session:
-        tables = (IdempotencyKey, Worker, Outbox)
+        tables = (IdempotencyKeyRow, WorkerRow, OutboxRow)
         return tuple(session.scalar(select(func.count()).select_from(table)) or 0 for table in tables)
 
 
@@ -283,7 +285,7 @@ def test_a_sweep_that_breaks_is_followed_by_the_next(db: Database, tmp_path: Pat
     sweeper.try_sweep()
     sweeper = Sweeper(db, LocalStorage(tmp_path), bell, Settings())
     with db.write() as session:
-        session.execute(update(Outbox).values(due_at=db.now(-1)))
+        session.execute(update(OutboxRow).values(due_at=db.now(-1)))
     sweeper.try_sweep()
     with db.read() as session:
-        assert session.scalar(select(func.count()).select_from(Outbox).where(Outbox.done_at.is_(None))) == 0
+        assert session.scalar(select(func.count()).select_from(OutboxRow).where(OutboxRow.done_at.is_(None))) == 0

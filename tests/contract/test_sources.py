@@ -15,7 +15,7 @@ from sqlalchemy import Connection, event, func, select
 
 from app import weights
 from app.database.engine import Database
-from app.database.tables import Job, JobSource, WeightsRow
+from app.database.tables import JobRow, JobSourceRow, WeightsRow
 from app.errors import Fault, InUse, InvalidSpec, InvalidWeights, NotFound, SourceUnavailable, Unavailable
 from app.jobs import attempts, commands, references
 from app.settings import Settings
@@ -263,10 +263,10 @@ def test_a_job_whose_network_is_needed_is_in_use_until_the_other_is_over(
     attempts.fail(db, claim, lives.ERROR)
     commands.delete_job(db, TENANT, source)
     with db.read() as session:
-        assert session.scalar(select(func.count()).select_from(JobSource)) == 3, "those of the jobs that are over"
+        assert session.scalar(select(func.count()).select_from(JobSourceRow)) == 3, "those of the jobs that are over"
     commands.delete_job(db, TENANT, waiting)
     with db.read() as session:
-        assert session.scalar(select(func.count()).select_from(JobSource)) == 2
+        assert session.scalar(select(func.count()).select_from(JobSourceRow)) == 2
 
 
 def test_a_retry_needs_the_same_networks_and_says_which_is_gone(
@@ -289,7 +289,7 @@ def test_a_retry_needs_the_same_networks_and_says_which_is_gone(
             commands.retry_job(db, TENANT, job_id)
         assert [fault.pointer for fault in refusal.value.faults] == [pointer]
     with db.read() as session:
-        assert session.scalar(select(func.count()).select_from(Job).where(Job.state == "queued")) == 0
+        assert session.scalar(select(func.count()).select_from(JobRow).where(JobRow.state == "queued")) == 0
 
 
 def test_a_submit_and_a_deletion_at_once_never_leave_a_job_without_its_source(
@@ -329,12 +329,12 @@ def test_a_submit_waits_for_a_deletion_under_way_and_is_then_refused(
     spec = from_weights(uploaded) if source is None else from_job(source)
     with ThreadPoolExecutor(1) as pool:
         with db.write() as session:
-            row = select(Job.id).where(Job.id == source) if source else select(WeightsRow.id)
+            row = select(JobRow.id).where(JobRow.id == source) if source else select(WeightsRow.id)
             session.execute(row.with_for_update())
             made = pool.submit(submit, db, spec)
             with pytest.raises(TimeoutError):
                 made.result(0.3)
-            table = Job if source else WeightsRow
+            table = JobRow if source else WeightsRow
             session.execute(table.__table__.delete())  # type: ignore[attr-defined]
         with pytest.raises(InvalidSpec):
             made.result(5)

@@ -272,8 +272,8 @@ def test_a_stop_at_rest_takes_the_best_weights_of_the_checkpoint(data: Path, tmp
 
 def test_a_stop_before_the_first_step_delivers_what_there_is(data: Path, tmp_path: Path) -> None:
     reached = train_alone(task_of(tiny_spec(HALF), data, tmp_path), MemoryJournal(wishes=lambda progress: "stop"))
-    assert reached.ledger.baseline is not None
-    assert not reached.ledger.steps
+    assert reached.record.baseline is not None
+    assert not reached.record.steps
 
 
 def test_a_diverging_job_is_tried_once_more_and_then_fails_with_step_rate_and_advice(
@@ -346,7 +346,7 @@ def test_a_full_disk_skips_one_checkpoint_and_fails_at_the_second(data: Path, tm
 
     journal = MemoryJournal()
     job = pipeline.prepare(task_of(tiny_spec(training={"epochs": 6}), data, tmp_path), journal)
-    job.watch.checkpoints = CheckpointWriter(tmp_path, journal, interval_s=60, identity={}, write=full)
+    job.monitor.checkpoints = CheckpointWriter(tmp_path, journal, interval_s=60, identity={}, write=full)
     with pytest.raises(DiskFull, match="two checkpoints in a row"):
         pipeline.carry_out(job)
     assert [event.data.get("code") for event in journal.of_type("warning")] == ["disk_full"]
@@ -377,7 +377,7 @@ def test_an_iterative_job_prunes_in_rounds_and_never_tears_open_a_zero(data: Pat
     }
     journal = MemoryJournal()
     reached = train_alone(task_of(tiny_spec(step), data, tmp_path), journal)
-    (record,) = reached.ledger.steps
+    (record,) = reached.record.steps
     assert [found["round"] for found in record.rounds] == [1, 2]
     assert reached.masks is not None
     sparsities = [value for _, value in journal.metrics["sparsity"]]
@@ -397,7 +397,7 @@ def test_without_validation_the_last_weights_are_taken_and_the_report_says_so(da
 def test_recalibration_only_is_a_step_without_retraining(data: Path, tmp_path: Path) -> None:
     step = NARROW | {"retrain": {"policy": "none"}}
     reached = train_alone(task_of(tiny_spec(step), data, tmp_path), MemoryJournal())
-    (record,) = reached.ledger.steps
+    (record,) = reached.record.steps
     assert record.after is not None
     assert record.after["accuracy"] == record.rounds[0]["after_recalibration"]
 

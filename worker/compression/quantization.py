@@ -29,7 +29,7 @@ from app.network.architecture import Preprocessing
 from app.network.cost import cost
 from app.network.graph import Graph
 from app.spec.low_rank import Scheme
-from worker.data.dataset import Part
+from worker.data.dataset import Split
 from worker.export.onnx_model import OUTPUT_NAME
 from worker.verification.clean_process import onnx_network
 
@@ -56,7 +56,7 @@ Logits = NDArray[np.float32]
 class Sample:
     """Examples of one part as the network takes them: float32 images in batches, and N labels."""
 
-    part: Part
+    part: Split
     preprocessing: Preprocessing
     batch_size: int
 

@@ -62,7 +62,7 @@ class ImageFile:
 
 
 @dataclass(frozen=True)
-class Part:
+class Split:
     """Some examples: labels N, and where the images stand: row `rows[i]` of `source`, row i where `rows` is None."""
 
     source: ImageFile | Images
@@ -82,9 +82,9 @@ class Part:
         """All images of the source M x C x ..., a mapped view or the array itself."""
         return self.source.open() if isinstance(self.source, ImageFile) else self.source
 
-    def take(self, index: npt.NDArray[np.int64]) -> Part:
+    def take(self, index: npt.NDArray[np.int64]) -> Split:
         """The part that has only the examples `index`, in that order."""
-        return Part(self.source, self.labels[index], index if self.rows is None else self.rows[index])
+        return Split(self.source, self.labels[index], index if self.rows is None else self.rows[index])
 
     def read(self, index: npt.NDArray[np.int64], source: Images | None = None) -> Images:
         """A copy of the images `index`, len(index) x C x ...; read in the file's order, not that of `index`."""
@@ -117,8 +117,8 @@ class Dataset:
     class_names: tuple[str, ...]
     scale: float
     sha256: str
-    train: Part
-    test: Part
+    train: Split
+    test: Split
     notes: tuple[str, ...]
 
     @classmethod
@@ -142,12 +142,12 @@ class Dataset:
                 pointer="/model/input_shape",
             )
         notes = list(manifest.notes)
-        parts: list[Part] = []
+        parts: list[Split] = []
         for split in ("train", "test"):
             source = ImageFile(folder / f"{split}.images.npy", layout)
             if layout == "pictures":
                 source = ImageFile(ensure_resized(folder, split, shape), "channels_first")
-            parts.append(Part(source, np.load(folder / f"{split}.labels.npy")))
+            parts.append(Split(source, np.load(folder / f"{split}.labels.npy")))
         if layout == "pictures":
             channels = "grey" if shape[0] == 1 else "RGB"
             notes.append(
@@ -160,9 +160,9 @@ class Dataset:
 class Splits:
     """What a job trains on, chooses by, and reports on; `validation` may be empty."""
 
-    train: Part
-    validation: Part
-    test: Part
+    train: Split
+    validation: Split
+    test: Split
 
 
 def split(dataset: Dataset, data: DataSpec, seed: int) -> Splits:
@@ -178,7 +178,7 @@ def split(dataset: Dataset, data: DataSpec, seed: int) -> Splits:
     return Splits(dataset.train.take(kept[~held_out]), dataset.train.take(kept[held_out]), dataset.test)
 
 
-def measure_preprocessing(part: Part, scale: float) -> Preprocessing:
+def measure_preprocessing(part: Split, scale: float) -> Preprocessing:
     """Scale, and mean and standard deviation per channel after it, of a training part; a constant channel gets 1.
 
     uint8: exact sums of integers, one rounding at the end. float32: two passes in float64.
@@ -197,7 +197,7 @@ def measure_preprocessing(part: Part, scale: float) -> Preprocessing:
     )
 
 
-def _integer_moments(part: Part, channels: int, count: int) -> tuple[list[float], list[float]]:
+def _integer_moments(part: Split, channels: int, count: int) -> tuple[list[float], list[float]]:
     sums, squares = [0] * channels, [0] * channels
     for block in part.blocks():
         for channel in range(channels):
@@ -208,7 +208,7 @@ def _integer_moments(part: Part, channels: int, count: int) -> tuple[list[float]
     return [total / count for total in sums], variance
 
 
-def _moments(part: Part, channels: int) -> tuple[list[float], list[float]]:
+def _moments(part: Split, channels: int) -> tuple[list[float], list[float]]:
     def mean_of(centre: npt.NDArray[np.float64], power: int) -> list[float]:
         pieces: list[list[float]] = [[] for _ in range(channels)]
         count = 0
@@ -223,7 +223,7 @@ def _moments(part: Part, channels: int) -> tuple[list[float], list[float]]:
     return mean, mean_of(np.array(mean), 2)
 
 
-class Batches:
+class BatchLoader:
     """The examples of a part in batches on a device: float32 images N x C x ... as the network takes them, labels N.
 
     Resident on the device in the type they are stored in where they fit, else read from the mapped file, one batch
@@ -233,7 +233,7 @@ class Batches:
 
     def __init__(
         self,
-        part: Part,
+        part: Split,
         preprocessing: Preprocessing,
         *,
         batch_size: int,
@@ -347,7 +347,7 @@ class ReadAhead:
     def __init__(self) -> None:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
-    def read(self, part: Part, source: Images, chosen: Sequence[Tensor]) -> Iterator[Images]:
+    def read(self, part: Split, source: Images, chosen: Sequence[Tensor]) -> Iterator[Images]:
         """The images of every index in `chosen`, in order."""
         waiting = None
         for index in chosen:

@@ -29,7 +29,7 @@ CUBIC_SHARE = (
 
 
 @dataclass(frozen=True)
-class Stage:
+class PruningRound:
     """One removal and the retraining after it: the `number`-th of `count`, `fraction` in (0, 1] of the way.
 
     `ramp` is None, or the share of the retraining (0 to 1] over which a cubic schedule raises the sparsity.
@@ -66,19 +66,19 @@ class Stage:
         return {moment: cubic_sparsity(moment, start=0, end=last, initial=first, final=target) for moment in moments}
 
 
-def prune_stages(step: Compression, training: Training) -> tuple[Stage, ...]:
+def prune_stages(step: Compression, training: Training) -> tuple[PruningRound, ...]:
     """The removals of `step` in order. The last one reaches the target; a cubic without retraining removes at once."""
     epochs = retraining(step, training).epochs or 0
     if not isinstance(step, Prune):
-        return (Stage(1, 1, 1.0, epochs),)
+        return (PruningRound(1, 1, 1.0, epochs),)
     schedule = step.schedule
     if schedule.name == "iterative":
         count = schedule.steps or 1
-        return tuple(Stage(number, count, number / count, epochs) for number in range(1, count + 1))
+        return tuple(PruningRound(number, count, number / count, epochs) for number in range(1, count + 1))
     if schedule.name == "cubic" and epochs:
         ramp = CUBIC_SHARE if schedule.epochs is None else min(1.0, schedule.epochs / epochs)
-        return (Stage(1, 1, 1.0, epochs, ramp),)
-    return (Stage(1, 1, 1.0, epochs),)
+        return (PruningRound(1, 1, 1.0, epochs, ramp),)
+    return (PruningRound(1, 1, 1.0, epochs),)
 
 
 def cubic_sparsity(moment: float, *, start: float, end: float, initial: float, final: float) -> float:

@@ -15,7 +15,7 @@ from worker.evaluation import Scores, score
 from worker.export.files import export_network, file_sha256, kind_of, media_type_of, write_json, write_manifest
 from worker.latency import Latency, measure_latency
 from worker.network import Network, build_network
-from worker.run.int8 import Int8, int8_document, int8_measures, int8_rows, make_int8, write_int8
+from worker.run.int8 import Int8File, int8_document, int8_measures, int8_rows, make_int8, write_int8
 from worker.run.preparation import Job
 from worker.run.report import class_rows, compressed_bytes, environment, measures, sparse_row, step_rows
 from worker.run.sensitivity import table_document
@@ -97,7 +97,7 @@ def _deliver(job: Job, stopped_early: bool) -> Delivered:
         reference_logits=references,
         scheme="int8_static" if int8 is None else int8.step.scheme,
         threads=torch.get_num_threads(),
-        waiting=job.watch.look_to_leave,
+        waiting=job.monitor.look_to_leave,
     )
     baseline_scores = score(proof.logits["baseline"], test.labels)
     final_scores = score(proof.logits["pruned"], test.labels)
@@ -106,7 +106,7 @@ def _deliver(job: Job, stopped_early: bool) -> Delivered:
     summary = {"baseline": baseline, "final": final}
     if int8 is not None and int8.met:
         summary["int8"] = int8_measures(int8, final, latency.int8)
-    job.watch.charge()
+    job.monitor.charge()
     rows = int8_rows(job, int8, pruned, final, latency.int8)
     report = {
         "job_id": job.task.job_id,
@@ -115,7 +115,7 @@ def _deliver(job: Job, stopped_early: bool) -> Delivered:
         "baseline": baseline,
         "final": final,
         **({} if int8 is None else {"int8": int8_document(int8, final, latency.int8)}),
-        "steps": step_rows(job.task.spec.get("optimizations", []), job.plan.graphs, job.reached.ledger, final, rows),
+        "steps": step_rows(job.task.spec.get("optimizations", []), job.plan.graphs, job.reached.record, final, rows),
         "classes": class_rows(job.dataset.class_names, baseline_scores, final_scores),
         **({} if job.plan.spec.sensitivity is None else {"sensitivity": table_document(job)}),
         "verification": proof.document(),
@@ -124,7 +124,7 @@ def _deliver(job: Job, stopped_early: bool) -> Delivered:
         **sparse_row(folder),
         "data": _data(job),
         "environment": environment(job.precision) | {"seed": job.training.seed},
-        "seconds": round(job.reached.ledger.seconds, 3),
+        "seconds": round(job.reached.record.seconds, 3),
         "notes": _notes(job),
     }
     write_json(folder / REPORT, report)
@@ -138,35 +138,35 @@ def _deliver(job: Job, stopped_early: bool) -> Delivered:
             verification=proof.document(),
         )
     )
-    job.journal.progress(job.watch.course.progress(1.0))
+    job.journal.progress(job.monitor.tracker.progress(1.0))
     return Delivered([_delivery(path) for path in files], summary, report, stopped_early)
 
 
-def _measure(job: Job, dense: Network, pruned: Network, int8: Int8 | None) -> Latency:
+def _measure(job: Job, dense: Network, pruned: Network, int8: Int8File | None) -> Latency:
     """The latencies of both networks and the 8-bit file; what they have to say is noted."""
     phase = len(job.stages) + (1 if job.quantization is None else 2)
-    job.watch.enter(phase, message="measuring latencies, dense and pruned in turns")
+    job.monitor.enter(phase, message="measuring latencies, dense and pruned in turns")
     latency = measure_latency(
         dense,
         pruned,
         int8=None if int8 is None else int8.model,
         seconds=job.task.latency_s,
-        waiting=job.watch.look_to_leave,
+        waiting=job.monitor.look_to_leave,
     )
-    if any(record.rounds for record in job.reached.ledger.steps):
+    if any(record.rounds for record in job.reached.record.steps):
         for sentence in latency.notes:
-            job.reached.ledger.note(sentence)
+            job.reached.record.note(sentence)
     if int8 is not None and int8.met:
         for sentence in latency.int8_notes:
-            job.reached.ledger.note(sentence)
+            job.reached.record.note(sentence)
     return latency
 
 
-def _export(job: Job, dense: Network, pruned: Network, int8: Int8 | None, folder: Path) -> list[Path]:
+def _export(job: Job, dense: Network, pruned: Network, int8: Int8File | None, folder: Path) -> list[Path]:
     """The files of both networks, written into `folder`; of the 8-bit file only if it meets the wish."""
     phase = len(job.stages) + (2 if job.quantization is None else 3)
-    job.watch.enter(phase, message="exporting, and proving each file in a clean process")
-    job.watch.look_to_leave()
+    job.monitor.enter(phase, message="exporting, and proving each file in a clean process")
+    job.monitor.look_to_leave()
     masks = job.reached.masks
     files: list[Path] = []
     for stem, network in (("pruned", pruned), ("baseline", dense)):
@@ -212,7 +212,7 @@ def _data(job: Job) -> dict[str, Any]:
 
 def _notes(job: Job) -> list[str]:
     """What was noted on the way, and what the data and the device have to say."""
-    notes = [*job.reached.ledger.notes, *job.dataset.notes, *job.precision.notes]
+    notes = [*job.reached.record.notes, *job.dataset.notes, *job.precision.notes]
     if job.validation is None:
         notes.append("nothing was held out for validation: the last weights were taken, not the best epoch's")
     if job.reached.micro_batches > 1:

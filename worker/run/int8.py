@@ -49,7 +49,7 @@ USUAL_AGREEMENT, USUAL_RMSE_RATIO = 0.97, 0.05  # what is worse is said in the r
 
 
 @dataclass(frozen=True)
-class Int8:
+class Int8File:
     """The 8-bit file: its bytes, logits `N x K` and scores on the test part, and whether it meets the wish.
 
     `agreement` and `rmse_ratio` are against float32; `left` has every layer in float32 with the reason; `chosen_on`
@@ -72,7 +72,7 @@ class Int8:
     seconds: float
 
 
-def make_int8(job: Job, network: Network, wanted_NK: Logits) -> Int8 | None:
+def make_int8(job: Job, network: Network, wanted_NK: Logits) -> Int8File | None:
     """The 8-bit file of `network`, whose logits on the test part are `wanted`; None where the job asks for none.
 
     None also where its scheme is int8_vnni and this worker's processor saturates: the report then says why.
@@ -86,11 +86,13 @@ def make_int8(job: Job, network: Network, wanted_NK: Logits) -> Int8 | None:
     _, step = job.quantization
     if step.scheme == "int8_vnni" and saturates():
         job.journal.event("warning", UNPROVABLE, level="warn", scheme=step.scheme)
-        job.reached.ledger.note(UNPROVABLE)
+        job.reached.record.note(UNPROVABLE)
         return None
     began = time.monotonic()
-    job.watch.enter(len(job.stages) + 1, message="quantizing to 8 bits: ranges from training images, then a comparison")
-    job.watch.look_to_leave()
+    job.monitor.enter(
+        len(job.stages) + 1, message="quantizing to 8 bits: ranges from training images, then a comparison"
+    )
+    job.monitor.look_to_leave()
     folder = job.task.scratch / "int8"
     folder.mkdir()
     try:
@@ -101,7 +103,7 @@ def make_int8(job: Job, network: Network, wanted_NK: Logits) -> Int8 | None:
     return int8
 
 
-def _make(job: Job, network: Network, wanted_NK: Logits, step: Quantize, began: float) -> Int8:
+def _make(job: Job, network: Network, wanted_NK: Logits, step: Quantize, began: float) -> Int8File:
     from worker.export.onnx_model import onnx_bytes
 
     graph = network.graph
@@ -113,7 +115,7 @@ def _make(job: Job, network: Network, wanted_NK: Logits, step: Quantize, began: 
         folder=job.task.scratch / "int8",
         scheme=step.scheme,
         threads=torch.get_num_threads(),
-        waiting=job.watch.look_to_leave,
+        waiting=job.monitor.look_to_leave,
     )
     found = quantize(quantizer, chosen_on, most_drop=step.max_accuracy_drop, exclude=step.exclude)
     # batches as in the clean process of the proof
@@ -128,7 +130,7 @@ def _make(job: Job, network: Network, wanted_NK: Logits, step: Quantize, began: 
         if node.home in found.in_float:
             moved = found.in_float[node.home]
             left[node.name] = f"quantized alone it moves the logits by {moved:.3g} of their standard deviation"
-    return Int8(
+    return Int8File(
         step=step,
         model=found.file.read_bytes(),
         logits=logits_NK,
@@ -166,7 +168,7 @@ def _samples(job: Job, step: Quantize, network: Network) -> tuple[Sample, Sample
     return calibration, Sample(train.take(remaining), job.preprocessing, size), "train"
 
 
-def _tell(job: Job, int8: Int8, network: Network) -> None:
+def _tell(job: Job, int8: Int8File, network: Network) -> None:
     """The event, and the sentences of the report."""
     quantized = [node.name for node in network.graph.nodes if node.type in INTEGER and node.name not in int8.left]
     left = [node.name for node in network.graph.nodes if node.home in int8.found.in_float]
@@ -180,7 +182,7 @@ def _tell(job: Job, int8: Int8, network: Network) -> None:
         bytes=len(int8.model),
         left_in_float32=[*left],
     )
-    note = job.reached.ledger.note
+    note = job.reached.record.note
     if not int8.met:
         note(
             f"{INT8_MODEL} is not delivered: it loses {int8.drop:.4f} of the accuracy on the test images, "
@@ -205,13 +207,13 @@ def _tell(job: Job, int8: Int8, network: Network) -> None:
         )
 
 
-def write_int8(folder: Path, int8: Int8) -> Path:
+def write_int8(folder: Path, int8: Int8File) -> Path:
     """The 8-bit file, written into `folder`."""
     write_whole(folder / INT8_MODEL, lambda path: path.write_bytes(int8.model))
     return folder / INT8_MODEL
 
 
-def int8_document(int8: Int8, final: Mapping[str, Any], latency_ms: Mapping[str, Any]) -> dict[str, Any]:
+def int8_document(int8: Int8File, final: Mapping[str, Any], latency_ms: Mapping[str, Any]) -> dict[str, Any]:
     """The report's `int8`: `M` of the 8-bit file, how it was made, and how far it is from the float32 network.
 
     Parameters and MACs are those of the network, whatever the format; bytes are those of the ONNX file.
@@ -233,7 +235,7 @@ def int8_document(int8: Int8, final: Mapping[str, Any], latency_ms: Mapping[str,
     }
 
 
-def int8_measures(int8: Int8, final: Mapping[str, Any], latency_ms: Mapping[str, Any]) -> dict[str, Any]:
+def int8_measures(int8: Int8File, final: Mapping[str, Any], latency_ms: Mapping[str, Any]) -> dict[str, Any]:
     """`M` of the 8-bit file of the network whose `M` is `final`."""
     return {
         **final,
@@ -245,7 +247,7 @@ def int8_measures(int8: Int8, final: Mapping[str, Any], latency_ms: Mapping[str,
 
 
 def int8_rows(
-    job: Job, int8: Int8 | None, network: Network, final: Mapping[str, Any], latency_ms: Mapping[str, Any]
+    job: Job, int8: Int8File | None, network: Network, final: Mapping[str, Any], latency_ms: Mapping[str, Any]
 ) -> dict[int, dict[str, Any]]:
     """The row of the report's `steps` (without the optimization itself), by its position; empty: none was asked for."""
     if job.quantization is None:
@@ -257,7 +259,7 @@ def int8_rows(
     return {position: _step(int8, network, final, latency_ms) | int8.pair_sums.document()}
 
 
-def _step(int8: Int8, network: Network, final: Mapping[str, Any], latency_ms: Mapping[str, Any]) -> dict[str, Any]:
+def _step(int8: Int8File, network: Network, final: Mapping[str, Any], latency_ms: Mapping[str, Any]) -> dict[str, Any]:
     """The row of an 8-bit file that was made, delivered or not."""
     return {
         "applied": int8.met,
@@ -270,6 +272,6 @@ def _step(int8: Int8, network: Network, final: Mapping[str, Any], latency_ms: Ma
     }
 
 
-def _format(int8: Int8, name: str) -> dict[str, Any]:
+def _format(int8: Int8File, name: str) -> dict[str, Any]:
     """In how many bits a layer is computed in the 8-bit file, and why in 32."""
     return {"bits": 32, "reason": int8.left[name]} if name in int8.left else {"bits": 8}

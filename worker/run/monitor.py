@@ -138,10 +138,10 @@ class JobMonitor:
 
     reached: Reached
 
-    def __init__(self, journal: Journal, course: ProgressTracker, checkpoints: CheckpointWriter) -> None:
+    def __init__(self, journal: Journal, tracker: ProgressTracker, checkpoints: CheckpointWriter) -> None:
         """`reached` is set once the job knows where it stands, before its first stage."""
         self.journal = journal
-        self.course = course
+        self.tracker = tracker
         self.checkpoints = checkpoints
         self.keep_epochs: frozenset[int] = (
             frozenset()
@@ -156,19 +156,19 @@ class JobMonitor:
         Raises:
             Interrupted: the user wishes something.
         """
-        self.course.enter(part)
-        phase = self.course.part.phase
+        self.tracker.enter(part)
+        phase = self.tracker.part.phase
         self._images_per_s = None
         self.journal.event(
             "phase.started",
             message,
             phase=phase,
-            epochs=self.course.part.epochs,
-            steps=self.course.part.steps,
+            epochs=self.tracker.part.epochs,
+            steps=self.tracker.part.steps,
             resumed=resumed,
         )
         if not resumed:  # else the fraction would fall until its training says where it stands
-            self.journal.progress(self.course.progress(0.0))
+            self.journal.progress(self.tracker.progress(0.0))
 
     def look(self) -> None:
         """Obey a wish between two phases: everything reached is in the last checkpoint.
@@ -194,15 +194,15 @@ class JobMonitor:
         """Have a checkpoint of this moment written."""
         self.charge()
         fit = self.reached.fit
-        epoch = fit.position.epoch if fit is not None else self.course.part.epochs
-        self.checkpoints.save(self.reached, phase=self.course.part.phase, epoch=epoch, metrics=self._metrics)
+        epoch = fit.position.epoch if fit is not None else self.tracker.part.epochs
+        self.checkpoints.save(self.reached, phase=self.tracker.part.phase, epoch=epoch, metrics=self._metrics)
 
     def charge(self) -> None:
         """Add the seconds since the last charge to the job's, and to those of the compression under way."""
         now = time.monotonic()
         seconds, self._charged_at = now - self._charged_at, now
-        self.reached.ledger.seconds += seconds
-        for record in self.reached.ledger.steps[-1:]:
+        self.reached.record.seconds += seconds
+        for record in self.reached.record.steps[-1:]:
             record.seconds += seconds if record.after is None else 0.0
 
     def before_step(self, fit: Fit) -> None:
@@ -274,12 +274,12 @@ class JobMonitor:
             )
 
     def _job_step(self, step: int) -> int:
-        return self.course.progress(0.0).step + step
+        return self.tracker.progress(0.0).step + step
 
     def _report_progress(self, fit: Fit) -> None:
         position = fit.position
         self.journal.progress(
-            self.course.progress(
+            self.tracker.progress(
                 position.step / max(1, fit.steps),
                 epoch=min(fit.recipe.epochs, position.epoch + (1 if position.batch else 0)),
                 step=position.step,

@@ -24,7 +24,7 @@ from app.spec.optimizations import Compression, Distill, Regularization
 from app.spec.prune import Distillation
 from app.spec.references import Reference, Source, references_in
 from worker.checkpoint import CheckpointRefused, read_checkpoint, spec_digest
-from worker.data.dataset import Batches, Dataset, Splits, derive_seed, measure_preprocessing, split
+from worker.data.dataset import BatchLoader, Dataset, Splits, derive_seed, measure_preprocessing, split
 from worker.evaluation import Scores, score
 from worker.journal import Journal, Phase, Progress
 from worker.network import Network, build_network
@@ -76,7 +76,7 @@ class Stage:
 
     phase: Phase
     position: int | None = None
-    removal: schedules.Stage | None = None
+    removal: schedules.PruningRound | None = None
     table: bool = False
 
 
@@ -93,7 +93,7 @@ class Job:
     precision: Precision
     stages: tuple[Stage, ...]
     checkpoints: CheckpointWriter
-    watch: JobMonitor
+    monitor: JobMonitor
     sources: Mapping[str, Source]
     retried: bool = False
     micro_batches: int = 1
@@ -101,7 +101,7 @@ class Job:
     @property
     def reached(self) -> Reached:
         """Where the job stands."""
-        return self.watch.reached
+        return self.monitor.reached
 
     @property
     def training(self) -> Training:
@@ -132,9 +132,9 @@ class Job:
         assert isinstance(step, Compression)
         return step
 
-    def training_batches(self, stage: int) -> Batches:
+    def training_batches(self, stage: int) -> BatchLoader:
         """Augmented batches for the training in the stage with this number, in an order of its own."""
-        return Batches(
+        return BatchLoader(
             self.splits.train,
             self.preprocessing,
             batch_size=self.training.batch_size,
@@ -145,11 +145,11 @@ class Job:
         )
 
     @cached_property
-    def validation(self) -> Batches | None:
+    def validation(self) -> BatchLoader | None:
         """The validation part in batches; None if it is empty."""
         if not len(self.splits.validation):
             return None
-        return Batches(
+        return BatchLoader(
             self.splits.validation,
             self.preprocessing,
             batch_size=PLAIN_BATCH,
@@ -159,13 +159,13 @@ class Job:
         )
 
     @cached_property
-    def materials(self) -> RemovalContext:
+    def removal_context(self) -> RemovalContext:
         """What removals need: some training images, drawn by the seed, without augmentation, in equal batches."""
         train, seed = self.splits.train, self.training.seed
         generator = np.random.default_rng(derive_seed(seed, "plain"))
         chosen = np.sort(generator.permutation(len(train))[:RECALIBRATION_IMAGES])
         size = min(PLAIN_BATCH, len(chosen))
-        batches = Batches(
+        batches = BatchLoader(
             train.take(chosen),
             self.preprocessing,
             batch_size=size,
@@ -210,7 +210,7 @@ class Job:
         self.precision.place(network)
         own = replace(source.preprocessing, scale=self.preprocessing.scale)
         found = score(compute_logits(network, self.splits.test.images, own), self.splits.test.labels)
-        self.reached.ledger.note(
+        self.reached.record.note(
             f"job {reference.id} ({reference.artifact}) taught: its accuracy on this job's test images is "
             f"{found.accuracy:.4f}"
         )
@@ -221,13 +221,13 @@ class Job:
     def fresh_start(self) -> Reached:
         """Before the first step: new weights from the job's seed, or those of its source where it has one."""
         network = build_network(self.plan.baseline, seed=self.training.seed)
-        ledger = RunRecord()
+        run_record = RunRecord()
         if self.plan.start is not None:
             put_weights(network, self.plan.start.reference, self.task.sources, fresh=self.plan.start.fresh)
             for sentence in start_notes(self.plan.start, network):
-                ledger.note(sentence)
+                run_record.note(sentence)
         self.precision.place(network)
-        return Reached(network, ledger, micro_batches=self.micro_batches)
+        return Reached(network, run_record, micro_batches=self.micro_batches)
 
     def take_up(self, folder: Path | None) -> Reached:
         """What the checkpoint in `folder` holds; a fresh start if there is none or, with an event, if it is refused."""
@@ -284,8 +284,8 @@ def prepare(task: Task, journal: Journal) -> Job:
         "data_sha256": dataset.sha256,
     }
     checkpoints = CheckpointWriter(task.scratch, journal, interval_s=task.checkpoint_interval_s, identity=identity)
-    course = ProgressTracker(_parts(plan, splits, stages))
-    watch = JobMonitor(journal, course, checkpoints)
+    tracker = ProgressTracker(_parts(plan, splits, stages))
+    monitor = JobMonitor(journal, tracker, checkpoints)
     job = Job(
         task=task,
         journal=journal,
@@ -296,11 +296,11 @@ def prepare(task: Task, journal: Journal) -> Job:
         precision=precision,
         stages=stages,
         checkpoints=checkpoints,
-        watch=watch,
+        monitor=monitor,
         sources=sources,
     )
-    watch.reached = job.take_up(task.resume)
-    watch.keep_epochs = frozenset(
+    monitor.reached = job.take_up(task.resume)
+    monitor.keep_epochs = frozenset(
         epoch
         for step in plan.spec.optimizations
         if isinstance(step, Compression) and (epoch := schedules.rewind_epoch(step, training)) is not None

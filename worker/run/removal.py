@@ -34,7 +34,7 @@ from worker.pruning.importance import class_scores
 from worker.pruning.latency_budget import confirm_time, removals_within_time
 from worker.pruning.loss_curves import loss_curves
 from worker.pruning.recalibration import recalibrate_batch_norm
-from worker.pruning.schedules import Stage
+from worker.pruning.schedules import PruningRound
 from worker.pruning.surgery import shrink
 from worker.training.averaging import put
 from worker.training.losses import cross_entropy
@@ -67,9 +67,9 @@ class RemovalContext:
 def cut_weights(
     network: Network,
     step: Prune,
-    stage: Stage,
+    stage: PruningRound,
     previous: Masks | None,
-    materials: RemovalContext,
+    context: RemovalContext,
     rewind: dict[str, Tensor] | None,
 ) -> Masks:
     """The masks after this removal; the network's pruned weights are zero.
@@ -80,7 +80,7 @@ def cut_weights(
         LayerEmptied: a threshold leaves nothing of a layer.
         Diverged: a weight is not finite.
     """
-    masks = joined_masks(network, step, stage.sparsity(step.sparsity), previous, seed=materials.seed)
+    masks = joined_masks(network, step, stage.sparsity(step.sparsity), previous, seed=context.seed)
     if rewind is not None:
         put(network, rewind)
     masks.apply(network)
@@ -97,7 +97,9 @@ def joined_masks(network: Network, step: Prune, sparsity: float | None, previous
     return Masks(held | {name: new[name] for name in names if name in new})
 
 
-def cut_channels(network: Network, step: Prune, stage: Stage, materials: RemovalContext, *, start: Graph) -> Network:
+def cut_channels(
+    network: Network, step: Prune, stage: PruningRound, context: RemovalContext, *, start: Graph
+) -> Network:
     """The smaller network, placed as the larger one was. `start` is the graph before the step's first removal.
 
     Raises:
@@ -105,7 +107,7 @@ def cut_channels(network: Network, step: Prune, stage: Stage, materials: Removal
     """
     classes = channel_classes(network.graph, start)
     scores = class_scores(
-        network, classes, step.criterion, seed=materials.seed, batches=materials.plain(), loss=cross_entropy
+        network, classes, step.criterion, seed=context.seed, batches=context.plain(), loss=cross_entropy
     )
     losses = None
     if step.scope == "sensitivity":
@@ -114,10 +116,10 @@ def cut_channels(network: Network, step: Prune, stage: Stage, materials: Removal
             classes,
             step,
             scores,
-            materials.plain(),
-            materials.precision,
-            images=materials.images,
-            frozen=materials.frozen,
+            context.plain(),
+            context.precision,
+            images=context.images,
+            frozen=context.frozen,
         )
 
     def choose(wanted: Prune, fraction: float) -> Removals:
@@ -127,7 +129,7 @@ def cut_channels(network: Network, step: Prune, stage: Stage, materials: Removal
             scores,
             wanted,
             start=start,
-            baseline=materials.baseline,
+            baseline=context.baseline,
             fraction=fraction,
             losses=losses,
             block=block,
@@ -136,19 +138,19 @@ def cut_channels(network: Network, step: Prune, stage: Stage, materials: Removal
     try:
         if step.budget is not None and step.budget.latency_ms is not None:
             block = BLOCKS[0]  # round_to is stated whenever it chooses
-            stopwatch = Stopwatch(materials.dense_network())
+            stopwatch = Stopwatch(context.dense_network())
             removals = removals_within_time(network, classes, step, choose, stopwatch, fraction=stage.fraction)
         else:
-            block, _ = choose_block(start, channel_classes(start), step, baseline=materials.baseline)
+            block, _ = choose_block(start, channel_classes(start), step, baseline=context.baseline)
             removals = choose(step, stage.fraction)
-            while block > 1 and not _comes_near(removals, network.graph, step, materials.baseline, stage.fraction):
+            while block > 1 and not _comes_near(removals, network.graph, step, context.baseline, stage.fraction):
                 block //= 2  # shares that are not equal may miss in blocks with which equal ones come near
                 finer = choose(step, stage.fraction)
                 removals = max(removals, finer, key=lambda found: found.cost.macs)
     except BudgetUnreachable as exc:
         raise BudgetMissed(str(exc)) from exc
     smaller = shrink(network, classes, removals.dropped)
-    materials.precision.place(smaller)
+    context.precision.place(smaller)
     return smaller
 
 
@@ -161,21 +163,21 @@ def _comes_near(removals: Removals, graph: Graph, step: Prune, baseline: Cost, f
     return bool(getattr(removals.cost, measure) >= CLOSE_ENOUGH * most)
 
 
-def recalibrate(network: Network, materials: RemovalContext) -> bool:
+def recalibrate(network: Network, context: RemovalContext) -> bool:
     """Count batch norm's statistics again on training images; False if the network has none."""
 
     def images() -> Iterator[Tensor]:
         seen = 0
-        for images_NCx, _ in materials.plain():
+        for images_NCx, _ in context.plain():
             yield images_NCx
             seen += len(images_NCx)
             if seen >= RECALIBRATION_IMAGES:
                 return
 
-    return recalibrate_batch_norm(network, images(), frozen=materials.frozen) > 0
+    return recalibrate_batch_norm(network, images(), frozen=context.frozen) > 0
 
 
-def check_budget(network: Network, step: Compression, materials: RemovalContext) -> None:
+def check_budget(network: Network, step: Compression, context: RemovalContext) -> None:
     """Nothing, if the network is within the step's budget; a latency is measured once more.
 
     Raises:
@@ -185,9 +187,9 @@ def check_budget(network: Network, step: Compression, materials: RemovalContext)
         return
     measure = step.budget.measure
     if measure == "latency_ms":
-        confirm_time(network, step.budget, Stopwatch(materials.dense_network()))
+        confirm_time(network, step.budget, Stopwatch(context.dense_network()))
         return
-    reached, allowed = getattr(cost(network.graph), measure), step.budget.allowed(getattr(materials.baseline, measure))
+    reached, allowed = getattr(cost(network.graph), measure), step.budget.allowed(getattr(context.baseline, measure))
     if reached > allowed:
         raise BudgetMissed(f"the pruned network has {reached} {measure}, the budget allows {allowed}")
 

@@ -45,7 +45,7 @@ def _scored(scores: Scores | None) -> Measures:
 def step_rows(
     sent: Sequence[Mapping[str, Any]],
     graphs: Sequence[Graph],
-    ledger: RunRecord,
+    run_record: RunRecord,
     final: Measures,
     at_the_end: Mapping[int, Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
@@ -54,11 +54,11 @@ def step_rows(
     Args:
         sent: the optimizations as they were sent.
         graphs: of each optimization, the graph after it (before any pruning); the first entry is the given graph.
-        ledger: has the compressions.
+        run_record: has the compressions.
         final: measures of the delivered network, for compressions that were not reached.
         at_the_end: rows of optimizations that come after all stages, by position.
     """
-    records: dict[int, StepRecord] = {record.position: record for record in ledger.steps}
+    records: dict[int, StepRecord] = {record.position: record for record in run_record.steps}
     rows = []
     for position, optimization in enumerate(sent):
         row: dict[str, Any] = {"optimization": dict(optimization), "applied": True}

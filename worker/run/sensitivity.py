@@ -25,7 +25,7 @@ from worker.verification.verification import compute_logits
 
 
 def tabulate(job: Job) -> None:
-    """Fill `ledger.sensitivity`, a row for each group, from where an earlier attempt left it; a checkpoint after each.
+    """Fill `run_record.sensitivity`, a row for each group, from where an earlier attempt left it; a checkpoint after each.
 
     Raises:
         Interrupted: the user wishes something; the rows so far stay.
@@ -33,27 +33,32 @@ def tabulate(job: Job) -> None:
     """
     options = job.plan.spec.sensitivity
     assert options is not None
-    reached, rows = job.reached, job.reached.ledger.sensitivity
+    reached, rows = job.reached, job.reached.record.sensitivity
     network = reached.network
     classes = channel_classes(network.graph)
     groups = prunable_groups(network.graph, classes, options.step(options.kept[-1]))
     scores = class_scores(
-        network, classes, options.criterion, seed=job.training.seed, batches=job.materials.plain(), loss=cross_entropy
+        network,
+        classes,
+        options.criterion,
+        seed=job.training.seed,
+        batches=job.removal_context.plain(),
+        loss=cross_entropy,
     )
     for group in groups[len(rows) :]:
-        job.watch.look()
+        job.monitor.look()
         rows.append(_row(job, network, classes, group, scores, options))
         reached.passed += 1
         job.journal.event("sensitivity.measured", _sentence(rows[-1]), **rows[-1])
-        job.journal.progress(job.watch.course.progress(len(rows) / len(groups)))
-        job.watch.checkpoint()
+        job.journal.progress(job.monitor.tracker.progress(len(rows) / len(groups)))
+        job.monitor.checkpoint()
 
 
 def table_document(job: Job) -> dict[str, Any]:
     """The report's `sensitivity`: the dense accuracy on the same images, a row for each group, and what stays whole."""
-    options, ledger = job.plan.spec.sensitivity, job.reached.ledger
+    options, run_record = job.plan.spec.sensitivity, job.reached.record
     assert options is not None
-    assert ledger.baseline is not None
+    assert run_record.baseline is not None
     graph = job.plan.baseline
     step = options.step(options.kept[-1])
     examples = len(_test_positions(job, options))
@@ -62,8 +67,8 @@ def table_document(job: Job) -> dict[str, Any]:
     return {
         "criterion": options.criterion,
         "examples": examples,
-        "accuracy": ledger.baseline.accuracy if seen_all else _accuracy(job, job.reached.network, options),
-        "groups": ledger.sensitivity,
+        "accuracy": run_record.baseline.accuracy if seen_all else _accuracy(job, job.reached.network, options),
+        "groups": run_record.sensitivity,
         "whole": [{"name": name, "reason": reason} for name, reason in whole.items()],
     }
 
@@ -77,7 +82,7 @@ def _row(
         smaller = shrink(network, classes, removals.dropped)
         job.precision.place(smaller)
         after_cut = _accuracy(job, smaller, options)
-        recalibrated = recalibrate(smaller, job.materials)
+        recalibrated = recalibrate(smaller, job.removal_context)
         found = cost(smaller.graph)
         points.append(
             {

@@ -17,8 +17,7 @@ from app.spec.prune import Prune
 from worker.compression.low_rank import loss_note, replace_trained_layers, replaced_rows
 from worker.data.dataset import derive_seed
 from worker.network import Network
-from worker.pruning.schedules import Stage as Removal
-from worker.pruning.schedules import retrain_schedule, rewind_epoch
+from worker.pruning.schedules import PruningRound, retrain_schedule, rewind_epoch
 from worker.run.monitor import Interrupted
 from worker.run.preparation import Job, Stage
 from worker.run.record import StepRecord
@@ -67,15 +66,15 @@ def carry_out(job: Job) -> bool:
 def _carry_out_one(job: Job) -> None:
     reached, number = job.reached, job.reached.stage
     stage = job.stages[number]
-    job.watch.enter(number + 1, message=_announcement(job, stage), resumed=reached.suspended is not None)
+    job.monitor.enter(number + 1, message=_announcement(job, stage), resumed=reached.suspended is not None)
     if all(later.phase == "evaluating" and not later.table for later in job.stages[number:]):
-        job.watch.look_to_leave()
+        job.monitor.look_to_leave()
     else:
-        job.watch.look()
+        job.monitor.look()
     ACTIONS[stage.phase](job, stage)
-    job.watch.charge()
+    job.monitor.charge()
     reached.finish_stage()
-    job.watch.checkpoint()
+    job.monitor.checkpoint()
 
 
 def _announcement(job: Job, stage: Stage) -> str:
@@ -100,20 +99,20 @@ def _announcement(job: Job, stage: Stage) -> str:
 
 def _train(job: Job, stage: Stage) -> None:
     reached = job.reached
-    if 0 in job.watch.keep_epochs and "rewind/0" not in reached.kept:
+    if 0 in job.monitor.keep_epochs and "rewind/0" not in reached.kept:
         reached.kept["rewind/0"] = snapshot(reached.network)
     fit = begin_fit(job, stage)
-    fit.run(job.watch)
+    fit.run(job.monitor)
     fit.conclude()
     reached.kept["baseline"] = snapshot(reached.network)
 
 
 def _retrain(job: Job, stage: Stage) -> None:
     fit = begin_fit(job, stage)
-    fit.run(job.watch)
+    fit.run(job.monitor)
     fit.conclude()
-    record = job.reached.ledger.steps[-1]
-    if recalibrate(job.reached.network, job.materials):
+    record = job.reached.record.steps[-1]
+    if recalibrate(job.reached.network, job.removal_context):
         record.rounds[-1]["recalibrated_after_retraining"] = True
 
 
@@ -122,12 +121,12 @@ def _evaluate(job: Job, stage: Stage) -> None:
     if stage.table:
         tabulate(job)
         return
-    reached.ledger.latest = job.score(reached.network)
+    reached.record.latest = job.score(reached.network)
     if stage.position is None:
-        reached.ledger.baseline = reached.ledger.latest
+        reached.record.baseline = reached.record.latest
         return
     step = job.compression(stage)
-    check_budget(reached.network, step, job.materials)
+    check_budget(reached.network, step, job.removal_context)
     _close_record(job, step, complete=True)
 
 
@@ -135,28 +134,28 @@ def _compress(job: Job, stage: Stage) -> None:
     assert stage.position is not None
     assert stage.removal is not None
     reached, step = job.reached, job.compression(stage)
-    assert reached.ledger.latest is not None
+    assert reached.record.latest is not None
     if stage.removal.number == 1:
-        reached.ledger.steps.append(
+        reached.record.steps.append(
             StepRecord(
                 position=stage.position,
-                before=measures(reached.network, reached.ledger.latest),
+                before=measures(reached.network, reached.record.latest),
                 start=reached.network.graph.to_layers(),
                 sparsity_before=pruned_part(reached.network, step, reached.masks) if isinstance(step, Prune) else 0.0,
             )
         )
-    record = reached.ledger.steps[-1]
+    record = reached.record.steps[-1]
     _announce_removal(job, step, stage.removal)
     _remove(job, step, stage.removal, record)
     after_cut = job.score(reached.network)
-    recalibrated = recalibrate(reached.network, job.materials)
-    reached.ledger.latest = job.score(reached.network) if recalibrated else after_cut
-    found = measures(reached.network, reached.ledger.latest)
+    recalibrated = recalibrate(reached.network, job.removal_context)
+    reached.record.latest = job.score(reached.network) if recalibrated else after_cut
+    found = measures(reached.network, reached.record.latest)
     record.rounds.append(
         {
             "round": stage.removal.number,
             "after_cut": after_cut.accuracy,
-            "after_recalibration": reached.ledger.latest.accuracy,
+            "after_recalibration": reached.record.latest.accuracy,
             "params": found["params"],
             "nonzero_params": found["nonzero_params"],
             "macs": found["macs"],
@@ -165,7 +164,7 @@ def _compress(job: Job, stage: Stage) -> None:
     _tell_removal(job, record, step)
 
 
-def _announce_removal(job: Job, step: Compression, removal: Removal) -> None:
+def _announce_removal(job: Job, step: Compression, removal: PruningRound) -> None:
     if isinstance(step, Prune):
         data: dict[str, str] = {"structure": step.structure, "criterion": step.criterion, "scope": step.scope}
         message = f"{step.structure} by {step.criterion}, scope {step.scope}, to the {_target(step)} asked for"
@@ -179,22 +178,22 @@ def _target(step: Prune) -> str:
     return named[0] if named else "pattern"
 
 
-def _remove(job: Job, step: Compression, removal: Removal, record: StepRecord) -> None:
+def _remove(job: Job, step: Compression, removal: PruningRound, record: StepRecord) -> None:
     """Take away what this removal takes: masks, channels, or ranks."""
     reached = job.reached
     if isinstance(step, Prune) and step.zeros:
         rewind, before = _rewind_weights(job, step), 0 if reached.masks is None else reached.masks.zeros()
-        reached.masks = cut_weights(reached.network, step, removal, reached.masks, job.materials, rewind)
+        reached.masks = cut_weights(reached.network, step, removal, reached.masks, job.removal_context, rewind)
         if removal.ramp is None and reached.masks.zeros() == before:
-            reached.ledger.note(
+            reached.record.note(
                 f"/optimizations/{record.position}: no further weight became zero; the rows of its layers say why"
             )
     elif isinstance(step, Prune):
-        reached.network = cut_channels(reached.network, step, removal, job.materials, start=_start(job, record))
+        reached.network = cut_channels(reached.network, step, removal, job.removal_context, start=_start(job, record))
     else:
-        network, record.fates = replace_trained_layers(reached.network, step, baseline=job.materials.baseline)
+        network, record.fates = replace_trained_layers(reached.network, step, baseline=job.removal_context.baseline)
         if network is reached.network:
-            reached.ledger.note(
+            reached.record.note(
                 f"/optimizations/{record.position}: no layer was replaced; the rows of its layers say why"
             )
         job.precision.place(network)
@@ -212,7 +211,7 @@ def _tell_removal(job: Job, record: StepRecord, step: Compression) -> None:
         **latest,
     )
     if job.reached.masks is not None:
-        step_now = job.watch.course.progress(0.0).step
+        step_now = job.monitor.tracker.progress(0.0).step
         job.journal.metric("sparsity", step_now, _sparsity(job.reached.masks))
     chance = 1.5 / len(job.dataset.class_names)
     if latest["after_recalibration"] <= chance < before["accuracy"]:
@@ -250,7 +249,7 @@ def begin_fit(job: Job, stage: Stage) -> Fit:
     if reached.suspended is not None:
         fit.restore(reached.suspended.tensors, reached.suspended.state)
         reached.suspended = None
-        job.watch.course.resume_at(fit.position.step / max(1, fit.steps))
+        job.monitor.tracker.resume_at(fit.position.step / max(1, fit.steps))
     reached.fit = fit
     return fit
 
@@ -270,9 +269,9 @@ def _recipe(job: Job, stage: Stage, steps_per_epoch: int) -> Recipe:
             rate_factors=job.plan.rate_factors,
         )
     step = job.compression(stage)
-    record = job.reached.ledger.steps[-1]
+    record = job.reached.record.steps[-1]
     # what stands in the place of a layer is new and trains like any other: it has to make good what the product lost
-    new = {name for past in job.reached.ledger.steps for name, fate in past.fates.items() if "parts" in fate}
+    new = {name for past in job.reached.record.steps for name, fate in past.fates.items() if "parts" in fate}
 
     def regrow(network: Network, sparsity: float, previous: Masks | None) -> Masks:
         assert isinstance(step, Prune), "only masks grow during a retraining"
@@ -307,7 +306,7 @@ def _rewind_weights(job: Job, step: Compression) -> dict[str, Tensor] | None:
         return None
     weights = job.reached.kept.get(f"rewind/{epoch}")
     if weights is None:
-        job.reached.ledger.note(f"weight_rewind: training ended before epoch {epoch}, so the trained weights stayed")
+        job.reached.record.note(f"weight_rewind: training ended before epoch {epoch}, so the trained weights stayed")
     return weights
 
 
@@ -321,15 +320,15 @@ def _sparsity(masks: Masks | None) -> float:
 
 def _close_record(job: Job, step: Compression, *, complete: bool) -> None:
     reached = job.reached
-    record = reached.ledger.steps[-1]
-    job.watch.charge()
-    record.after = measures(reached.network, reached.ledger.latest)
+    record = reached.record.steps[-1]
+    job.monitor.charge()
+    record.after = measures(reached.network, reached.record.latest)
     if isinstance(step, Prune):
         record.layers = layer_rows(reached.network, _start(job, record), step)
     else:
         record.layers = replaced_rows(reached.network, _start(job, record), record.fates)
         if sentence := loss_note(step.type, record.before, record.after, record.fates):
-            reached.ledger.note(sentence)
+            reached.record.note(sentence)
     record.complete = complete
 
 
@@ -347,14 +346,14 @@ def _stop(job: Job) -> None:
         fit.conclude()
         reached.masks, reached.fit = fit.masks, None
     reached.kept.setdefault("baseline", snapshot(reached.network))
-    reached.ledger.latest = job.score(reached.network)
-    if reached.ledger.baseline is None:
-        reached.ledger.baseline = reached.ledger.latest
-    if reached.ledger.steps and reached.ledger.steps[-1].after is None:
-        step = job.plan.spec.optimizations[reached.ledger.steps[-1].position]
+    reached.record.latest = job.score(reached.network)
+    if reached.record.baseline is None:
+        reached.record.baseline = reached.record.latest
+    if reached.record.steps and reached.record.steps[-1].after is None:
+        step = job.plan.spec.optimizations[reached.record.steps[-1].position]
         assert isinstance(step, Compression)
         _close_record(job, step, complete=False)
-    reached.ledger.note(f"stopped early, while {stage.phase}: the best weights so far are the result")
+    reached.record.note(f"stopped early, while {stage.phase}: the best weights so far are the result")
     job.journal.event("job.stopping", f"stopped while {stage.phase}: the best so far is kept", phase=stage.phase)
 
 
@@ -381,7 +380,7 @@ def _return_to_checkpoint(job: Job) -> None:
     gc.collect()
     if job.precision.device.type == "cuda":
         torch.cuda.empty_cache()
-    job.watch.reached = job.take_up(job.checkpoints.latest or job.task.resume)
+    job.monitor.reached = job.take_up(job.checkpoints.latest or job.task.resume)
 
 
 def _ran_out_of_memory(error: BaseException) -> bool:

@@ -28,7 +28,7 @@ from app.errors import EspalierError
 from app.network.graph import Graph, build_graph
 from app.network.layers.registry import read_layers
 from app.planning.plan import JobLimits
-from worker.checkpoint import Arrays, Checkpoint, CheckpointRefused
+from worker.checkpoint import Arrays, CheckpointRefused, LoadedCheckpoint
 from worker.network import Network, build_network
 from worker.precision import Precision
 from worker.run.record import RunRecord
@@ -62,7 +62,7 @@ class Reached:
     """Where a job stands: before phase `stage`, or in its training `fit`. `passed` are the steps of finished phases."""
 
     network: Network
-    ledger: RunRecord
+    record: RunRecord
     stage: int = 0
     passed: int = 0
     masks: Masks | None = None
@@ -102,14 +102,14 @@ class Reached:
             "micro_batches": self.micro_batches,
             "input_shape": list(self.network.graph.input_shape),
             "layers": self.network.graph.to_layers(),
-            "ledger": self.ledger.document(),
+            "ledger": self.record.document(),
             "fit": None if self.fit is None else self.fit.state(),
             "environment": environment(),
         }
         return {name: _on_host(tensor) for name, tensor in tensors.items()}, state
 
 
-def restore(checkpoint: Checkpoint, precision: Precision) -> Reached:
+def restore(checkpoint: LoadedCheckpoint, precision: Precision) -> Reached:
     """The state that `capture` wrote, on the device; its training is `suspended` until its phase goes on with it.
 
     Raises:
@@ -128,7 +128,7 @@ def restore(checkpoint: Checkpoint, precision: Precision) -> Reached:
         fit = state["fit"]
         return Reached(
             network=network,
-            ledger=RunRecord.from_document(state["ledger"]),
+            record=RunRecord.from_document(state["ledger"]),
             stage=state["stage"],
             passed=state["passed"],
             masks=place_masks(masks, network) if masks else None,

@@ -82,7 +82,7 @@ class AttemptRunner:
         db: Database,
         storage: Storage,
         settings: Settings,
-        nursery: TrainerPool,
+        trainer_pool: TrainerPool,
         scratch: Path,
         worker_id: str,
         slot: int,
@@ -92,7 +92,7 @@ class AttemptRunner:
         self._db = db
         self._storage = storage
         self._settings = settings
-        self._nursery = nursery
+        self._nursery = trainer_pool
         self._worker_id = worker_id
         self._slot = slot
         self._stopping = stopping

@@ -68,7 +68,7 @@ class Supervisor:
                     db=self._db,
                     storage=self._storage,
                     settings=self._settings,
-                    nursery=self._nursery,
+                    trainer_pool=self._nursery,
                     scratch=self._scratch,
                     worker_id=self.id,
                     slot=slot,

@@ -107,7 +107,7 @@ class EpochResult:
     improved: bool
 
 
-class Watch(Protocol):
+class Monitor(Protocol):
     """Who looks over a training: told before each step, at each look at the losses, and after each epoch."""
 
     def before_step(self, fit: Fit) -> None:
@@ -199,34 +199,34 @@ class Fit:
         exhausted = stopping is not None and self._validation is not None and self.stale_epochs >= stopping.patience
         return self.position.epoch >= self.recipe.epochs or exhausted
 
-    def run(self, watch: Watch) -> None:
+    def run(self, monitor: Monitor) -> None:
         """Train from the present position to the end of the phase.
 
         Raises:
             NonFiniteLoss: a loss is NaN or infinite; step and rate are those of the first such step.
-            Whatever `watch.before_step` raises: then the fit stands exactly before that step.
+            Whatever `monitor.before_step` raises: then the fit stands exactly before that step.
         """
         while not self.finished:
             train_mode(self.network, self.recipe.frozen)  # each time: evaluating leaves every layer in one mode
             self._losses.restart_clock()
             for images, labels_N in self._batches.epoch(self.position.epoch, start=self.position.batch):
-                watch.before_step(self)
+                monitor.before_step(self)
                 failpoint("step")
                 self._step(images, labels_N)
                 if self._losses.due(first=self.position.step == 1):
-                    self.look(watch)
-            self.look(watch)
+                    self.look(monitor)
+            self.look(monitor)
             result = self._end_epoch()
-            watch.epoch_finished(self, result)
+            monitor.epoch_finished(self, result)
 
-    def look(self, watch: Watch) -> None:
+    def look(self, monitor: Monitor) -> None:
         """Read the losses that gathered on the device and tell the watch; raises NonFiniteLoss."""
         window = self._losses.read(self.position.step, self._rate)
         if window is not None:
             for loss in self._losses.last_losses:
                 self.position.loss_sum += loss  # one by one: the sum is the same wherever the windows are cut
             self.position.losses_seen += window.steps
-            watch.window(self, window)
+            monitor.window(self, window)
 
     def conclude(self) -> None:
         """Give the network the weights that are kept: the best epoch's, else the average's, else the last.

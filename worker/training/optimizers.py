@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.spec.job import Optimizer as OptimizerSpec
+from app.spec.job import Optimizer
 from worker.network import Network
 
 
-class Optimizer(ABC):
+class ParameterOptimizer(ABC):
     """Steps against the gradients of all parameters; `state` has what it remembers, parameter -> key -> tensor.
 
     Parameters with one factor on the learning rate are a group; the rate of a step is `lr` of its group, set before
@@ -65,7 +65,7 @@ class Optimizer(ABC):
         return [self.state[parameter][key] for parameter in parameters]
 
 
-class SGD(Optimizer):
+class SGD(ParameterOptimizer):
     """v <- momentum * v + g, w <- w - lr * v; with Nesterov w <- w - lr * (g + momentum * v).
 
     g includes weight_decay * w. Sutskever et al., ICML 2013, in torch's form: the first v is g, the rate is outside of
@@ -110,7 +110,7 @@ class SGD(Optimizer):
         return list(torch._foreach_add(gradients, velocities, alpha=self.momentum))
 
 
-class Adam(Optimizer):
+class Adam(ParameterOptimizer):
     """m <- b1 * m + (1 - b1) * g, v <- b2 * v + (1 - b2) * g^2, w <- w - lr * m' / (sqrt(v') + eps).
 
     m' and v' are m and v without their bias: Kingma & Ba, arXiv 1412.6980. `decoupled` is AdamW (Loshchilov & Hutter,
@@ -155,8 +155,8 @@ class Adam(Optimizer):
 
 
 def build_optimizer(
-    network: Network, spec: OptimizerSpec, factors: Mapping[str, float] = MappingProxyType({})
-) -> Optimizer:
+    network: Network, spec: Optimizer, factors: Mapping[str, float] = MappingProxyType({})
+) -> ParameterOptimizer:
     """A new optimizer, without memory, over the parameters of the network that train (`requires_grad`).
 
     `factors` has a factor on the learning rate for some layers, by name; the others have 1.
@@ -189,7 +189,7 @@ def layer_of(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
-def optimizer_tensors(optimizer: Optimizer, network: Network) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: ParameterOptimizer, network: Network) -> dict[str, Tensor]:
     """What the optimizer remembers: `<parameter>/<key>` -> tensor, not copies; empty before the first step."""
     return {
         f"{name}/{key}": value
@@ -198,7 +198,9 @@ def optimizer_tensors(optimizer: Optimizer, network: Network) -> dict[str, Tenso
     }
 
 
-def restore_optimizer(optimizer: Optimizer, network: Network, tensors: Mapping[str, Tensor], *, steps: int) -> None:
+def restore_optimizer(
+    optimizer: ParameterOptimizer, network: Network, tensors: Mapping[str, Tensor], *, steps: int
+) -> None:
     """Give a new optimizer the memory that `optimizer_tensors` named, after `steps` steps.
 
     Tensors get the layout of their parameters: the same values in another layout go through other kernels, which round

@@ -15,7 +15,7 @@ from app.api import schemas
 from app.api.context import Context, pause
 from app.api.parameters import Cursor, DatasetId, Limit, check_id, is_id
 from app.api.rendering import Json
-from app.api.routes.jobs import Given, Tenant
+from app.api.routes.jobs import RequestContext, Tenant
 from app.api.uploads import receiving, staging, sweep_staging
 from app.datasets import registry
 from app.datasets.registry import DatasetView
@@ -40,14 +40,14 @@ Format = Annotated[
     "", status_code=201, summary="Upload a data set", responses=schemas.UPLOADED, openapi_extra=schemas.UPLOAD_BODY
 )
 async def upload_dataset(
-    request: Request, given: Given, owner: Tenant, name: Name = "upload", kind: Format = "auto"
+    request: Request, context: RequestContext, owner: Tenant, name: Name = "upload", kind: Format = "auto"
 ) -> Response:
     """The data set, whose file is the body: `ready`, `rejected`, or `checking` if that takes longer than 10 s."""
-    async with receiving(request, given) as received:
+    async with receiving(request, context) as received:
         view = await run_in_threadpool(
             registry.register_upload,
-            given.db,
-            given.storage,
+            context.db,
+            context.storage,
             owner,
             received.path,
             name=name,
@@ -55,62 +55,62 @@ async def upload_dataset(
             size_bytes=received.size_bytes,
             sha256=received.sha256,
         )
-    await _first(asyncio.wrap_future(start_check(given, view.id)), given.stopping)
-    view = await run_in_threadpool(registry.get_dataset, given.db, owner, view.id)
+    await _first(asyncio.wrap_future(start_check(context, view.id)), context.stopping)
+    view = await run_in_threadpool(registry.get_dataset, context.db, owner, view.id)
     return Json(view.document(), 201, {"Location": f"/v1/datasets/{view.id}"})
 
 
 @router.get("", summary="List data sets, newest first", responses=schemas.DATASETS)
-def list_datasets(given: Given, owner: Tenant, limit: Limit = 50, cursor: Cursor = None) -> Response:
+def list_datasets(context: RequestContext, owner: Tenant, limit: Limit = 50, cursor: Cursor = None) -> Response:
     """One page; `next_cursor` null is the end. More than 200 are cut to 200."""
     if cursor is not None and not is_id("ds", cursor):
         raise InvalidCursor()
-    page, following = registry.list_datasets(given.db, owner, limit=min(limit, registry.PAGE_LIMIT), before=cursor)
+    page, following = registry.list_datasets(context.db, owner, limit=min(limit, registry.PAGE_LIMIT), before=cursor)
     return Json({"items": [view.document() for view in page], "next_cursor": following})
 
 
 @router.get("/{dataset_id}", summary="One data set", responses=schemas.DATASET)
-def get_dataset(given: Given, owner: Tenant, dataset_id: DatasetId) -> Response:
+def get_dataset(context: RequestContext, owner: Tenant, dataset_id: DatasetId) -> Response:
     """The data set; while it is `checking`, ask again."""
-    view = registry.get_dataset(given.db, owner, check_id("ds", dataset_id))
+    view = registry.get_dataset(context.db, owner, check_id("ds", dataset_id))
     return Json(view.document(), headers=_retry(view))
 
 
 @router.delete("/{dataset_id}", status_code=204, summary="Remove a data set", responses=schemas.REMOVED)
-def delete_dataset(given: Given, owner: Tenant, dataset_id: DatasetId) -> Response:
+def delete_dataset(context: RequestContext, owner: Tenant, dataset_id: DatasetId) -> Response:
     """Nothing; 409 while a job that has not finished uses it."""
-    registry.delete_dataset(given.db, owner, check_id("ds", dataset_id))
+    registry.delete_dataset(context.db, owner, check_id("ds", dataset_id))
     return Response(status_code=204)
 
 
-def start_check(given: Context, dataset_id: str) -> Future[None]:
+def start_check(context: Context, dataset_id: str) -> Future[None]:
     """Check an upload in a thread, which waits for its child process."""
-    given.checking.add(dataset_id)
-    check = given.checks.submit(
-        registry.check_upload, given.db, given.storage, given.settings, dataset_id, stopping=given.leaving
+    context.checking.add(dataset_id)
+    check = context.checks.submit(
+        registry.check_upload, context.db, context.storage, context.settings, dataset_id, stopping=context.leaving
     )
-    check.add_done_callback(lambda _: given.checking.discard(dataset_id))
+    check.add_done_callback(lambda _: context.checking.discard(dataset_id))
     return check
 
 
-async def keep_checking(given: Context) -> None:
+async def keep_checking(context: Context) -> None:
     """Until the server stops: check the uploads whose check a stop, a crash or an absent backend interrupted."""
     while True:
-        await run_in_threadpool(_resume_checks, given)
-        if await pause(given.stopping, RECHECK_S):
+        await run_in_threadpool(_resume_checks, context)
+        if await pause(context.stopping, RECHECK_S):
             return
 
 
-def _resume_checks(given: Context) -> None:
-    sweep_staging(staging(given))
+def _resume_checks(context: Context) -> None:
+    sweep_staging(staging(context))
     try:
-        pending = registry.list_pending(given.db)
+        pending = registry.list_pending(context.db)
     except Unavailable as error:
         log.warning("uploads not looked for", reason=error.message)
         return
     for dataset_id in pending:
-        if dataset_id not in given.checking:
-            start_check(given, dataset_id).add_done_callback(_tell)
+        if dataset_id not in context.checking:
+            start_check(context, dataset_id).add_done_callback(_tell)
 
 
 def _tell(check: Future[None]) -> None:

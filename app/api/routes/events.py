@@ -19,7 +19,7 @@ from app.api.context import LOOK_S, Context, pause
 from app.api.downloads import StreamedResponse
 from app.api.parameters import After, JobId, LastEventId, Limit, check_id, parse_last_event_id
 from app.api.rendering import Json, event_document
-from app.api.routes.jobs import Given, Tenant
+from app.api.routes.jobs import RequestContext, Tenant
 from app.errors import JobNotFound, TooManyStreams, Unavailable
 from app.jobs import commands
 from app.jobs.commands import JobView
@@ -37,7 +37,7 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 @router.get("/{job_id}/events", summary="What happened", responses=schemas.EVENTS)
 def get_events(
     request: Request,
-    given: Given,
+    context: RequestContext,
     owner: Tenant,
     job_id: JobId,
     after: After = 0,
@@ -49,17 +49,17 @@ def get_events(
     resumed = parse_last_event_id(last_event_id)
     start = after if resumed is None else resumed
     if "text/event-stream" in request.headers.get("accept", ""):
-        return stream_events(request, given, owner, job_id, start)
-    found = commands.list_events(given.db, owner, job_id, after=start, limit=min(limit, MOST_EVENTS))
+        return stream_events(request, context, owner, job_id, start)
+    found = commands.list_events(context.db, owner, job_id, after=start, limit=min(limit, MOST_EVENTS))
     return Json({"items": [event_document(event) for event in found], "next_after": found[-1].seq if found else start})
 
 
-def stream_events(request: Request, given: Context, owner: str, job_id: str, start: int) -> Response:
+def stream_events(request: Request, context: Context, owner: str, job_id: str, start: int) -> Response:
     """The stream of a job's events above `start`. Raises JobNotFound, TooManyStreams."""
-    view = commands.get_job(given.db, owner, job_id)
+    view = commands.get_job(context.db, owner, job_id)
     streams: Streams = request.app.state.streams
     return StreamedResponse(
-        streams.follow(given, view, start),
+        streams.follow(context, view, start),
         media_type="text/event-stream",
         headers={"X-Accel-Buffering": "no"},
     )
@@ -71,36 +71,38 @@ class Streams:
     def __init__(self) -> None:
         self._open: Counter[str] = Counter()
 
-    def follow(self, given: Context, job: JobView, after: int) -> AsyncIterator[bytes]:
+    def follow(self, context: Context, job: JobView, after: int) -> AsyncIterator[bytes]:
         """The stream of a job's events above `after`. Raises TooManyStreams."""
         if self._open[job.tenant] >= STREAMS_PER_TENANT:
             raise TooManyStreams(
                 f"{STREAMS_PER_TENANT} event streams are open, the most there may be: close one, or poll"
             )
-        return self._counted(given, job, after)
+        return self._counted(context, job, after)
 
-    async def _counted(self, given: Context, job: JobView, after: int) -> AsyncIterator[bytes]:
+    async def _counted(self, context: Context, job: JobView, after: int) -> AsyncIterator[bytes]:
         self._open[job.tenant] += 1
         try:
-            async for piece in _stream(given, job, after):
+            async for piece in _stream(context, job, after):
                 yield piece
         finally:
             self._open[job.tenant] -= 1
 
 
-async def _stream(given: Context, job: JobView, after: int) -> AsyncIterator[bytes]:
+async def _stream(context: Context, job: JobView, after: int) -> AsyncIterator[bytes]:
     """`retry`, then each event once and in order; a comment after 15 s of silence. Holds no database session."""
     yield b"retry: %d\n\n" % RETRY_MS
     began = spoke = time.monotonic()
     version, over = "", job.terminal
     while True:
         try:
-            newest = version if over else await given.watch.version(job.tenant, job.id)
+            newest = version if over else await context.watch.version(job.tenant, job.id)
             events: list[EventView] = []
             if over or newest != version:
-                events = await run_in_threadpool(commands.list_events, given.db, job.tenant, job.id, after, MOST_EVENTS)
+                events = await run_in_threadpool(
+                    commands.list_events, context.db, job.tenant, job.id, after, MOST_EVENTS
+                )
                 if not events:  # a client that asks behind the end must not wait for a job that is over
-                    over = over or (await run_in_threadpool(commands.get_job, given.db, job.tenant, job.id)).terminal
+                    over = over or (await run_in_threadpool(commands.get_job, context.db, job.tenant, job.id)).terminal
                 version = newest
         except JobNotFound:
             return
@@ -115,7 +117,7 @@ async def _stream(given: Context, job: JobView, after: int) -> AsyncIterator[byt
         if time.monotonic() - spoke >= KEEP_ALIVE_S:
             spoke = time.monotonic()
             yield b": keep-alive\n\n"
-        if len(events) < MOST_EVENTS and await pause(given.stopping, LOOK_S):
+        if len(events) < MOST_EVENTS and await pause(context.stopping, LOOK_S):
             return
 
 

@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from app.api import schemas
 from app.api.rendering import Json
-from app.api.routes.jobs import Given
+from app.api.routes.jobs import RequestContext
 from app.errors import Unavailable
 
 router = APIRouter(tags=["operation"])
@@ -21,11 +21,11 @@ async def healthz() -> Response:
 
 
 @router.get("/readyz", summary="Ready for work", responses=schemas.HEALTH)
-def readyz(given: Given) -> Response:
+def readyz(context: RequestContext) -> Response:
     """200 while database and object store answer and the server is not stopping; else 503."""
-    if given.stopping.is_set():
+    if context.stopping.is_set():
         raise Unavailable("the service is stopping")
-    with given.db.read() as session:
+    with context.db.read() as session:
         session.execute(text("SELECT 1"))
-    given.storage.check()
+    context.storage.check()
     return Json({"status": "ready"})

@@ -15,7 +15,7 @@ from app.api.parameters import After, Cursor, JobId, LastEventId, check_id, pars
 from app.api.rendering import artifact_document, event_document, job_document
 from app.api.routes.artifacts import ArtifactName, send_artifact
 from app.api.routes.events import stream_events
-from app.api.routes.jobs import Given, Tenant
+from app.api.routes.jobs import RequestContext, Tenant
 from app.errors import NotFound
 from app.jobs import commands
 from app.jobs.artifacts import list_artifacts
@@ -30,22 +30,22 @@ router = APIRouter(include_in_schema=False)
 
 @router.get("/")
 def show_jobs(
-    given: Given, owner: Tenant, state: Annotated[str | None, Query()] = None, cursor: Cursor = None
+    context: RequestContext, owner: Tenant, state: Annotated[str | None, Query()] = None, cursor: Cursor = None
 ) -> Response:
     """The newest jobs."""
-    page, following = commands.list_jobs(given.db, owner, state=state, limit=ROWS, cursor=cursor)
+    page, following = commands.list_jobs(context.db, owner, state=state, limit=ROWS, cursor=cursor)
     return _page(pages.jobs_page([job_document(job) for job in page], following, state))
 
 
 @router.get("/jobs/{job_id}")
-def show_job(given: Given, owner: Tenant, job_id: JobId) -> Response:
+def show_job(context: RequestContext, owner: Tenant, job_id: JobId) -> Response:
     """One job."""
-    view = commands.get_job(given.db, owner, check_id("job", job_id))
-    queue = commands.queue_facts(given.db, view) if view.state == "queued" else None
+    view = commands.get_job(context.db, owner, check_id("job", job_id))
+    queue = commands.queue_facts(context.db, view) if view.state == "queued" else None
     delivered = view.state == "succeeded"
-    report = commands.read_report(given.db, owner, job_id) if delivered else None
-    files = list_artifacts(given.db, owner, job_id) if delivered else []
-    events = _newest_events(given, owner, job_id)
+    report = commands.read_report(context.db, owner, job_id) if delivered else None
+    files = list_artifacts(context.db, owner, job_id) if delivered else []
+    events = _newest_events(context, owner, job_id)
     return _page(
         pages.job_page(
             job_document(view, queue),
@@ -58,23 +58,30 @@ def show_job(given: Given, owner: Tenant, job_id: JobId) -> Response:
 
 @router.get("/jobs/{job_id}/events")
 def follow_events(
-    request: Request, given: Given, owner: Tenant, job_id: JobId, after: After = 0, last_event_id: LastEventId = None
+    request: Request,
+    context: RequestContext,
+    owner: Tenant,
+    job_id: JobId,
+    after: After = 0,
+    last_event_id: LastEventId = None,
 ) -> Response:
     """The stream of a job's events, for its page."""
     resumed = parse_last_event_id(last_event_id)
-    return stream_events(request, given, owner, check_id("job", job_id), after if resumed is None else resumed)
+    return stream_events(request, context, owner, check_id("job", job_id), after if resumed is None else resumed)
 
 
 @router.get("/jobs/{job_id}/artifacts/{name}")
-def download_artifact(request: Request, given: Given, owner: Tenant, job_id: JobId, name: ArtifactName) -> Response:
+def download_artifact(
+    request: Request, context: RequestContext, owner: Tenant, job_id: JobId, name: ArtifactName
+) -> Response:
     """A delivered file, for the job's page."""
-    return send_artifact(request, given, owner, job_id, name)
+    return send_artifact(request, context, owner, job_id, name)
 
 
 @router.get("/jobs/{job_id}/logs")
-def show_log(given: Given, owner: Tenant, job_id: JobId) -> Response:
+def show_log(context: RequestContext, owner: Tenant, job_id: JobId) -> Response:
     """The trainer's log, for the job's page."""
-    return PlainTextResponse(commands.read_log(given.db, owner, check_id("job", job_id)))
+    return PlainTextResponse(commands.read_log(context.db, owner, check_id("job", job_id)))
 
 
 @router.get("/assets/{name}")
@@ -87,10 +94,10 @@ def asset(name: str) -> Response:
     return Response(content, media_type=media_type, headers={"Cache-Control": "no-cache"})
 
 
-def _newest_events(given: Context, owner: str, job_id: str) -> list[EventView]:
+def _newest_events(context: Context, owner: str, job_id: str) -> list[EventView]:
     newest: list[EventView] = []
     while found := commands.list_events(
-        given.db, owner, job_id, after=newest[-1].seq if newest else 0, limit=MOST_EVENTS
+        context.db, owner, job_id, after=newest[-1].seq if newest else 0, limit=MOST_EVENTS
     ):
         newest = (newest + found)[-NEWEST_EVENTS:]
     return newest

@@ -12,7 +12,7 @@ from app import weights
 from app.api import schemas
 from app.api.parameters import Cursor, Limit, WeightsId, check_id, is_id
 from app.api.rendering import Json
-from app.api.routes.jobs import Given, Tenant
+from app.api.routes.jobs import RequestContext, Tenant
 from app.api.uploads import receiving
 from app.errors import InvalidCursor
 from app.validation.strict import Text
@@ -29,16 +29,16 @@ Name = Annotated[Text, Query(description="What to call them; they are used by th
     responses=schemas.WEIGHTS_UPLOADED,
     openapi_extra=schemas.UPLOAD_BODY,
 )
-async def upload_weights(request: Request, given: Given, owner: Tenant, name: Name = "weights") -> Response:
+async def upload_weights(request: Request, context: RequestContext, owner: Tenant, name: Name = "weights") -> Response:
     """The weights, whose safetensors file is the body: float32, float16, bfloat16 or float64, every value finite.
 
     A job starts from them with `"model": {..., "weights": "<id>"}`, tensors by layer name.
     """
-    async with receiving(request, given) as received:
+    async with receiving(request, context) as received:
         view = await run_in_threadpool(
             weights.register_weights,
-            given.db,
-            given.storage,
+            context.db,
+            context.storage,
             owner,
             received.path,
             name=name,
@@ -49,22 +49,22 @@ async def upload_weights(request: Request, given: Given, owner: Tenant, name: Na
 
 
 @router.get("", summary="List weights, newest first", responses=schemas.WEIGHTS_PAGE)
-def list_weights(given: Given, owner: Tenant, limit: Limit = 50, cursor: Cursor = None) -> Response:
+def list_weights(context: RequestContext, owner: Tenant, limit: Limit = 50, cursor: Cursor = None) -> Response:
     """One page, without tensors; `next_cursor` null is the end. More than 200 are cut to 200."""
     if cursor is not None and not is_id("wt", cursor):
         raise InvalidCursor()
-    page, following = weights.list_weights(given.db, owner, limit=min(limit, weights.PAGE_LIMIT), before=cursor)
+    page, following = weights.list_weights(context.db, owner, limit=min(limit, weights.PAGE_LIMIT), before=cursor)
     return Json({"items": [view.document() for view in page], "next_cursor": following})
 
 
 @router.get("/{weights_id}", summary="One upload of weights", responses=schemas.WEIGHTS)
-def get_weights(given: Given, owner: Tenant, weights_id: WeightsId) -> Response:
+def get_weights(context: RequestContext, owner: Tenant, weights_id: WeightsId) -> Response:
     """The weights with name, shape and dtype of each tensor."""
-    return Json(weights.get_weights(given.db, owner, check_id("wt", weights_id)).document())
+    return Json(weights.get_weights(context.db, owner, check_id("wt", weights_id)).document())
 
 
 @router.delete("/{weights_id}", status_code=204, summary="Remove weights", responses=schemas.REMOVED)
-def delete_weights(given: Given, owner: Tenant, weights_id: WeightsId) -> Response:
+def delete_weights(context: RequestContext, owner: Tenant, weights_id: WeightsId) -> Response:
     """Nothing; 409 while a job that has not finished needs them."""
-    weights.delete_weights(given.db, owner, check_id("wt", weights_id))
+    weights.delete_weights(context.db, owner, check_id("wt", weights_id))
     return Response(status_code=204)

@@ -7,13 +7,13 @@ from starlette.responses import Response
 
 from app.api import schemas
 from app.api.rendering import Json, worker_document
-from app.api.routes.jobs import Given
+from app.api.routes.jobs import RequestContext
 from app.jobs.attempts import list_workers
 
 router = APIRouter(prefix="/v1/workers", tags=["operation"])
 
 
 @router.get("", summary="Workers", responses=schemas.WORKERS)
-def get_workers(given: Given) -> Response:
+def get_workers(context: RequestContext) -> Response:
     """Every worker that did not say good-bye, oldest first; `alive` if it was heard of in the last 30 s."""
-    return Json({"items": [worker_document(worker) for worker in list_workers(given.db)]})
+    return Json({"items": [worker_document(worker) for worker in list_workers(context.db)]})

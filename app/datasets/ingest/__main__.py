@@ -14,7 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
-from app.datasets.ingest.limits import Limits, Problem, Rejected
+from app.datasets.ingest.limits import Rejected, UploadLimits, UploadProblem
 from app.datasets.ingest.pack import ingest
 from app.datasets.packed.packed import PACKED, RESULT
 from app.parent_death import end_with_parent
@@ -38,13 +38,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--name", default="upload")
     chosen = parser.parse_args(arguments)
     end_with_parent(signal.SIGKILL)
-    limits = Limits(**chosen.limits)
+    limits = UploadLimits(**chosen.limits)
     confine(limits)
     (chosen.out / RESULT).write_text(json.dumps(check(chosen.upload, chosen.format, chosen.out, limits, chosen.name)))
     return 0
 
 
-def confine(limits: Limits) -> None:
+def confine(limits: UploadLimits) -> None:
     """Bound this process for good: processor seconds, size of a file it writes, address space; no core dump."""
     for what, most in (
         (resource.RLIMIT_CPU, limits.cpu_s),
@@ -57,7 +57,7 @@ def confine(limits: Limits) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write then fails with EFBIG, which is answered in words
 
 
-def check(upload: Path, kind: str, out: Path, limits: Limits, name: str) -> dict[str, object]:
+def check(upload: Path, kind: str, out: Path, limits: UploadLimits, name: str) -> dict[str, object]:
     """The answer for `result.json`: a manifest, or the problems of a refusal."""
     packed = out / PACKED
     packed.mkdir()
@@ -66,12 +66,16 @@ def check(upload: Path, kind: str, out: Path, limits: Limits, name: str) -> dict
     except Rejected as refusal:
         return {"format": None, "manifest": None, "problems": [problem.document() for problem in refusal.problems]}
     except MemoryError:
-        problem = Problem("upload", f"needs more memory to be read than the limit of {limits.memory_bytes} bytes")
+        problem = UploadProblem("upload", f"needs more memory to be read than the limit of {limits.memory_bytes} bytes")
         return {"format": None, "manifest": None, "problems": [problem.document()]}
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        return {"format": None, "manifest": None, "problems": [Problem("upload", DISK_ERRORS[error.errno]).document()]}
+        return {
+            "format": None,
+            "manifest": None,
+            "problems": [UploadProblem("upload", DISK_ERRORS[error.errno]).document()],
+        }
     return {
         "format": ingested.format,
         "manifest": ingested.manifest.document(),

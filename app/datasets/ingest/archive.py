@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
-from app.datasets.ingest.limits import MIB, Limits, reject
+from app.datasets.ingest.limits import MIB, UploadLimits, reject
 
 READ_BYTES = 1 * MIB
 LONGEST_PATH = 1024
@@ -29,7 +29,7 @@ ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 @dataclass(frozen=True)
-class Entry:
+class ArchiveMember:
     """One regular file of an archive: its cleaned path and the size it declares, bytes."""
 
     name: str
@@ -51,16 +51,16 @@ class Stream(Protocol):
 class Archive(Protocol):
     """An archive whose entries have been listed and checked."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[ArchiveMember, ...]
 
-    def members(self) -> Iterator[tuple[Entry, Stream]]:
+    def members(self) -> Iterator[tuple[ArchiveMember, Stream]]:
         """Every entry with its bytes, in the archive's order; a stream is good until the next entry is taken."""
 
 
 class Meter:
     """Counts the bytes that came out of an archive and ends it at the limits."""
 
-    def __init__(self, limits: Limits, archive: str) -> None:
+    def __init__(self, limits: UploadLimits, archive: str) -> None:
         self._limits = limits
         self._archive = archive
         self.total = 0
@@ -106,11 +106,11 @@ def clean_name(raw: str) -> str:
 class Listing:
     """Collects the entries of an archive and refuses what may not stand beside each other."""
 
-    def __init__(self, limits: Limits, archive: str) -> None:
+    def __init__(self, limits: UploadLimits, archive: str) -> None:
         self._limits = limits
         self._archive = archive
         self._seen: set[str] = set()
-        self.entries: list[Entry] = []
+        self.entries: list[ArchiveMember] = []
 
     def add(self, name: str, size: int) -> None:
         """Add one regular file, `name` cleaned.
@@ -124,7 +124,7 @@ class Listing:
         if len(self._seen) > self._limits.entries:
             raise reject(self._archive, f"holds more than {self._limits.entries} files")
         if not is_junk(name):
-            self.entries.append(Entry(name, size))
+            self.entries.append(ArchiveMember(name, size))
 
 
 def is_junk(name: str) -> bool:
@@ -136,7 +136,7 @@ def is_junk(name: str) -> bool:
 class ZipArchive:
     """A zip file, read through its central directory; overlapping and encrypted members are refused."""
 
-    def __init__(self, file: BinaryIO, limits: Limits, archive: str) -> None:
+    def __init__(self, file: BinaryIO, limits: UploadLimits, archive: str) -> None:
         try:
             self._zip = zipfile.ZipFile(file)
         except UnicodeDecodeError as error:
@@ -144,7 +144,7 @@ class ZipArchive:
         self._limits = limits
         self._archive = archive
         listing = Listing(limits, archive)
-        self._infos: list[tuple[Entry, zipfile.ZipInfo]] = []
+        self._infos: list[tuple[ArchiveMember, zipfile.ZipInfo]] = []
         if len(self._zip.infolist()) > limits.entries:
             raise reject(archive, f"holds more than {limits.entries} files")
         self._refuse_overlaps()
@@ -173,7 +173,7 @@ class ZipArchive:
                 )
             end = info.header_offset + 30 + info.compress_size
 
-    def members(self) -> Iterator[tuple[Entry, Stream]]:
+    def members(self) -> Iterator[tuple[ArchiveMember, Stream]]:
         """Every entry with its bytes, in the order of the central directory."""
         meter = Meter(self._limits, self._archive)
         for entry, info in self._infos:
@@ -202,7 +202,7 @@ class _ZipStream:
 class TarArchive:
     """A tar file, plain or compressed, read from front to back: once for the listing, once for every pass."""
 
-    def __init__(self, path: Path, limits: Limits, archive: str) -> None:
+    def __init__(self, path: Path, limits: UploadLimits, archive: str) -> None:
         self._path = path
         self._limits = limits
         self._archive = archive
@@ -218,7 +218,7 @@ class TarArchive:
             listing.add(name, info.size)
         self.entries = tuple(listing.entries)
 
-    def members(self) -> Iterator[tuple[Entry, Stream]]:
+    def members(self) -> Iterator[tuple[ArchiveMember, Stream]]:
         """Every entry with its bytes, in the archive's order."""
         wanted = iter(self.entries)
         entry = next(wanted, None)
@@ -311,7 +311,7 @@ class _TarMember:
 
 
 @contextmanager
-def open_archive(path: Path, limits: Limits, archive: str = "upload") -> Iterator[Archive]:
+def open_archive(path: Path, limits: UploadLimits, archive: str = "upload") -> Iterator[Archive]:
     """The zip or tar file at `path`, its entries listed and checked; `archive` is what problems call it.
 
     Raises Rejected where it is neither, damaged, or breaks a limit, also while members are read in the `with` block.

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from app.datasets.ingest.archive import Archive, Entry, Stream, read_exactly, refuse_rest
-from app.datasets.ingest.limits import Limits, Problem, Rejected, reject
+from app.datasets.ingest.archive import Archive, ArchiveMember, Stream, read_exactly, refuse_rest
+from app.datasets.ingest.limits import Rejected, UploadLimits, UploadProblem, reject
 from app.datasets.packed.packed import ArrayFile, DType, examples_per_block
 
 LONGEST_HEADER = 10_000  # numpy's own bound for headers that nobody vouches for
@@ -37,7 +37,7 @@ class Arrays:
 
 
 @dataclass(frozen=True)
-class Header:
+class NpyHeader:
     """The header of one `.npy` member."""
 
     dtype: np.dtype[Any]
@@ -54,7 +54,7 @@ class Header:
         return size
 
 
-def pack_npz(archive: Archive, out: Path, limits: Limits) -> Arrays:
+def pack_npz(archive: Archive, out: Path, limits: UploadLimits) -> Arrays:
     """Labels, class names and notes of an `.npz` archive; its images are written to `out`.
 
     Raises Rejected with the name of the array that is wrong.
@@ -86,10 +86,10 @@ def _check_keys(arrays: Arrays, others: list[str]) -> None:
     missing = [name for name in needed if name not in found]
     if missing:
         listed = ", ".join([*found, *sorted(others)[:20]]) or "nothing"
-        raise Rejected(*(Problem(name, f"is missing; the file holds: {listed}") for name in missing))
+        raise Rejected(*(UploadProblem(name, f"is missing; the file holds: {listed}") for name in missing))
 
 
-def read_header(entry: Entry, stream: Stream, name: str) -> Header:
+def read_header(entry: ArchiveMember, stream: Stream, name: str) -> NpyHeader:
     """The header of a `.npy` member, checked against the member's size.
 
     Raises Rejected for objects, structured types, impossible shapes and sizes that do not fit.
@@ -112,7 +112,7 @@ def read_header(entry: Entry, stream: Stream, name: str) -> Header:
     return header
 
 
-def _parse_header(fields: object, name: str, header_bytes: int) -> Header:
+def _parse_header(fields: object, name: str, header_bytes: int) -> NpyHeader:
     if not isinstance(fields, dict) or set(fields) != {"descr", "fortran_order", "shape"}:
         raise reject(name, "has a header without descr, fortran_order and shape")
     shape, descr, fortran_order = fields["shape"], fields["descr"], fields["fortran_order"]
@@ -130,11 +130,11 @@ def _parse_header(fields: object, name: str, header_bytes: int) -> Header:
         raise reject(
             name, "holds Python objects, which are pickled and never loaded: save numbers, or texts with dtype=str"
         )
-    return Header(dtype, shape, fortran_order, header_bytes)
+    return NpyHeader(dtype, shape, fortran_order, header_bytes)
 
 
 def _pack_images(
-    entry: Entry, stream: Stream, name: str, path: Path, notes: list[str], limits: Limits
+    entry: ArchiveMember, stream: Stream, name: str, path: Path, notes: list[str], limits: UploadLimits
 ) -> tuple[int, tuple[int, ...], DType]:
     header = read_header(entry, stream, name)
     if len(header.shape) < 2:
@@ -164,7 +164,7 @@ def _pack_images(
     return header.shape[0], header.shape[1:], dtype
 
 
-def check_example(size: int, name: str, limits: Limits) -> None:
+def check_example(size: int, name: str, limits: UploadLimits) -> None:
     """Raises Rejected where one example has more bytes than the limit."""
     if size > limits.example_bytes:
         raise reject(name, f"holds examples of {size} bytes; the limit is {limits.example_bytes}")
@@ -177,7 +177,7 @@ def check_finite(block: npt.NDArray[Any], name: str, start: int) -> None:
         raise reject(name, f"holds values that are not finite float32 numbers, the first in example {first}")
 
 
-def _blocks(header: Header, stream: Stream, name: str, path: Path) -> Iterator[npt.NDArray[Any]]:
+def _blocks(header: NpyHeader, stream: Stream, name: str, path: Path) -> Iterator[npt.NDArray[Any]]:
     """The examples in order, about 4 MiB at a time; Fortran order is turned on disk, not in memory."""
     step = examples_per_block(header.shape[1:], header.dtype.itemsize)
     if not header.fortran_order:
@@ -201,7 +201,7 @@ def _blocks(header: Header, stream: Stream, name: str, path: Path) -> Iterator[n
     raw.unlink()
 
 
-def _read_labels(entry: Entry, stream: Stream, name: str, limits: Limits) -> npt.NDArray[np.int64]:
+def _read_labels(entry: ArchiveMember, stream: Stream, name: str, limits: UploadLimits) -> npt.NDArray[np.int64]:
     header = read_header(entry, stream, name)
     if header.dtype.kind not in "iu":
         raise reject(name, f"holds {header.dtype.name}; labels are whole numbers from 0: save {name}.astype(int)")
@@ -219,7 +219,7 @@ def _read_labels(entry: Entry, stream: Stream, name: str, limits: Limits) -> npt
     return check_labels(values, name, limits)
 
 
-def check_labels(values: npt.NDArray[Any], name: str, limits: Limits) -> npt.NDArray[np.int64]:
+def check_labels(values: npt.NDArray[Any], name: str, limits: UploadLimits) -> npt.NDArray[np.int64]:
     """The labels as int64, N.
 
     Raises Rejected for none, a negative one, and more classes than the limit.
@@ -236,7 +236,7 @@ def check_labels(values: npt.NDArray[Any], name: str, limits: Limits) -> npt.NDA
     return values.astype(np.int64)
 
 
-def _read_class_names(entry: Entry, stream: Stream, limits: Limits) -> tuple[str, ...]:
+def _read_class_names(entry: ArchiveMember, stream: Stream, limits: UploadLimits) -> tuple[str, ...]:
     name = "classes"
     header = read_header(entry, stream, name)
     if header.dtype.kind not in "USiu" or len(header.shape) != 1:

@@ -23,7 +23,7 @@ from app.datasets.ingest import debian
 from app.datasets.ingest.arrays import Arrays
 from app.datasets.ingest.finish import finish_arrays
 from app.datasets.ingest.idx import read_labels, write_images
-from app.datasets.ingest.limits import Limits
+from app.datasets.ingest.limits import UploadLimits
 from app.datasets.packed.packed import ensure_packed
 from app.errors import DataUnavailable
 from app.settings import Settings
@@ -218,7 +218,7 @@ def pack_files(builtin: Builtin, files: Files, partial: Path) -> None:
     for name, path in files.items():
         if content_sha256(path) != builtin.sha256[name]:
             raise SourceFailed(f"{path} is not the published {name} of {builtin.name}")
-    limits = Limits()
+    limits = UploadLimits()
     arrays = Arrays(class_names=builtin.facts.class_names)
     for name, path in files.items():
         split, kind = ROLES[name]

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from app.datasets.ingest.limits import Limits
+from app.datasets.ingest.limits import UploadLimits
 from app.datasets.packed.packed import PACKED, RESULT, Manifest
 from app.parent_death import parent_environment
 
@@ -27,12 +27,12 @@ TRIES_WHEN_KILLED = 2
 INHERITED = ("PATH", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "HOME")
 
 
-class Interrupted(Exception):
+class CheckInterrupted(Exception):
     """The service stops: the check was ended and has to be done again."""
 
 
 @dataclass(frozen=True)
-class Answer:
+class CheckResult:
     """What a check found: format and manifest, or neither and the reasons as problems."""
 
     format: str | None
@@ -42,8 +42,8 @@ class Answer:
 
 
 def check_in_child(
-    upload: Path, kind: str, work: Path, limits: Limits, *, name: str, stopping: threading.Event | None = None
-) -> Answer:
+    upload: Path, kind: str, work: Path, limits: UploadLimits, *, name: str, stopping: threading.Event | None = None
+) -> CheckResult:
     """The answer about an upload, which a child process checks and packs into `work/packed`; `work` is an empty folder.
 
     A child that something outside kills gets a second try, because the upload may not be to blame.
@@ -59,26 +59,26 @@ def check_in_child(
             break
         _empty(work)
     words = (work / OUTPUT).read_text("utf-8", "replace")[-MOST_WORDS:]
-    return Answer(None, None, ({"file": "upload", "message": _reason(code, limits)},), words)
+    return CheckResult(None, None, ({"file": "upload", "message": _reason(code, limits)},), words)
 
 
-def read_answer(result: Path) -> Answer:
+def read_answer(result: Path) -> CheckResult:
     """The answer that a child wrote."""
     document = json.loads(result.read_text())
     manifest = document["manifest"]
-    return Answer(
+    return CheckResult(
         document["format"],
         None if manifest is None else Manifest.from_document(manifest),
         tuple(document["problems"]),
     )
 
 
-def _command(upload: Path, kind: str, work: Path, limits: Limits, name: str) -> list[str]:
+def _command(upload: Path, kind: str, work: Path, limits: UploadLimits, name: str) -> list[str]:
     program = [sys.executable, "-m", "app.datasets.ingest", str(upload.absolute()), kind, str(work.absolute())]
     return [*program, f"--limits={json.dumps(asdict(limits))}", f"--name={name}"]
 
 
-def _run(command: list[str], work: Path, limits: Limits, stopping: threading.Event | None) -> int | None:
+def _run(command: list[str], work: Path, limits: UploadLimits, stopping: threading.Event | None) -> int | None:
     """The exit code, None where the child took too long and was killed; its own words are in `work`."""
     environment = {key: os.environ[key] for key in INHERITED if key in os.environ}
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -99,7 +99,7 @@ def _run(command: list[str], work: Path, limits: Limits, stopping: threading.Eve
                     return child.wait(LOOK_S)
                 except subprocess.TimeoutExpired:
                     if stopping is not None and stopping.is_set():
-                        raise Interrupted from None
+                        raise CheckInterrupted from None
                     if time.monotonic() > deadline:
                         return None
         finally:
@@ -107,7 +107,7 @@ def _run(command: list[str], work: Path, limits: Limits, stopping: threading.Eve
             child.wait()
 
 
-def _reason(code: int | None, limits: Limits) -> str:
+def _reason(code: int | None, limits: UploadLimits) -> str:
     if code is None or code == -signal.SIGXCPU:
         return f"takes more than {limits.cpu_s} s to check: send fewer or smaller files"
     if code < 0:

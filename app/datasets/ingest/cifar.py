@@ -10,7 +10,7 @@ import numpy as np
 
 from app.datasets.ingest.archive import Archive, Stream, read_exactly
 from app.datasets.ingest.arrays import Arrays, check_class_names
-from app.datasets.ingest.limits import Limits, reject
+from app.datasets.ingest.limits import UploadLimits, reject
 from app.datasets.packed.packed import ArrayFile
 
 SHAPE = (3, 32, 32)
@@ -47,7 +47,7 @@ def is_pickled(names: list[str]) -> bool:
     return any(PICKLED_BATCH.match(name) for name in names) or {"train", "test", "meta"} <= set(names)
 
 
-def pack_cifar(archive: Archive, out: Path, limits: Limits) -> Arrays:
+def pack_cifar(archive: Archive, out: Path, limits: UploadLimits) -> Arrays:
     """Labels and class names of a CIFAR archive; its pictures are written to `out` in the archive's order.
 
     Raises Rejected where the files are missing, pickled, or not whole records.

@@ -12,9 +12,9 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from app.datasets.ingest.archive import Archive, Entry, Stream, read_exactly, refuse_rest
+from app.datasets.ingest.archive import Archive, ArchiveMember, Stream, read_exactly, refuse_rest
 from app.datasets.ingest.arrays import Arrays, check_example, check_finite, check_labels
-from app.datasets.ingest.limits import Limits, Problem, Rejected, reject
+from app.datasets.ingest.limits import Rejected, UploadLimits, UploadProblem, reject
 from app.datasets.packed.packed import ArrayFile, DType, examples_per_block
 
 NAME = re.compile(
@@ -25,7 +25,7 @@ MOST_AXES = 5
 
 
 @dataclass(frozen=True)
-class Header:
+class IdxHeader:
     """The header of an IDX file: the element type, and the counts of its axes."""
 
     dtype: np.dtype[Any]
@@ -40,7 +40,7 @@ def match_idx_name(name: str) -> tuple[str, str] | None:
     return "train" if found["split"] == "train" else "test", found["kind"]
 
 
-def pack_idx(archive: Archive, out: Path, limits: Limits) -> Arrays:
+def pack_idx(archive: Archive, out: Path, limits: UploadLimits) -> Arrays:
     """Labels of the IDX files of an archive; their images are written to `out`.
 
     Raises Rejected with the name of the file that is wrong.
@@ -64,11 +64,11 @@ def pack_idx(archive: Archive, out: Path, limits: Limits) -> Arrays:
         needed |= {"test.images": "t10k-images-idx3-ubyte", "test.labels": "t10k-labels-idx1-ubyte"}
     missing = [name for role, name in needed.items() if role not in arrays.names]
     if missing:
-        raise Rejected(*(Problem(name, "is missing (the file may end in .gz)") for name in missing))
+        raise Rejected(*(UploadProblem(name, "is missing (the file may end in .gz)") for name in missing))
     return arrays
 
 
-def read_header(stream: Stream, name: str) -> Header:
+def read_header(stream: Stream, name: str) -> IdxHeader:
     """The header of an IDX file.
 
     Raises Rejected where it is none.
@@ -77,10 +77,10 @@ def read_header(stream: Stream, name: str) -> Header:
     if magic[:2] != b"\x00\x00" or magic[2] not in TYPES or not 1 <= magic[3] <= MOST_AXES:
         raise reject(name, "is not an IDX file: it does not begin with 0, 0, a known type and 1 to 5 axes")
     counts = np.frombuffer(read_exactly(stream, 4 * magic[3], name), ">u4")
-    return Header(np.dtype(TYPES[magic[2]]), tuple(int(count) for count in counts))
+    return IdxHeader(np.dtype(TYPES[magic[2]]), tuple(int(count) for count in counts))
 
 
-def write_images(stream: Stream, name: str, path: Path, limits: Limits) -> tuple[int, tuple[int, ...], DType]:
+def write_images(stream: Stream, name: str, path: Path, limits: UploadLimits) -> tuple[int, tuple[int, ...], DType]:
     """Count, example shape and type of the images of an IDX file, which are written to `path` as `.npy`.
 
     Raises Rejected where the counts do not fit the bytes.
@@ -112,7 +112,7 @@ def write_images(stream: Stream, name: str, path: Path, limits: Limits) -> tuple
     return count, shape, dtype
 
 
-def read_labels(stream: Stream, name: str, limits: Limits) -> npt.NDArray[np.int64]:
+def read_labels(stream: Stream, name: str, limits: UploadLimits) -> npt.NDArray[np.int64]:
     """The labels of an IDX file, N.
 
     Raises Rejected where the count does not fit the bytes or a label is impossible.
@@ -130,7 +130,7 @@ def read_labels(stream: Stream, name: str, limits: Limits) -> npt.NDArray[np.int
 class Inflated:
     """The content of a `.gz` member, counted: it may not unpack to more than the limits."""
 
-    def __init__(self, packed: Stream, entry: Entry, limits: Limits) -> None:
+    def __init__(self, packed: Stream, entry: ArchiveMember, limits: UploadLimits) -> None:
         self._file = gzip.GzipFile(fileobj=cast(Any, packed))
         self._entry = entry
         self._limits = limits

@@ -10,7 +10,7 @@ MOST_LISTED_PROBLEMS = 100
 
 
 @dataclass(frozen=True)
-class Limits:
+class UploadLimits:
     """The most that checking and packing one upload may take."""
 
     unpacked_bytes: int = 20 * 1024 * MIB  # sum of the members, and again of the decoded pictures
@@ -28,7 +28,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Problem:
+class UploadProblem:
     """One thing that is wrong with an upload: the file or array it is about, and a sentence."""
 
     file: str
@@ -42,19 +42,19 @@ class Problem:
 class Rejected(Exception):
     """The upload cannot become a data set."""
 
-    def __init__(self, *problems: Problem) -> None:
+    def __init__(self, *problems: UploadProblem) -> None:
         self.problems = problems
         super().__init__("; ".join(f"{problem.file}: {problem.message}" for problem in problems[:3]))
 
 
 def reject(file: str, message: str) -> Rejected:
     """A refusal with one problem, to be raised."""
-    return Rejected(Problem(file, message))
+    return Rejected(UploadProblem(file, message))
 
 
-def shorten(problems: Sequence[Problem]) -> tuple[Problem, ...]:
+def shorten(problems: Sequence[UploadProblem]) -> tuple[UploadProblem, ...]:
     """At most 100 problems; what was left out is counted in a last one."""
     if len(problems) <= MOST_LISTED_PROBLEMS:
         return tuple(problems)
     left_out = len(problems) - MOST_LISTED_PROBLEMS
-    return (*problems[:MOST_LISTED_PROBLEMS], Problem("", f"and {left_out} more files with problems"))
+    return (*problems[:MOST_LISTED_PROBLEMS], UploadProblem("", f"and {left_out} more files with problems"))

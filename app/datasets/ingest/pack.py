@@ -11,7 +11,7 @@ from app.datasets.ingest.arrays import pack_npz
 from app.datasets.ingest.cifar import find_form, is_pickled, pack_cifar
 from app.datasets.ingest.finish import finish_arrays
 from app.datasets.ingest.idx import match_idx_name, pack_idx
-from app.datasets.ingest.limits import Limits, Problem, reject
+from app.datasets.ingest.limits import UploadLimits, UploadProblem, reject
 from app.datasets.ingest.pictures import pack_pictures
 from app.datasets.packed.packed import Manifest, write_manifest
 
@@ -25,10 +25,10 @@ class Ingested:
 
     format: Format
     manifest: Manifest
-    problems: tuple[Problem, ...]
+    problems: tuple[UploadProblem, ...]
 
 
-def ingest(upload: Path, kind: str, out: Path, limits: Limits, *, name: str = "upload") -> Ingested:
+def ingest(upload: Path, kind: str, out: Path, limits: UploadLimits, *, name: str = "upload") -> Ingested:
     """Check the upload and pack it into the empty folder `out`; `kind` is one of FORMATS or `auto`.
 
     Raises Rejected with what is wrong with it.

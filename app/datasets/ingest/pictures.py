@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from app.datasets.ingest.archive import Archive, Entry, read_exactly
+from app.datasets.ingest.archive import Archive, ArchiveMember, read_exactly
 from app.datasets.ingest.arrays import check_class_names
-from app.datasets.ingest.limits import Limits, Problem, Rejected, reject, shorten
+from app.datasets.ingest.limits import Rejected, UploadLimits, UploadProblem, reject, shorten
 from app.datasets.packed.holdout import HELD_OUT_SHARE, stratified_mask
 from app.datasets.packed.packed import SPLITS, ArrayFile
 
@@ -73,10 +73,10 @@ class Pictures:
     example_shape: tuple[int, int, int] | None
     held_out: bool
     notes: tuple[str, ...]
-    problems: tuple[Problem, ...]
+    problems: tuple[UploadProblem, ...]
 
 
-def pack_pictures(archive: Archive, out: Path, limits: Limits) -> Pictures:
+def pack_pictures(archive: Archive, out: Path, limits: UploadLimits) -> Pictures:
     """Decode the pictures of class folders into `out`.
 
     Raises Rejected where the folders make no data set, or where too many pictures cannot be decoded.
@@ -97,11 +97,13 @@ def pack_pictures(archive: Archive, out: Path, limits: Limits) -> Pictures:
             if picture is None:
                 continue
             if entry.size > limits.picture_bytes:
-                problems.append(Problem(entry.name, f"has {entry.size} bytes; the limit is {limits.picture_bytes}"))
+                problems.append(
+                    UploadProblem(entry.name, f"has {entry.size} bytes; the limit is {limits.picture_bytes}")
+                )
             else:
                 pixels = decode(read_exactly(stream, entry.size, entry.name), limits)
                 if isinstance(pixels, str):
-                    problems.append(Problem(entry.name, pixels))
+                    problems.append(UploadProblem(entry.name, pixels))
                 else:
                     decoded_bytes += pixels.nbytes
                     if decoded_bytes > limits.unpacked_bytes:
@@ -114,7 +116,7 @@ def pack_pictures(archive: Archive, out: Path, limits: Limits) -> Pictures:
     _refuse_many(problems, all_files, limits, enough=False)
     if not splits["test"].labels or not splits["train"].labels:
         raise Rejected(
-            Problem("upload", "has too few pictures: no class has two, of which one could be held out as test"),
+            UploadProblem("upload", "has too few pictures: no class has two, of which one could be held out as test"),
             *problems,
         )
     example_shape = _finish(out, splits)
@@ -122,19 +124,19 @@ def pack_pictures(archive: Archive, out: Path, limits: Limits) -> Pictures:
     return Pictures(class_names, example_shape, held_out, notes, shorten(problems))
 
 
-def _refuse_many(problems: list[Problem], files: int, limits: Limits, *, enough: bool) -> None:
+def _refuse_many(problems: list[UploadProblem], files: int, limits: UploadLimits, *, enough: bool) -> None:
     """Raises Rejected where too many pictures are undecodable to skip them; with `enough`, once the list is long."""
     if problems and len(problems) >= files * limits.corrupt_share and (not enough or len(problems) >= 100):
         most = f"fewer than {limits.corrupt_share:.0%} would be skipped"
         summary = f"{len(problems)} of {files} pictures cannot be used; {most}"
-        raise Rejected(Problem("upload", summary), *shorten(problems))
+        raise Rejected(UploadProblem("upload", summary), *shorten(problems))
 
 
 class _Layout:
     """Which member is a picture of which split and class, from the names alone."""
 
-    def __init__(self, entries: tuple[Entry, ...]) -> None:
-        self.problems: list[Problem] = []
+    def __init__(self, entries: tuple[ArchiveMember, ...]) -> None:
+        self.problems: list[UploadProblem] = []
         self.ignored = 0
         self.joined_validation = False
         self.validation_is_test = False
@@ -153,10 +155,10 @@ class _Layout:
         for name, parts in paths.items():
             self._place(name, parts)
 
-    def _is_picture(self, entry: Entry) -> bool:
+    def _is_picture(self, entry: ArchiveMember) -> bool:
         ending = entry.name.rpartition(".")[2].lower()
         if ending in OTHER_PICTURES:
-            self.problems.append(Problem(entry.name, f"is a .{ending} file; {', '.join(FORMATS)} are read"))
+            self.problems.append(UploadProblem(entry.name, f"is a .{ending} file; {', '.join(FORMATS)} are read"))
         elif ending not in DECODED:
             self.ignored += 1
         return ending in DECODED
@@ -171,18 +173,19 @@ class _Layout:
                 self.validation_is_test |= not self._has_test
                 split = "train" if self._has_test else "test"
         if len(parts) < 2:
-            self.problems.append(Problem(name, "stands outside a class folder: the folder's name is the class"))
+            self.problems.append(UploadProblem(name, "stands outside a class folder: the folder's name is the class"))
         else:
             self.pictures[name] = Picture(split, parts[0])
 
-    def class_names(self, limits: Limits) -> list[str]:
+    def class_names(self, limits: UploadLimits) -> list[str]:
         """The class folders' names in order of code points, as torchvision's ImageFolder numbers them.
 
         Raises Rejected for fewer than two, too many, and test classes that nothing is learnt about.
         """
         if not self.pictures:
             raise Rejected(
-                Problem("upload", f"holds no pictures ({', '.join(FORMATS)}) in class folders"), *shorten(self.problems)
+                UploadProblem("upload", f"holds no pictures ({', '.join(FORMATS)}) in class folders"),
+                *shorten(self.problems),
             )
         names = sorted({picture.class_name for picture in self.pictures.values() if picture.split == "train"})
         if len(names) < 2:
@@ -233,7 +236,7 @@ class _Layout:
         return tuple(notes)
 
 
-def decode(data: bytes, limits: Limits) -> npt.NDArray[np.uint8] | str:
+def decode(data: bytes, limits: UploadLimits) -> npt.NDArray[np.uint8] | str:
     """The pixels H x W x C of a picture file (C = 1 for grey, 3 for colour), or a sentence why there are none.
 
     Turned as EXIF says, opacity laid over white, palettes and other colour spaces made RGB, 16 bits made 8.

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from app.network.layers.layer import Layer
-from app.network.layers.shapes import LARGEST_WIDTH, LayerFault, Shape, Tensor, spatial_axes
+from app.network.layers.shapes import LARGEST_WIDTH, LayerFault, LayerTensor, Shape, spatial_axes
 from app.network.layers.sharing import UNLESS_SHARED, Shareable, required_unless_shared
 from app.validation.strict import fault
 
@@ -38,14 +38,14 @@ class BatchNorm(Layer):
             )
         return sent
 
-    def tensors(self, inputs: Sequence[Shape]) -> dict[str, Tensor]:
+    def tensors(self, inputs: Sequence[Shape]) -> dict[str, LayerTensor]:
         """weight and bias, and the running mean and variance, all (channels)."""
         channels = inputs[0][:1]
         return {
-            "weight": Tensor(channels),
-            "bias": Tensor(channels),
-            "running_mean": Tensor(channels, trainable=False),
-            "running_var": Tensor(channels, trainable=False),
+            "weight": LayerTensor(channels),
+            "bias": LayerTensor(channels),
+            "running_mean": LayerTensor(channels, trainable=False),
+            "running_var": LayerTensor(channels, trainable=False),
         }
 
 
@@ -75,9 +75,9 @@ class GroupNorm(Shareable):
             raise LayerFault("num_groups", message, limit=elements // 2, value=self.num_groups)
         return inputs[0]
 
-    def tensors(self, inputs: Sequence[Shape]) -> dict[str, Tensor]:
+    def tensors(self, inputs: Sequence[Shape]) -> dict[str, LayerTensor]:
         """weight and bias (channels)."""
-        return {"weight": Tensor(inputs[0][:1]), "bias": Tensor(inputs[0][:1])}
+        return {"weight": LayerTensor(inputs[0][:1]), "bias": LayerTensor(inputs[0][:1])}
 
 
 class LayerNorm(Shareable):
@@ -89,9 +89,9 @@ class LayerNorm(Shareable):
     type: Literal["layer_norm"] = "layer_norm"
     eps: Epsilon = 1e-5
 
-    def tensors(self, inputs: Sequence[Shape]) -> dict[str, Tensor]:
+    def tensors(self, inputs: Sequence[Shape]) -> dict[str, LayerTensor]:
         """weight and bias (channels)."""
-        return {"weight": Tensor(inputs[0][:1]), "bias": Tensor(inputs[0][:1])}
+        return {"weight": LayerTensor(inputs[0][:1]), "bias": LayerTensor(inputs[0][:1])}
 
 
 class Activation(Layer):
@@ -193,9 +193,9 @@ class PReLU(Activation, Shareable):
     saves_inputs: ClassVar[bool] = True
     type: Literal["prelu"] = "prelu"
 
-    def tensors(self, inputs: Sequence[Shape]) -> dict[str, Tensor]:
+    def tensors(self, inputs: Sequence[Shape]) -> dict[str, LayerTensor]:
         """weight (channels)."""
-        return {"weight": Tensor(inputs[0][:1])}
+        return {"weight": LayerTensor(inputs[0][:1])}
 
 
 class Dropout(Layer):

@@ -1,4 +1,4 @@
-"""The layers that hold layers. Graphs have none of them: `expansion.py` writes them out."""
+"""The layers that hold layers. Graphs have none of them: `builder.py` writes them out."""
 
 from __future__ import annotations
 

@@ -15,11 +15,11 @@ from app.network.layers.shapes import (
     Groups,
     Kernel,
     LayerFault,
+    LayerTensor,
     Margin,
     PlainMargin,
     Shape,
     Step,
-    Tensor,
     per_axis,
     spatial_axes,
     windows,
@@ -128,11 +128,11 @@ class Conv(_Convolution):
         windows("kernel_size", shape[1:], reaches, padded)
         return (self.out_channels, *((p - r) // s + 1 for p, r, s in zip(padded, reaches, strides, strict=True)))
 
-    def tensors(self, inputs: Sequence[Shape]) -> dict[str, Tensor]:
+    def tensors(self, inputs: Sequence[Shape]) -> dict[str, LayerTensor]:
         """weight (out, in / groups, *kernel) and bias (out)."""
         in_channels, axes = inputs[0][0], len(inputs[0]) - 1
         weight = (self.out_channels, in_channels // self.group_count(in_channels), *self.kernel(axes))
-        return {"weight": Tensor(weight)} | ({"bias": Tensor((self.out_channels,))} if self.bias else {})
+        return {"weight": LayerTensor(weight)} | ({"bias": LayerTensor((self.out_channels,))} if self.bias else {})
 
     def macs(self, inputs: Sequence[Shape], output: Shape) -> int:
         """Elements of the output times the weights that each one needs."""
@@ -190,11 +190,11 @@ class ConvTranspose(_Convolution):
             )
         return (self.out_channels, *sizes)
 
-    def tensors(self, inputs: Sequence[Shape]) -> dict[str, Tensor]:
+    def tensors(self, inputs: Sequence[Shape]) -> dict[str, LayerTensor]:
         """weight (in, out / groups, *kernel) and bias (out)."""
         in_channels, axes = inputs[0][0], len(inputs[0]) - 1
         weight = (in_channels, self.out_channels // self.group_count(in_channels), *self.kernel(axes))
-        return {"weight": Tensor(weight)} | ({"bias": Tensor((self.out_channels,))} if self.bias else {})
+        return {"weight": LayerTensor(weight)} | ({"bias": LayerTensor((self.out_channels,))} if self.bias else {})
 
     def macs(self, inputs: Sequence[Shape], output: Shape) -> int:
         """Elements of the input times the weights that each one meets."""
@@ -231,10 +231,10 @@ class Linear(Shareable):
         check_stated("in_features", self.in_features, shape[0], "the number of features that arrive")
         return (self.out_features,)
 
-    def tensors(self, inputs: Sequence[Shape]) -> dict[str, Tensor]:
+    def tensors(self, inputs: Sequence[Shape]) -> dict[str, LayerTensor]:
         """weight (out, in) and bias (out)."""
-        weight = {"weight": Tensor((self.out_features, inputs[0][0]))}
-        return weight | ({"bias": Tensor((self.out_features,))} if self.bias else {})
+        weight = {"weight": LayerTensor((self.out_features, inputs[0][0]))}
+        return weight | ({"bias": LayerTensor((self.out_features,))} if self.bias else {})
 
     def macs(self, inputs: Sequence[Shape], output: Shape) -> int:
         """One per weight."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from app.network.layers.names import LayerName, Reference
-from app.network.layers.shapes import LayerFault, Shape, Tensor, written
+from app.network.layers.shapes import LayerFault, LayerTensor, Shape, written
 from app.validation.strict import Strict
 
 MOST_INPUTS = 256
@@ -45,7 +45,7 @@ class Layer(Strict):
         """
         return inputs[0]
 
-    def tensors(self, inputs: Sequence[Shape]) -> dict[str, Tensor]:
+    def tensors(self, inputs: Sequence[Shape]) -> dict[str, LayerTensor]:
         """Its tensors by name, in PyTorch's order; here: none."""
         return {}
 

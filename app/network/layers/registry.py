@@ -30,7 +30,7 @@ from app.network.layers.convolutions import Conv, ConvTranspose, Linear
 from app.network.layers.joins_and_views import Add, ChannelShuffle, Concat, Flatten, Multiply, Pad, Slice
 from app.network.layers.layer import Layer
 from app.network.layers.pooling import AvgPool, GlobalAvgPool, MaxPool, Upsample
-from app.network.layers.shapes import LayerFault, Shape, Tensor
+from app.network.layers.shapes import LayerFault, Shape
 
 __all__ = [
     "CONTAINERS",
@@ -72,7 +72,6 @@ __all__ = [
     "SpatialDropout",
     "SqueezeExcite",
     "Tanh",
-    "Tensor",
     "Upsample",
     "read_layers",
 ]

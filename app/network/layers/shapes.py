@@ -22,7 +22,7 @@ MOST_SPATIAL_AXES = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Tensor:
+class LayerTensor:
     """One tensor of a layer: its shape, and whether it is trained (running statistics are not)."""
 
     shape: Shape

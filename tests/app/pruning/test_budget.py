@@ -61,13 +61,13 @@ def strongest_dropped(
     classes: Classes, dropped: frozenset[int], scores: dict[int, float], together: int
 ) -> list[set[int]]:
     """For each group the quantum that left last: what giving back means."""
-    quanta = []
+    channel_blocks = []
     for group in classes.groups:
         gone = sorted((c for c in group.classes.tolist() if c in dropped), key=lambda c: (scores[c], c))
         if gone:
             first = len(group.classes) % together or together
-            quanta.append(set(gone[-together:] if len(gone) > first else gone))
-    return quanta
+            channel_blocks.append(set(gone[-together:] if len(gone) > first else gone))
+    return channel_blocks
 
 
 def test_equally_wide_quanta_are_given_back_whole_when_widths_are_aligned() -> None:
@@ -79,8 +79,8 @@ def test_equally_wide_quanta_are_given_back_whole_when_widths_are_aligned() -> N
         removals = choose_removals(graph, classes, scores, step)
         allowed = step.budget.allowed(getattr(cost(graph), measure))  # type: ignore[union-attr]
         assert getattr(removals.cost, measure) <= allowed
-        for quantum in strongest_dropped(classes, removals.dropped, scores, 8):
-            assert getattr(cost(shrink_graph(graph, removals.dropped - quantum)), measure) > allowed
+        for channel_block in strongest_dropped(classes, removals.dropped, scores, 8):
+            assert getattr(cost(shrink_graph(graph, removals.dropped - channel_block)), measure) > allowed
 
 
 def test_a_budget_of_everything_drops_nothing() -> None:

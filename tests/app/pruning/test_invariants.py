@@ -220,13 +220,13 @@ def order_of(
             continue
         mean = sum(scores[c] for c in group.classes.tolist()) / len(group.classes)
         gone, highest = 0, 0.0
-        for place, quantum in enumerate(quanta_of(group, scores, step, block)):
-            gone += len(quantum)
-            strength = sum(scores[c] for c in quantum) / len(quantum)
+        for place, channel_block in enumerate(quanta_of(group, scores, step, block)):
+            gone += len(channel_block)
+            strength = sum(scores[c] for c in channel_block) / len(channel_block)
             highest = max(highest, strength if step.criterion == "taylor" else strength / mean)
             rank = gone / len(group.classes) if step.scope == "layer" else highest
-            ranked.append((rank, group.index, place, quantum))
-    return [(index, quantum) for _, index, _, quantum in sorted(ranked)]
+            ranked.append((rank, group.index, place, channel_block))
+    return [(index, channel_block) for _, index, _, channel_block in sorted(ranked)]
 
 
 @settings(max_examples=FEW, deadline=None, derandomize=True)
@@ -257,7 +257,7 @@ def test_a_budget_takes_the_first_prefix_that_fits_and_gives_back_what_may_retur
     for allowed in (floor + int(share * (whole - floor)), floor + int(0.5 * share * (whole - floor))):
         step = prune(budget={measure: max(2, allowed)}, **options)
         order = order_of(graph, classes, scores, step, block)
-        if spent({c for _, quantum in order for c in quantum}) > allowed:
+        if spent({c for _, channel_block in order for c in channel_block}) > allowed:
             return  # with this block nothing fits
         prefix: set[int] = set()
         count = 0
@@ -266,9 +266,9 @@ def test_a_budget_takes_the_first_prefix_that_fits_and_gives_back_what_may_retur
             count += 1
         assert before <= prefix
         before, expected, stays = prefix, set(prefix), set()
-        for group, quantum in reversed(order[:count]):
-            if group not in stays and spent(expected - set(quantum)) <= allowed:
-                expected -= set(quantum)
+        for group, channel_block in reversed(order[:count]):
+            if group not in stays and spent(expected - set(channel_block)) <= allowed:
+                expected -= set(channel_block)
             else:
                 stays.add(group)
         removals = choose_removals(graph, classes, scores, step, block=block)
@@ -291,15 +291,15 @@ def check_budget(graph: Graph, step: Prune, seed: int) -> None:
     assert removals.floor == cost(shrink_graph(graph, removals.floor_dropped, classes))
     last = []
     for group in classes.groups:
-        quanta = quanta_of(group, scores, step, block) if int(group.classes[0]) not in classes.pins else []
-        gone = [quantum for quantum in quanta if removals.dropped.issuperset(quantum)]
+        channel_blocks = quanta_of(group, scores, step, block) if int(group.classes[0]) not in classes.pins else []
+        gone = [channel_block for channel_block in channel_blocks if removals.dropped.issuperset(channel_block)]
         assert sum(map(len, gone)) == len(removals.dropped.intersection(group.classes.tolist()))
-        assert gone == quanta[: len(gone)]
+        assert gone == channel_blocks[: len(gone)]
         left = len(group.classes) - sum(map(len, gone))
         assert left == len(group.classes) or left % together(group, step, block) == 0
         last += [set(gone[-1])] if gone else []
-    for quantum in random.Random(seed).sample(last, min(SAMPLED, len(last))):
-        assert getattr(cost(shrink_graph(graph, removals.dropped - quantum, classes)), measure) > allowed
+    for channel_block in random.Random(seed).sample(last, min(SAMPLED, len(last))):
+        assert getattr(cost(shrink_graph(graph, removals.dropped - channel_block, classes)), measure) > allowed
     assert planned.floor == removals.floor  # whatever the scores are: what the dry run lets pass is reached
     assert step.scope == "global" or planned.cost == removals.cost
     again = step.model_copy(update={"budget": step.budget.model_copy(update={measure: allowed})})

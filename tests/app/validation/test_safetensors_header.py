@@ -21,14 +21,14 @@ from safetensors.torch import save as save_torch
 
 from app.errors import Fault, InvalidWeights
 from app.validation import safetensors_header
-from app.validation.safetensors_header import PICKLE, Entry, check_weights, read_entries
+from app.validation.safetensors_header import PICKLE, TensorEntry, check_weights, read_entries
 from tests.support.jobs.weights import entry, good, tensors_of, weights_file
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 TWO = {"a.weight": entry(0, 8), "b.weight": entry(8, 16)}
 
 
-def check(tmp_path: Path, content: bytes) -> tuple[Entry, ...]:
+def check(tmp_path: Path, content: bytes) -> tuple[TensorEntry, ...]:
     path = tmp_path / "upload"
     path.write_bytes(content)
     return check_weights(path, len(content))

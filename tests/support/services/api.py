@@ -128,7 +128,7 @@ def open_api(home: Path, **settings: Any) -> Iterator[Api]:
     database.close()
     app = create_app(chosen)
     with TestClient(app, base_url="http://localhost", raise_server_exceptions=True) as client:
-        yield Api(client, app.state.backends)
+        yield Api(client, app.state.context)
 
 
 @contextlib.contextmanager

@@ -350,8 +350,8 @@ def test_a_step_that_replaces_nothing_says_so(data: Path, tmp_path: Path) -> Non
     step = {"type": "low_rank", "energy": 0.999, "retrain": {"policy": "none"}}
     reached = train_alone(task_of(tiny_spec(step, model=WIDE), data, tmp_path), MemoryJournal())
     assert reached.network.graph == build_graph(read_layers(tiny_layers(channels=24)), SHAPE)
-    assert "/optimizations/0: no layer was replaced; the rows of its layers say why" in reached.ledger.notes
-    (record,) = reached.ledger.steps
+    assert "/optimizations/0: no layer was replaced; the rows of its layers say why" in reached.record.notes
+    (record,) = reached.record.steps
     assert [("reason" in row) for row in record.layers] == [True, True, True]
     assert record.after is not None
     assert record.after["accuracy"] == pytest.approx(record.before["accuracy"], abs=0.1)

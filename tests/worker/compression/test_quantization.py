@@ -31,7 +31,7 @@ from worker.compression.quantization import (
     rmse_ratio,
     saturates,
 )
-from worker.data.dataset import Part
+from worker.data.dataset import Split
 from worker.export.files import portable_tensors
 from worker.export.onnx_model import onnx_bytes
 from worker.network import Network
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 
 def sample_of(graph: Graph, count: int = 48, *, seed: int = 0, labels: Any = None, batch: int = 16) -> Sample:
     channels = graph.input_shape[0]
-    part = Part(pictures(graph, count, seed), np.arange(count) % CLASSES if labels is None else labels)
+    part = Split(pictures(graph, count, seed), np.arange(count) % CLASSES if labels is None else labels)
     return Sample(part, Preprocessing(1.0, (0.0,) * channels, (1.0,) * channels), batch)
 
 
@@ -265,7 +265,7 @@ def test_outliers_of_few_pixels_are_cut_off_first(tmp_path: Path) -> None:
     sample = judged(quantizer)
     with_outlier = pictures(network.graph, 3000)
     with_outlier[0, 0, 0, 0] = 50
-    quantizer.calibration = Sample(Part(with_outlier, np.zeros(3000, np.int64)), sample.preprocessing, 100)
+    quantizer.calibration = Sample(Split(with_outlier, np.zeros(3000, np.int64)), sample.preprocessing, 100)
     found = quantize(quantizer, sample, most_drop=0.05)
     assert (found.tries, found.calibration, found.in_float) == (2, "percentile", {})
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from app.datasets.ingest.limits import Limits
+from app.datasets.ingest.limits import UploadLimits
 from app.datasets.ingest.pack import ingest
 from app.errors import DataInvalid
 from app.network.architecture import Preprocessing
 from app.spec.data import DataSpec
 from tests.support.services.uploads import class_folders, images, labels, npz, picture, zipped
-from worker.data.dataset import Batches, Dataset, Part, derive_seed, free_bytes, measure_preprocessing, split
+from worker.data.dataset import BatchLoader, Dataset, Split, derive_seed, free_bytes, measure_preprocessing, split
 
 ALL = ("random_crop", "horizontal_flip", "cutout")
 DATA = DataSpec(dataset="x")
@@ -25,7 +25,7 @@ DATA = DataSpec(dataset="x")
 def packed(tmp_path: Path, upload: Path) -> Path:
     out = tmp_path / "packed"
     out.mkdir()
-    ingest(upload, "auto", out, Limits())
+    ingest(upload, "auto", out, UploadLimits())
     return out
 
 
@@ -102,7 +102,10 @@ def test_without_validation_all_is_for_training(tmp_path: Path) -> None:
     dataset = Dataset.open(arrays(tmp_path, (5,)), (1, 5))
     parts = split(dataset, DataSpec(dataset="x", validation=0.0), 0)
     assert (len(parts.train), len(parts.validation)) == (40, 0)
-    assert list(Batches(parts.validation, Preprocessing(1, (0.0,), (1.0,)), batch_size=4, shuffle=False).epoch(0)) == []
+    assert (
+        list(BatchLoader(parts.validation, Preprocessing(1, (0.0,), (1.0,)), batch_size=4, shuffle=False).epoch(0))
+        == []
+    )
 
 
 def test_the_limit_takes_the_first_of_a_seeded_permutation(tmp_path: Path) -> None:
@@ -138,7 +141,7 @@ def test_the_preprocessing_is_that_of_the_training_part_exactly(tmp_path: Path, 
 def test_statistics_are_those_of_all_blocks_together(dtype: str) -> None:
     source = images(90 if dtype == "uint8" else 30, (2, 200, 200), dtype=dtype)
     source[-1] = 0  # the last block differs from the first
-    part = Part(source, labels(len(source)))
+    part = Split(source, labels(len(source)))
     assert len(list(part.blocks())) > 1
     found = measure_preprocessing(part, 1.0)
     np.testing.assert_allclose(found.mean, source.mean(axis=(0, 2, 3), dtype=np.float64), rtol=1e-12)
@@ -147,19 +150,19 @@ def test_statistics_are_those_of_all_blocks_together(dtype: str) -> None:
 
 def test_a_constant_channel_has_deviation_one_and_an_empty_part_is_refused() -> None:
     still = np.stack([np.full((10, 4), 7, np.uint8), images(10, (4,))], axis=1)
-    found = measure_preprocessing(Part(still, labels(10)), 1.0)
+    found = measure_preprocessing(Split(still, labels(10)), 1.0)
     assert (found.mean[0], found.std[0]) == (7.0, 1.0)
     with pytest.raises(DataInvalid, match="training part is empty"):
-        measure_preprocessing(Part(still[:0], labels(0)), 1.0)
+        measure_preprocessing(Split(still[:0], labels(0)), 1.0)
 
 
 SHAPES = [(1, 40), (2, 30), (1, 12, 12), (3, 12, 14), (2, 4, 8, 8)]
 
 
-def batches(shape: tuple[int, ...], *, count: int = 37, dtype: str = "uint8", **options: Any) -> Batches:
-    part = Part(images(count, shape, dtype=dtype), labels(count, 3))
+def batches(shape: tuple[int, ...], *, count: int = 37, dtype: str = "uint8", **options: Any) -> BatchLoader:
+    part = Split(images(count, shape, dtype=dtype), labels(count, 3))
     preprocessing = measure_preprocessing(part, 1 / 255 if dtype == "uint8" else 1.0)
-    return Batches(part, preprocessing, **{"batch_size": 8, **options})
+    return BatchLoader(part, preprocessing, **{"batch_size": 8, **options})
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -170,7 +173,7 @@ def test_evaluation_batches_are_the_preprocessed_images_in_order_bit_for_bit(
     shape: tuple[int, ...], dtype: str, resident: bool, channels_last: bool
 ) -> None:
     source = images(37, shape, dtype=dtype)
-    preprocessing = measure_preprocessing(Part(source, labels(37)), 1 / 255 if dtype == "uint8" else 1.0)
+    preprocessing = measure_preprocessing(Split(source, labels(37)), 1 / 255 if dtype == "uint8" else 1.0)
     made = list(batches(shape, dtype=dtype, shuffle=False, resident=resident, channels_last=channels_last).epoch(0))
     assert [len(y) for _, y in made] == [8, 8, 8, 8, 5]
     found = torch.cat([x for x, _ in made])
@@ -234,8 +237,8 @@ def test_making_batches_leaves_the_global_generators_alone() -> None:
 def test_seed_epoch_and_batch_change_the_augmentation() -> None:
     def first(seed: int, epoch: int, batch: int) -> torch.Tensor:
         source = np.broadcast_to(images(1, (1, 28, 28)), (24, 1, 28, 28))
-        made = Batches(
-            Part(source, labels(24)),
+        made = BatchLoader(
+            Split(source, labels(24)),
             Preprocessing(1.0, (0.0,), (1.0,)),
             batch_size=8,
             augmentation=("random_crop",),
@@ -273,7 +276,7 @@ def test_the_last_batch_is_smaller_but_never_a_lone_example_while_training(
 
 def test_a_part_reads_its_rows_in_any_order() -> None:
     source = images(30, (2, 5))
-    part = Part(source, labels(30)).take(np.array([3, 9, 4, 20])).take(np.array([3, 1, 0]))
+    part = Split(source, labels(30)).take(np.array([3, 9, 4, 20])).take(np.array([3, 1, 0]))
     np.testing.assert_array_equal(part.images, source[[20, 9, 3]])
     np.testing.assert_array_equal(part.read(np.array([2, 0, 1])), source[[3, 20, 9]])
     np.testing.assert_array_equal(np.concatenate(list(part.blocks())), part.images)

@@ -71,10 +71,10 @@ def test_an_odd_wish_that_is_accepted_is_carried_out(data: Path, sources: Path, 
     shape = tuple(spec["model"].get("input_shape", SHAPE))
     given = data if shape == SHAPE else tiny_data(tmp_path, SYNTHETIC, shape)
     found = train_alone(task_of(spec, given, tmp_path, sources=sources), MemoryJournal())
-    assert found.ledger.baseline is not None
-    assert all(record.complete for record in found.ledger.steps)
+    assert found.record.baseline is not None
+    assert all(record.complete for record in found.record.steps)
     assert all(bool(tensor.isfinite().all()) for tensor in found.network.state_dict().values())
-    json.dumps(found.ledger.document(), allow_nan=False)
+    json.dumps(found.record.document(), allow_nan=False)
 
 
 BY_SENSITIVITY = {"type": "prune", "scope": "sensitivity", "retrain": {"policy": "none"}}
@@ -102,7 +102,7 @@ def test_a_cubic_after_zeros_in_one_layer_ends_with_exactly_what_was_asked_for(d
     cubic = {"type": "prune", "sparsity": 0.45, "schedule": {"name": "cubic"}, "retrain": {"epochs": 2}}
     found = reached(data, tmp_path, pattern, cubic)
     assert found.masks is not None
-    assert found.ledger.steps[1].sparsity_before == 288 / 744
+    assert found.record.steps[1].sparsity_before == 288 / 744
     assert (found.masks.zeros(), found.masks.sizes()) == (round(0.45 * 744), 744)
 
 

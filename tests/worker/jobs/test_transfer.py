@@ -150,9 +150,9 @@ def test_other_classes_get_a_head_of_their_own_and_are_learnt(data: Path, tmp_pa
     spec = tiny_spec(**FROM_JOB, data={"synthetic": four}, training={"epochs": 8})
     reached = trained(spec, tiny_data(tmp_path / "cache", four), tmp_path, tmp_path)
     assert reached.network.graph["linear1"].shape == (4,)
-    assert reached.ledger.baseline is not None
-    assert reached.ledger.baseline.accuracy > 0.5
-    assert "these layers started fresh: linear1" in reached.ledger.notes[0]
+    assert reached.record.baseline is not None
+    assert reached.record.baseline.accuracy > 0.5
+    assert "these layers started fresh: linear1" in reached.record.notes[0]
 
 
 def test_zeros_of_a_pruned_start_are_told(data: Path, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_zeros_of_a_pruned_start_are_told(data: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         network.get_parameter("conv2.weight")[:, ::2] = 0.0
     deliver(tmp_path, KEY, network)
-    notes = prepared(tiny_spec(**FROM_JOB), data, tmp_path, tmp_path).reached.ledger.notes
+    notes = prepared(tiny_spec(**FROM_JOB), data, tmp_path, tmp_path).reached.record.notes
     assert any("288 of" in note and "zero at the start" in note for note in notes)
 
 
@@ -209,7 +209,7 @@ def test_uploaded_weights_of_every_floating_type_become_float32(kind: torch.dtyp
     found = tensors_of(job.reached.network)
     assert all(torch.equal(found[name], tensor.to(torch.float32)) for name, tensor in given.items())
     assert all(tensor.dtype == torch.float32 for tensor in found.values())
-    assert any("nobody stated the preprocessing of weights w1" in note for note in job.reached.ledger.notes)
+    assert any("nobody stated the preprocessing of weights w1" in note for note in job.reached.record.notes)
     assert job.preprocessing == prepared(tiny_spec(), data, tmp_path, None).preprocessing
 
 

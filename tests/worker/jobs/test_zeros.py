@@ -54,7 +54,7 @@ def test_a_pattern_behind_a_removal_of_channels_holds_on_the_smaller_network(
     found = reached(data, tmp_path, channels, PATTERN | {"retrain": retrain}, training=training)
     assert most_of_four(found, "conv2") == 2
     assert most_of_four(found, "linear1") == 2
-    rows = {row["name"]: row for row in found.ledger.steps[1].layers}
+    rows = {row["name"]: row for row in found.record.steps[1].layers}
     assert rows["conv1"]["reason"] == "2:4 on 1 input channel"
     assert "reason" not in rows["conv2"]
     assert found.masks is not None
@@ -107,9 +107,9 @@ def test_erk_ends_with_the_shares_that_the_plan_stated(data: Path, tmp_path: Pat
 def test_a_step_that_finds_nothing_left_to_prune_says_so(data: Path, tmp_path: Path) -> None:
     none = {"retrain": {"policy": "none"}}
     found = reached(data, tmp_path, PATTERN | none, PATTERN | none)
-    first, second = found.ledger.steps
+    first, second = found.record.steps
     assert first.after == second.after
-    (note,) = [note for note in found.ledger.notes if "no further weight became zero" in note]
+    (note,) = [note for note in found.record.notes if "no further weight became zero" in note]
     assert note.startswith("/optimizations/1")
 
 
@@ -119,7 +119,7 @@ def test_layers_that_a_form_does_not_fit_or_did_not_meet_are_listed_with_the_rea
     model = {"input_shape": list(SHAPE), "layers": layers}
     step = {"type": "prune", "sparsity": 0.1, "block": [8, 4], "exclude": ["conv1"], "retrain": {"policy": "none"}}
     found = reached(data, tmp_path, step, model=model)
-    rows = {row["name"]: row.get("reason") for row in found.ledger.steps[0].layers}
+    rows = {row["name"]: row.get("reason") for row in found.record.steps[0].layers}
     assert rows == {
         "stem": "one block of 8 x 4 holds all of it",
         "conv1": "excluded",

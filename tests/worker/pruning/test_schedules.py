@@ -11,7 +11,7 @@ from app.spec.job import Training
 from app.spec.prune import Prune
 from worker.pruning.schedules import (
     MOST_MASK_UPDATES,
-    Stage,
+    PruningRound,
     cubic_sparsity,
     prune_stages,
     retrain_schedule,
@@ -30,7 +30,7 @@ def training(**fields: Any) -> Training:
 
 def test_one_shot_is_one_stage_with_all_epochs() -> None:
     (stage,) = prune_stages(prune(retrain={"epochs": 4}), training())
-    assert stage == Stage(1, 1, 1.0, 4)
+    assert stage == PruningRound(1, 1, 1.0, 4)
     assert stage.sparsity(0.8) == 0.8
     assert stage.mask_updates(0.8, 100) == {}
 
@@ -95,7 +95,7 @@ def test_cubic_reaches_the_target_within_the_steps_there_are(steps: int) -> None
 
 def test_cubic_without_retraining_removes_at_once() -> None:
     (stage,) = prune_stages(prune(schedule={"name": "cubic"}, retrain={"policy": "none"}), training())
-    assert stage == Stage(1, 1, 1.0, 0)
+    assert stage == PruningRound(1, 1, 1.0, 0)
     assert stage.sparsity(0.8) == 0.8
 
 

@@ -200,7 +200,7 @@ def test_a_layer_left_in_float32_for_the_accuracy_is_named_with_the_reason(
     assert left["name"] == "linear1"
     assert left["reason"].startswith("quantized alone it moves the logits by ")
     assert document["chosen_on"]["files"] == 2 + 1
-    assert any("1 of 3 layers stay in float32: linear1" in note for note in job.reached.ledger.notes)
+    assert any("1 of 3 layers stay in float32: linear1" in note for note in job.reached.record.notes)
 
 
 def test_nothing_is_chosen_or_measured_on_the_test_part(data: Path, tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_a_file_that_is_not_the_one_that_was_judged_is_found(
 ) -> None:
     write = int8.write_int8
 
-    def another(folder: Path, int8: int8.Int8) -> Path:
+    def another(folder: Path, int8: int8.Int8File) -> Path:
         path = write(folder, int8)
         spoil(path, "linear1")
         return path

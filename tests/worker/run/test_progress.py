@@ -27,44 +27,44 @@ class Clock:
 
 
 def test_the_fraction_counts_all_phases_and_never_falls() -> None:
-    course = ProgressTracker(PARTS, clock=Clock())
-    course.enter(1)
-    half = course.progress(0.5, epoch=2, step=200)
+    tracker = ProgressTracker(PARTS, clock=Clock())
+    tracker.enter(1)
+    half = tracker.progress(0.5, epoch=2, step=200)
     assert half.fraction == pytest.approx(20.5 / 60)
     assert (half.phase, half.epoch, half.epochs, half.step, half.steps) == ("training", 2, 4, 200, 500)
-    assert course.progress(0.25).fraction == half.fraction
-    course.enter(3)
-    assert course.progress(0.1, step=10).step == 410
-    course.enter(4)
-    assert course.progress(1.0).fraction == 1.0
+    assert tracker.progress(0.25).fraction == half.fraction
+    tracker.enter(3)
+    assert tracker.progress(0.1, step=10).step == 410
+    tracker.enter(4)
+    assert tracker.progress(1.0).fraction == 1.0
 
 
 @pytest.mark.parametrize("slowness", [0.2, 1.0, 7.0])
 def test_the_time_left_follows_how_fast_the_training_really_is(slowness: float) -> None:
     clock = Clock()
-    course = ProgressTracker(PARTS, clock=clock)
-    course.enter(0)
-    assert course.progress(0.0).eta_s is None  # nothing measured yet: no invented number
-    course.enter(1)
+    tracker = ProgressTracker(PARTS, clock=clock)
+    tracker.enter(0)
+    assert tracker.progress(0.0).eta_s is None  # nothing measured yet: no invented number
+    tracker.enter(1)
     clock.now += 10 * slowness  # a quarter of the training
-    assert course.progress(0.25).eta_s == pytest.approx(30 * slowness + 1 * slowness + 0.5 + 10 * slowness + 8)
+    assert tracker.progress(0.25).eta_s == pytest.approx(30 * slowness + 1 * slowness + 0.5 + 10 * slowness + 8)
     clock.now += 30 * slowness
-    course.progress(1.0)
-    course.enter(2)
-    assert course.progress(0.0).eta_s == pytest.approx(1 * slowness + 0.5 + 10 * slowness + 8)
-    course.enter(4)
-    assert course.progress(0.0).eta_s == pytest.approx(8)
-    assert course.progress(1.0).eta_s == pytest.approx(0)
+    tracker.progress(1.0)
+    tracker.enter(2)
+    assert tracker.progress(0.0).eta_s == pytest.approx(1 * slowness + 0.5 + 10 * slowness + 8)
+    tracker.enter(4)
+    assert tracker.progress(0.0).eta_s == pytest.approx(8)
+    assert tracker.progress(1.0).eta_s == pytest.approx(0)
 
 
 def test_what_an_earlier_attempt_did_is_not_taken_for_speed() -> None:
     clock = Clock()
-    course = ProgressTracker(PARTS, clock=clock)
-    course.enter(1)
-    course.resume_at(0.5)
+    tracker = ProgressTracker(PARTS, clock=clock)
+    tracker.enter(1)
+    tracker.resume_at(0.5)
     clock.now += 10
-    assert course.progress(0.75).eta_s == pytest.approx(10 + 1.5 + 10 + 8)
-    assert course.progress(0.75).fraction == pytest.approx((0.5 + 30) / 60)
+    assert tracker.progress(0.75).eta_s == pytest.approx(10 + 1.5 + 10 + 8)
+    assert tracker.progress(0.75).fraction == pytest.approx((0.5 + 30) / 60)
 
 
 def test_estimates_grow_with_images_and_cost() -> None:

@@ -16,7 +16,7 @@ from app.spec.prune import Prune
 from tests.support.jobs.blobs import BlobBatches, graph_of, small_cnn
 from worker.network import Network, build_network
 from worker.precision import choose_precision
-from worker.pruning.schedules import Stage
+from worker.pruning.schedules import PruningRound
 from worker.run.removal import (
     RemovalContext,
     check_budget,
@@ -28,7 +28,7 @@ from worker.run.removal import (
 )
 from worker.training.averaging import snapshot
 
-ONCE = Stage(1, 1, 1.0, 1)
+ONCE = PruningRound(1, 1, 1.0, 1)
 
 
 def step_of(**fields: Any) -> Prune:

@@ -50,7 +50,7 @@ def db(tmp_path: Path) -> Iterator[Database]:
 
 
 @pytest.fixture
-def nursery(tmp_path: Path) -> Iterator[TrainerPool]:
+def trainer_pool(tmp_path: Path) -> Iterator[TrainerPool]:
     """A nursery whose folder is a file: no trainer starts."""
     (tmp_path / "blocked").touch()
     made = TrainerPool(tmp_path / "blocked", spares=0)
@@ -60,7 +60,7 @@ def nursery(tmp_path: Path) -> Iterator[TrainerPool]:
 
 def run_one(
     db: Database,
-    nursery: TrainerPool,
+    trainer_pool: TrainerPool,
     folder: Path,
     *,
     store: Store | None = None,
@@ -79,7 +79,7 @@ def run_one(
         db=db,
         storage=store or Store(folder / "objects"),
         settings=Settings(home=folder, renew_s=0.1),
-        nursery=nursery,
+        trainer_pool=trainer_pool,
         scratch=scratch or folder / "scratch",
         worker_id="w",
         slot=0,
@@ -105,60 +105,62 @@ def refuse(error: Exception) -> Callable[[], None]:
 
 
 def test_a_store_that_stays_away_gives_the_job_back_without_a_crash(
-    db: Database, nursery: TrainerPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    db: Database, trainer_pool: TrainerPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transfers, "RETRY_FOR_S", 0.0)
     store = Store(tmp_path / "objects", refuse(Unavailable("the object store does not answer: try again")))
-    job = run_one(db, nursery, tmp_path, store=store)
+    job = run_one(db, trainer_pool, tmp_path, store=store)
     assert (job.state, job.crashes) == ("queued", 0)
     assert last_event(db, job) == "the object store does not answer; the job goes on from its checkpoint"
 
 
 def test_a_store_that_stays_full_fails_the_job(
-    db: Database, nursery: TrainerPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    db: Database, trainer_pool: TrainerPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transfers, "RETRY_FOR_S", 0.0)
-    job = run_one(db, nursery, tmp_path, store=Store(tmp_path / "objects", refuse(StorageFull())))
+    job = run_one(db, trainer_pool, tmp_path, store=Store(tmp_path / "objects", refuse(StorageFull())))
     assert job.state == "failed"
     assert job.error is not None
     assert job.error["code"] == "disk_full"
 
 
 def test_a_failed_job_does_not_tell_where_this_host_keeps_its_files(
-    db: Database, nursery: TrainerPool, tmp_path: Path
+    db: Database, trainer_pool: TrainerPool, tmp_path: Path
 ) -> None:
     store = Store(tmp_path / "objects", refuse(DataInvalid(f"{tmp_path}/cache/x holds no packed data set")))
-    job = run_one(db, nursery, tmp_path, store=store)
+    job = run_one(db, trainer_pool, tmp_path, store=store)
     assert job.error is not None
     assert job.error["message"] == "<home>/cache/x holds no packed data set"
 
 
-def test_a_deleted_data_set_fails_the_job(db: Database, nursery: TrainerPool, tmp_path: Path) -> None:
+def test_a_deleted_data_set_fails_the_job(db: Database, trainer_pool: TrainerPool, tmp_path: Path) -> None:
     gone = {"dataset": "ds_00000000000000000000000000"}
-    job = run_one(db, nursery, tmp_path, spec={**SPEC, "data": gone})
+    job = run_one(db, trainer_pool, tmp_path, spec={**SPEC, "data": gone})
     assert job.error is not None
     assert (job.error["code"], job.error["pointer"]) == ("data_unavailable", "/data/dataset")
 
 
-def test_a_deleted_network_that_the_job_needs_fails_it(db: Database, nursery: TrainerPool, tmp_path: Path) -> None:
+def test_a_deleted_network_that_the_job_needs_fails_it(db: Database, trainer_pool: TrainerPool, tmp_path: Path) -> None:
     model = {"job": "job_" + "0" * 26, "input_shape": [1, 8, 8]}
-    job = run_one(db, nursery, tmp_path, spec={**SPEC, "model": model})
+    job = run_one(db, trainer_pool, tmp_path, spec={**SPEC, "model": model})
     assert job.error is not None
     assert (job.error["code"], job.error["pointer"]) == ("source_unavailable", "/model/job")
     assert "submit the job again" in job.error["hint"]
 
 
-def test_a_trainer_that_cannot_be_started_counts_as_a_crash(db: Database, nursery: TrainerPool, tmp_path: Path) -> None:
-    job = run_one(db, nursery, tmp_path)
+def test_a_trainer_that_cannot_be_started_counts_as_a_crash(
+    db: Database, trainer_pool: TrainerPool, tmp_path: Path
+) -> None:
+    job = run_one(db, trainer_pool, tmp_path)
     assert (job.state, job.crashes) == ("queued", 1)
     assert last_event(db, job).startswith("the worker failed: ")
     assert str(tmp_path) not in last_event(db, job)
 
 
 def test_a_scratch_folder_that_cannot_be_made_counts_as_a_crash(
-    db: Database, nursery: TrainerPool, tmp_path: Path
+    db: Database, trainer_pool: TrainerPool, tmp_path: Path
 ) -> None:
-    job = run_one(db, nursery, tmp_path, scratch=tmp_path / "blocked")
+    job = run_one(db, trainer_pool, tmp_path, scratch=tmp_path / "blocked")
     assert (job.state, job.crashes) == ("queued", 1)
 
 
@@ -166,7 +168,7 @@ def test_a_scratch_folder_that_cannot_be_made_counts_as_a_crash(
     ("act", "state"), [(commands.cancel_job, "cancelled"), (commands.pause_job, "paused"), (None, "queued")]
 )
 def test_nobody_waits_for_a_slow_download(
-    db: Database, nursery: TrainerPool, tmp_path: Path, act: Callable[[Database, str, str], Any] | None, state: str
+    db: Database, trainer_pool: TrainerPool, tmp_path: Path, act: Callable[[Database, str, str], Any] | None, state: str
 ) -> None:
     arrived, stopping, over = threading.Event(), threading.Event(), threading.Event()
 
@@ -184,7 +186,7 @@ def test_nobody_waits_for_a_slow_download(
     try:
         job = run_one(
             db,
-            nursery,
+            trainer_pool,
             tmp_path,
             store=Store(tmp_path / "objects", download),
             meanwhile=meanwhile,
@@ -198,13 +200,13 @@ def test_nobody_waits_for_a_slow_download(
 def test_a_nursery_outlives_a_spare_that_cannot_be_started(tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
     scratch.touch()
-    nursery = TrainerPool(scratch, spares=1)
+    trainer_pool = TrainerPool(scratch, spares=1)
     with pytest.raises(FileExistsError):
-        nursery.take()
+        trainer_pool.take()
     scratch.unlink()
-    trainer = nursery.take()
+    trainer = trainer_pool.take()
     trainer.discard()
-    nursery.close()
+    trainer_pool.close()
     assert list(scratch.iterdir()) == []
 
 

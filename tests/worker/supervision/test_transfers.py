@@ -12,7 +12,7 @@ from sqlalchemy import delete
 
 from app import weights
 from app.database.engine import Database
-from app.database.tables import Job
+from app.database.tables import JobRow
 from app.errors import SourceUnavailable, Unavailable
 from app.spec.job import parse_job
 from app.spec.references import Reference, references_in
@@ -142,6 +142,6 @@ def test_a_source_whose_row_is_gone_ends_the_job_with_advice(
 ) -> None:
     made, named = carried
     with db.write() as session:
-        session.execute(delete(Job).where(Job.id == source))  # as no route would do it
+        session.execute(delete(JobRow).where(JobRow.id == source))  # as no route would do it
     with pytest.raises(SourceUnavailable, match=f"there is no job {source}"):
         made.fetch_sources(named, tmp_path / "sources")

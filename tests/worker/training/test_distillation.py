@@ -14,7 +14,7 @@ from app.network.architecture import Preprocessing
 from app.network.graph import build_graph
 from app.network.layers.registry import read_layers
 from tests.support.jobs.tiny import task_of, tiny_data, tiny_layers, tiny_spec
-from worker.data.dataset import Batches, Part
+from worker.data.dataset import BatchLoader, Split
 from worker.export.files import export_network
 from worker.journal import MemoryJournal
 from worker.network import Network, build_network
@@ -41,11 +41,11 @@ def test_a_teacher_sees_the_augmented_batch_as_its_own_preprocessing_would_have_
     shape: tuple[int, ...], channels_last: bool
 ) -> None:
     images = np.random.default_rng(0).integers(0, 256, (12, *shape), dtype=np.uint8)
-    part = Part(images, np.zeros(12, np.int64))
+    part = Split(images, np.zeros(12, np.int64))
 
     def batch(preprocessing: Preprocessing) -> Tensor:
         shifted = ["random_crop", "horizontal_flip"]
-        batches = Batches(part, preprocessing, batch_size=12, augmentation=shifted, channels_last=channels_last)
+        batches = BatchLoader(part, preprocessing, batch_size=12, augmentation=shifted, channels_last=channels_last)
         return next(iter(batches.epoch(0)))[0]
 
     network = network_for(*shape)
@@ -106,10 +106,10 @@ def test_a_taught_training_moves_towards_the_teacher(data: Path, sources: Path, 
     assert losses[-1] < 0.4 * losses[0]
     teacher = job.teacher(lesson_of(job))
     with torch.no_grad():
-        images, _ = next(job.materials.plain())
+        images, _ = next(job.removal_context.plain())
         taught = job.reached.network.eval()(images).argmax(1)
         assert float((taught == teacher(images).argmax(1)).float().mean()) > 0.8
-    assert any(note.startswith("job teacher (baseline) taught: its accuracy") for note in job.reached.ledger.notes)
+    assert any(note.startswith("job teacher (baseline) taught: its accuracy") for note in job.reached.record.notes)
 
 
 def lesson_of(job: Job) -> Any:

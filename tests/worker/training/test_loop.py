@@ -126,12 +126,12 @@ def resumed(make: Callable[[], Fit], step: int) -> Fit:
 
 
 def test_a_network_learns_the_blobs_and_says_so_on_the_validation_part() -> None:
-    watch = Watching()
+    monitor = Watching()
     fit = start(training(epochs=5))
-    fit.run(watch)
-    assert watch.epochs[-1].accuracy is not None
-    assert watch.epochs[-1].accuracy > 0.9
-    assert watch.epochs[0].loss > watch.epochs[-1].loss
+    fit.run(monitor)
+    assert monitor.epochs[-1].accuracy is not None
+    assert monitor.epochs[-1].accuracy > 0.9
+    assert monitor.epochs[0].loss > monitor.epochs[-1].loss
 
 
 @pytest.mark.parametrize("cut", [1, 4, 6, 13])
@@ -259,10 +259,10 @@ def test_training_stops_early_when_the_accuracy_does_not_rise() -> None:
     settings = training(
         epochs=20, optimizer={"name": "sgd", "lr": 1e-8}, early_stopping={"patience": 3, "min_delta": 0.01}
     )
-    watch = Watching()
+    monitor = Watching()
     fit = start(settings)
-    fit.run(watch)
-    assert len(watch.epochs) == 4  # the first sets the mark, three do not pass it
+    fit.run(monitor)
+    assert len(monitor.epochs) == 4  # the first sets the mark, three do not pass it
     assert fit.finished
 
 
@@ -283,12 +283,12 @@ def test_a_loss_that_is_no_number_ends_the_loop_with_its_step_and_rate() -> None
 
 
 def test_losses_are_read_at_the_first_step_and_then_in_windows_whose_mean_is_the_epochs() -> None:
-    watch = Watching()
-    start(training(epochs=1), batches=BlobBatches(1000)).run(watch)
-    assert [window.steps for window in watch.windows] == [1, 50, 50, 24]
-    mean = sum(window.losses["loss"] * window.steps for window in watch.windows) / 125
-    assert watch.epochs[0].loss == pytest.approx(mean)
-    assert all(window.images_per_s > 0 for window in watch.windows)
+    monitor = Watching()
+    start(training(epochs=1), batches=BlobBatches(1000)).run(monitor)
+    assert [window.steps for window in monitor.windows] == [1, 50, 50, 24]
+    mean = sum(window.losses["loss"] * window.steps for window in monitor.windows) / 125
+    assert monitor.epochs[0].loss == pytest.approx(mean)
+    assert all(window.images_per_s > 0 for window in monitor.windows)
 
 
 def test_two_micro_batches_have_the_gradient_of_the_whole() -> None:
@@ -313,16 +313,16 @@ def test_regularization_is_in_the_loss_and_told_apart_from_the_cross_entropy() -
     network = build_network(graph, seed=0)
     weights = [p.detach() for name, p in network.named_parameters() if name in ("conv1.weight", "linear1.weight")]
     l1, l2 = sum(float(w.abs().sum()) for w in weights), sum(float((w**2).sum()) for w in weights)
-    watch = Watching(leave_before=1)
+    monitor = Watching(leave_before=1)
     fit = start(training(), network=network, regularizations=(Regularization(l1=1e-3, l2=1e-4),))
     with pytest.raises(Leave):
-        fit.run(watch)
-    assert watch.windows[0].losses["l1"] == pytest.approx(1e-3 * l1, rel=1e-5)
-    assert watch.windows[0].losses["l2"] == pytest.approx(1e-4 * l2, rel=1e-5)
+        fit.run(monitor)
+    assert monitor.windows[0].losses["l1"] == pytest.approx(1e-3 * l1, rel=1e-5)
+    assert monitor.windows[0].losses["l2"] == pytest.approx(1e-4 * l2, rel=1e-5)
     plain = Watching(leave_before=1)
     with pytest.raises(Leave):
         start(training(), graph=graph).run(plain)
-    assert watch.windows[0].losses["loss"] == plain.windows[0].losses["loss"]
+    assert monitor.windows[0].losses["loss"] == plain.windows[0].losses["loss"]
 
 
 def test_l2_in_the_loss_equals_a_weight_decay_twice_as_large() -> None:
@@ -349,11 +349,11 @@ def test_a_teacher_teaches_and_is_not_changed() -> None:
     teacher = build_network(small_cnn(dropout=0.5), seed=9)
     choose_precision(training(), "cpu", spatial_axes=2).place(teacher)
     before = snapshot(teacher)
-    watch = Watching()
+    monitor = Watching()
     fit = start(training(), teacher=teacher, distillation=Distillation(alpha=1.0, temperature=2.0))
-    fit.run(watch)
+    fit.run(monitor)
     assert equal(before, snapshot(teacher))
-    assert watch.windows[-1].losses["distillation"] < watch.windows[0].losses["distillation"]
+    assert monitor.windows[-1].losses["distillation"] < monitor.windows[0].losses["distillation"]
 
 
 def test_only_the_teacher_counts_at_alpha_one() -> None:
@@ -411,12 +411,12 @@ def test_clipping_bounds_the_gradient() -> None:
 
 
 def test_label_smoothing_is_in_the_objective() -> None:
-    watch = Watching(leave_before=1)
+    monitor = Watching(leave_before=1)
     fit = start(training(label_smoothing=0.2))
     logits_NK = build_network(small_cnn(), seed=0)(next(BlobBatches().epoch(0))[0])
     labels_N = next(BlobBatches().epoch(0))[1]
     with pytest.raises(Leave):
-        fit.run(watch)
-    assert watch.windows[0].losses["loss"] == pytest.approx(
+        fit.run(monitor)
+    assert monitor.windows[0].losses["loss"] == pytest.approx(
         float(cross_entropy(logits_NK.detach(), labels_N, label_smoothing=0.2)), rel=1e-4
     )

@@ -17,7 +17,7 @@ from app.spec.low_rank import Scheme
 from tests.support.networks.saturation import INT16, IntegerLayer, Machine, dot
 from tests.support.networks.topologies import TOPOLOGIES, pictures, topology, trained
 from worker.compression.quantization import Quantizer, Sample, rmse_ratio, saturates
-from worker.data.dataset import Part
+from worker.data.dataset import Split
 from worker.export.files import portable_tensors
 from worker.export.onnx_model import onnx_bytes
 from worker.verification.saturation import (
@@ -34,7 +34,7 @@ IMAGES = 16
 
 def sample_of(graph: Graph) -> Sample:
     channels = graph.input_shape[0]
-    part = Part(pictures(graph, IMAGES), np.zeros(IMAGES, np.int64))
+    part = Split(pictures(graph, IMAGES), np.zeros(IMAGES, np.int64))
     return Sample(part, Preprocessing(1.0, (0.0,) * channels, (1.0,) * channels), IMAGES)
 
 

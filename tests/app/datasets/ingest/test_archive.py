@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from app.datasets.ingest.archive import clean_name, open_archive
-from app.datasets.ingest.limits import Limits, Rejected
+from app.datasets.ingest.limits import Rejected, UploadLimits
 from tests.support.services.uploads import tarred, zipped
 
 Pack = Callable[[Path, dict[str, bytes]], Path]
-SMALL = Limits(unpacked_bytes=100_000, entries=50, ratio_from_bytes=10_000)
+SMALL = UploadLimits(unpacked_bytes=100_000, entries=50, ratio_from_bytes=10_000)
 
 
-def contents(path: Path, limits: Limits = SMALL) -> dict[str, bytes]:
+def contents(path: Path, limits: UploadLimits = SMALL) -> dict[str, bytes]:
     found = {}
     with open_archive(path, limits) as archive:
         for entry, stream in archive.members():
@@ -32,7 +32,7 @@ def contents(path: Path, limits: Limits = SMALL) -> dict[str, bytes]:
     return found
 
 
-def refusal(path: Path, limits: Limits = SMALL) -> str:
+def refusal(path: Path, limits: UploadLimits = SMALL) -> str:
     with pytest.raises(Rejected) as refused:
         contents(path, limits)
     return str(refused.value)

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.datasets.ingest.limits import Limits, Rejected
+from app.datasets.ingest.limits import Rejected, UploadLimits
 from app.datasets.ingest.pack import Ingested, ingest
 from app.datasets.packed.packed import read_manifest
 from tests.support.services.uploads import images, labels, npy, npy_header, npz, zipped
 
-LIMITS = Limits(unpacked_bytes=10_000_000)
+LIMITS = UploadLimits(unpacked_bytes=10_000_000)
 
 
-def pack(tmp_path: Path, upload: Path, limits: Limits = LIMITS) -> Ingested:
+def pack(tmp_path: Path, upload: Path, limits: UploadLimits = LIMITS) -> Ingested:
     out = tmp_path / "out"
     out.mkdir()
     return ingest(upload, "auto", out, limits)
@@ -29,7 +29,7 @@ def whole(**changes: Any) -> dict[str, Any]:
     return {name: value for name, value in {**arrays, **changes}.items() if value is not None}
 
 
-def refused(tmp_path: Path, upload: Path, limits: Limits = LIMITS) -> Rejected:
+def refused(tmp_path: Path, upload: Path, limits: UploadLimits = LIMITS) -> Rejected:
     with pytest.raises(Rejected) as refusal:
         pack(tmp_path, upload, limits)
     return refusal.value
@@ -189,7 +189,7 @@ def test_a_header_that_lies_is_found_before_anything_is_loaded(
 
 def test_an_example_larger_than_the_limit_is_refused_before_it_is_read(tmp_path: Path) -> None:
     upload = npz(tmp_path / "u", **whole(x_train=images(20, (50, 50))))
-    assert "examples of 2500 bytes" in str(refused(tmp_path, upload, Limits(example_bytes=1000)))
+    assert "examples of 2500 bytes" in str(refused(tmp_path, upload, UploadLimits(example_bytes=1000)))
 
 
 def test_two_classes_of_one_example_cannot_be_held_out(tmp_path: Path) -> None:

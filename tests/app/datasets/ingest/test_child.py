@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.datasets.ingest.child import Interrupted, check_in_child, read_answer
-from app.datasets.ingest.limits import Limits
+from app.datasets.ingest.child import CheckInterrupted, check_in_child, read_answer
+from app.datasets.ingest.limits import UploadLimits
 from app.datasets.packed.packed import PACKED, read_manifest
 from tests.support.services.uploads import class_folders, images, labels, npy_header, npz, zipped
 
@@ -30,7 +30,7 @@ def work_folder(tmp_path: Path) -> Path:
 def test_a_good_upload_is_packed_and_a_manifest_comes_back(tmp_path: Path) -> None:
     work = work_folder(tmp_path)
     upload = npz(tmp_path / "u", x_train=images(40), y_train=labels(40))
-    answer = check_in_child(upload, "auto", work, Limits(), name="--strange \u00e9 name")
+    answer = check_in_child(upload, "auto", work, UploadLimits(), name="--strange \u00e9 name")
     assert (answer.format, answer.problems) == ("npz", ())
     assert answer.manifest == read_manifest(work / PACKED)
     assert answer.manifest is not None
@@ -39,14 +39,14 @@ def test_a_good_upload_is_packed_and_a_manifest_comes_back(tmp_path: Path) -> No
 
 def test_a_bad_upload_comes_back_as_problems(tmp_path: Path) -> None:
     (tmp_path / "u").write_bytes(b"hello")
-    answer = check_in_child(tmp_path / "u", "auto", work_folder(tmp_path), Limits(), name="x")
+    answer = check_in_child(tmp_path / "u", "auto", work_folder(tmp_path), UploadLimits(), name="x")
     assert answer.manifest is None
     assert [problem["file"] for problem in answer.problems] == ["upload"]
 
 
 def test_a_child_that_takes_too_much_processor_time_is_stopped_with_a_sentence(tmp_path: Path) -> None:
     upload = zipped(tmp_path / "u", class_folders(20))
-    answer = check_in_child(upload, "auto", work_folder(tmp_path), Limits(cpu_s=0), name="x")
+    answer = check_in_child(upload, "auto", work_folder(tmp_path), UploadLimits(cpu_s=0), name="x")
     assert "takes more than 0 s to check" in answer.problems[0]["message"]
 
 
@@ -91,7 +91,7 @@ def test_the_child_sees_no_credentials(tmp_path: Path, monkeypatch: pytest.Monke
     )
     monkeypatch.setenv("PYTHONPATH", str(spy))
     (tmp_path / "u").write_bytes(b"hello")
-    check_in_child(tmp_path / "u", "auto", work_folder(tmp_path), Limits(), name="x")
+    check_in_child(tmp_path / "u", "auto", work_folder(tmp_path), UploadLimits(), name="x")
     seen = json.loads((spy / "seen").read_text())
     assert "secret" not in json.dumps(seen)
     assert seen["ESPALIER_PARENT"] == str(os.getpid())
@@ -102,8 +102,8 @@ def test_a_stop_of_the_service_ends_the_child_at_once(tmp_path: Path) -> None:
     stopping = threading.Event()
     threading.Timer(0.3, stopping.set).start()
     began = time.monotonic()
-    with pytest.raises(Interrupted):
-        check_in_child(upload, "auto", work_folder(tmp_path), Limits(), name="x", stopping=stopping)
+    with pytest.raises(CheckInterrupted):
+        check_in_child(upload, "auto", work_folder(tmp_path), UploadLimits(), name="x", stopping=stopping)
     assert time.monotonic() - began < 3
 
 
@@ -124,7 +124,7 @@ def test_a_child_that_is_killed_from_outside_is_tried_again(tmp_path: Path) -> N
 
     killer = threading.Thread(target=kill_once)
     killer.start()
-    answer = check_in_child(upload, "auto", work, Limits(), name="x")
+    answer = check_in_child(upload, "auto", work, UploadLimits(), name="x")
     killer.join()
     assert killed
     assert answer.manifest is not None

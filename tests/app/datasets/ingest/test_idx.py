@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from app.datasets.ingest.idx import match_idx_name
-from app.datasets.ingest.limits import Limits, Rejected
+from app.datasets.ingest.limits import Rejected, UploadLimits
 from app.datasets.ingest.pack import Ingested, ingest
 from tests.support.services.uploads import idx, images, labels, mnist_files, tarred, zipped
 
-LIMITS = Limits(unpacked_bytes=1_000_000, ratio_from_bytes=10_000)
+LIMITS = UploadLimits(unpacked_bytes=1_000_000, ratio_from_bytes=10_000)
 
 
 def pack(tmp_path: Path, upload: Path, kind: str = "auto") -> Ingested:

@@ -11,22 +11,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.datasets.ingest.limits import Limits, Rejected
+from app.datasets.ingest.limits import Rejected, UploadLimits
 from app.datasets.ingest.pack import Ingested, ingest
 from app.datasets.ingest.pictures import decode
 from app.datasets.packed.resizing import ensure_resized, prepare_pictures, stored_pictures
 from tests.support.services.uploads import class_folders, picture, tarred, zipped
 
-LIMITS = Limits(unpacked_bytes=10_000_000, picture_pixels=100_000)
+LIMITS = UploadLimits(unpacked_bytes=10_000_000, picture_pixels=100_000)
 
 
-def pack(tmp_path: Path, members: dict[str, bytes], limits: Limits = LIMITS) -> Ingested:
+def pack(tmp_path: Path, members: dict[str, bytes], limits: UploadLimits = LIMITS) -> Ingested:
     out = tmp_path / "out"
     out.mkdir()
     return ingest(zipped(tmp_path / "u", members), "auto", out, limits)
 
 
-def refused(tmp_path: Path, members: dict[str, bytes], limits: Limits = LIMITS) -> Rejected:
+def refused(tmp_path: Path, members: dict[str, bytes], limits: UploadLimits = LIMITS) -> Rejected:
     with pytest.raises(Rejected) as refusal:
         pack(tmp_path, members, limits)
     return refusal.value
@@ -235,16 +235,16 @@ def test_folders_that_make_no_data_set_are_refused(tmp_path: Path, members: dict
 
 def test_too_many_classes_and_too_large_files_are_refused_by_their_limit(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    limits = Limits(classes=3)
+    limits = UploadLimits(classes=3)
     assert "there are 4 classes; the limit is 3" in str(
         refused(tmp_path / "a", class_folders(2, tuple("abcd")), limits)
     )
-    assert "the limit is 50" in str(refused(tmp_path, class_folders(3), Limits(picture_bytes=50)))
+    assert "the limit is 50" in str(refused(tmp_path, class_folders(3), UploadLimits(picture_bytes=50)))
 
 
 def test_pictures_that_decode_to_too_much_together_are_refused(tmp_path: Path) -> None:
     members = {f"{kind}/{n}.png": png(Image.new("RGB", (200, 200))) for kind in "ab" for n in range(5)}
-    assert "decode to more than 500000" in str(refused(tmp_path, members, Limits(unpacked_bytes=500_000)))
+    assert "decode to more than 500000" in str(refused(tmp_path, members, UploadLimits(unpacked_bytes=500_000)))
 
 
 def test_a_tar_of_class_folders_is_read_as_well(tmp_path: Path) -> None:
