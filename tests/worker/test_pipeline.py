@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from app.api import schemas
 from app.errors import DataInvalid, DiskFull, Diverged, LayerEmptied, OutOfMemory
+from app.schemas.report import ReportSchema
 from tests.support.jobs.tiny import (
     SHAPE,
     SYNTHETIC,
@@ -119,7 +119,7 @@ def test_the_file_without_zeros_is_listed_proven_and_its_size_is_in_the_report(
     )
     report = outcome.report
     assert report["sparse"] == {"name": sparse.name, "size_bytes": sparse.size_bytes, "dense_bytes": dense.size_bytes}
-    schemas.Report.model_validate_json(json.dumps(report, allow_nan=False), strict=True)
+    ReportSchema.model_validate_json(json.dumps(report, allow_nan=False), strict=True)
     assert sparse.size_bytes < dense.size_bytes == report["final"]["bytes"]
     assert report["verification"][sparse.name] == report["verification"][dense.name]
     assert set(report["compressed_bytes"]) == {dense.name, sparse.name, "baseline.safetensors"}

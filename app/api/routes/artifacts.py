@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Request
 from starlette.responses import Response
 
-from app.api import schemas
+from app.api import responses
 from app.api.context import Context
 from app.api.downloads import StoredFile, download
 from app.api.parameters import JobId, check_id
@@ -23,14 +23,14 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 
-@router.get("/{job_id}/artifacts", summary="Delivered files", responses=schemas.ARTIFACTS)
+@router.get("/{job_id}/artifacts", summary="Delivered files", responses=responses.ARTIFACTS)
 def list_job_artifacts(context: RequestContext, owner: Tenant, job_id: JobId) -> Response:
     """The files of a job that succeeded; none before."""
     found = list_artifacts(context.db, owner, check_id("job", job_id))
     return Json({"items": [artifact_document(job_id, artifact) for artifact in found]})
 
 
-@router.get("/{job_id}/artifacts/{name}", summary="One delivered file", responses=schemas.FILE)
+@router.get("/{job_id}/artifacts/{name}", summary="One delivered file", responses=responses.FILE)
 def get_job_artifact(
     request: Request, context: RequestContext, owner: Tenant, job_id: JobId, name: ArtifactName
 ) -> Response:

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from app.api import schemas
+from app.api import responses
 from app.api.context import Context, pause
 from app.api.parameters import Cursor, DatasetId, Limit, check_id, is_id
 from app.api.rendering import Json
@@ -37,7 +37,7 @@ Format = Annotated[
 
 
 @router.post(
-    "", status_code=201, summary="Upload a data set", responses=schemas.UPLOADED, openapi_extra=schemas.UPLOAD_BODY
+    "", status_code=201, summary="Upload a data set", responses=responses.UPLOADED, openapi_extra=responses.UPLOAD_BODY
 )
 async def upload_dataset(
     request: Request, context: RequestContext, owner: Tenant, name: Name = "upload", kind: Format = "auto"
@@ -60,7 +60,7 @@ async def upload_dataset(
     return Json(view.document(), 201, {"Location": f"/v1/datasets/{view.id}"})
 
 
-@router.get("", summary="List data sets, newest first", responses=schemas.DATASETS)
+@router.get("", summary="List data sets, newest first", responses=responses.DATASETS)
 def list_datasets(context: RequestContext, owner: Tenant, limit: Limit = 50, cursor: Cursor = None) -> Response:
     """One page; `next_cursor` null is the end. More than 200 are cut to 200."""
     if cursor is not None and not is_id("ds", cursor):
@@ -69,14 +69,14 @@ def list_datasets(context: RequestContext, owner: Tenant, limit: Limit = 50, cur
     return Json({"items": [view.document() for view in page], "next_cursor": following})
 
 
-@router.get("/{dataset_id}", summary="One data set", responses=schemas.DATASET)
+@router.get("/{dataset_id}", summary="One data set", responses=responses.DATASET)
 def get_dataset(context: RequestContext, owner: Tenant, dataset_id: DatasetId) -> Response:
     """The data set; while it is `checking`, ask again."""
     view = registry.get_dataset(context.db, owner, check_id("ds", dataset_id))
     return Json(view.document(), headers=_retry(view))
 
 
-@router.delete("/{dataset_id}", status_code=204, summary="Remove a data set", responses=schemas.REMOVED)
+@router.delete("/{dataset_id}", status_code=204, summary="Remove a data set", responses=responses.REMOVED)
 def delete_dataset(context: RequestContext, owner: Tenant, dataset_id: DatasetId) -> Response:
     """Nothing; 409 while a job that has not finished uses it."""
     registry.delete_dataset(context.db, owner, check_id("ds", dataset_id))

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from app.api import schemas
+from app.api import responses
 from app.api.context import LOOK_S, Context, pause
 from app.api.downloads import StreamedResponse
 from app.api.parameters import After, JobId, LastEventId, Limit, check_id, parse_last_event_id
@@ -34,7 +34,7 @@ TERMINAL_TYPES = frozenset({"job.succeeded", "job.failed", "job.cancelled"})
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 
-@router.get("/{job_id}/events", summary="What happened", responses=schemas.EVENTS)
+@router.get("/{job_id}/events", summary="What happened", responses=responses.EVENTS)
 def get_events(
     request: Request,
     context: RequestContext,

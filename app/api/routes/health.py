@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from sqlalchemy import text
 from starlette.responses import Response
 
-from app.api import schemas
+from app.api import responses
 from app.api.rendering import Json
 from app.api.routes.jobs import RequestContext
 from app.errors import Unavailable
@@ -14,13 +14,13 @@ from app.errors import Unavailable
 router = APIRouter(tags=["operation"])
 
 
-@router.get("/healthz", summary="Alive", responses=schemas.HEALTH)
+@router.get("/healthz", summary="Alive", responses=responses.HEALTH)
 async def healthz() -> Response:
     """200 while the process answers; it asks nobody else."""
     return Json({"status": "ok"})
 
 
-@router.get("/readyz", summary="Ready for work", responses=schemas.HEALTH)
+@router.get("/readyz", summary="Ready for work", responses=responses.HEALTH)
 def readyz(context: RequestContext) -> Response:
     """200 while database and object store answer and the server is not stopping; else 503."""
     if context.stopping.is_set():

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import PlainTextResponse, Response
 
-from app.api import schemas
+from app.api import responses
 from app.api.bodies import parse_json, read_json
 from app.api.context import LOOK_S, Context, context_of, pause, tenant
 from app.api.downloads import matches
@@ -45,7 +45,9 @@ JsonBytes = Annotated[bytes, Depends(read_json)]
 Move = Callable[[Database, str, str], JobView]
 
 
-@router.post("", status_code=201, summary="Submit a job", responses=schemas.SUBMITTED, openapi_extra=schemas.SPEC_BODY)
+@router.post(
+    "", status_code=201, summary="Submit a job", responses=responses.SUBMITTED, openapi_extra=responses.SPEC_BODY
+)
 def submit_job(
     request: Request, context: RequestContext, owner: Tenant, raw: JsonBytes, idempotency_key: IdempotencyKey = None
 ) -> Response:
@@ -65,14 +67,17 @@ def submit_job(
 
 
 @router.post(
-    "/validate", summary="Try a job without submitting it", responses=schemas.VALIDATED, openapi_extra=schemas.SPEC_BODY
+    "/validate",
+    summary="Try a job without submitting it",
+    responses=responses.VALIDATED,
+    openapi_extra=responses.SPEC_BODY,
 )
 def validate_job(context: RequestContext, owner: Tenant, raw: JsonBytes) -> Response:
     """What the job would be: layers, costs, memory, warnings. 200 exactly when a submit is 201; stores nothing."""
     return Json(plan_answer(plan_job(context, owner, parse_json(raw).document)))
 
 
-@router.get("", summary="List jobs, newest first", responses=schemas.JOBS)
+@router.get("", summary="List jobs, newest first", responses=responses.JOBS)
 def list_jobs(
     context: RequestContext,
     owner: Tenant,
@@ -88,7 +93,7 @@ def list_jobs(
     return Json({"items": [job_document(job) for job in page], "next_cursor": following})
 
 
-@router.get("/{job_id}", summary="One job", responses=schemas.JOB)
+@router.get("/{job_id}", summary="One job", responses=responses.JOB)
 async def get_job(
     request: Request,
     context: RequestContext,
@@ -128,31 +133,31 @@ async def _wait_for_change(
     return False
 
 
-@router.post("/{job_id}/cancel", status_code=202, summary="Discard the job", responses=schemas.TOLD)
+@router.post("/{job_id}/cancel", status_code=202, summary="Discard the job", responses=responses.TOLD)
 def cancel_job(context: RequestContext, owner: Tenant, job_id: JobId, if_match: IfMatch = None) -> Response:
     """The job, cancelled or on its way there."""
     return _tell(context, owner, job_id, if_match, commands.cancel_job)
 
 
-@router.post("/{job_id}/stop", status_code=202, summary="Deliver the best so far", responses=schemas.TOLD)
+@router.post("/{job_id}/stop", status_code=202, summary="Deliver the best so far", responses=responses.TOLD)
 def stop_job(context: RequestContext, owner: Tenant, job_id: JobId, if_match: IfMatch = None) -> Response:
     """The job; what has been reached is evaluated and exported, and the job succeeds with `stopped_early`."""
     return _tell(context, owner, job_id, if_match, commands.stop_job)
 
 
-@router.post("/{job_id}/pause", status_code=202, summary="Pause the job", responses=schemas.TOLD)
+@router.post("/{job_id}/pause", status_code=202, summary="Pause the job", responses=responses.TOLD)
 def pause_job(context: RequestContext, owner: Tenant, job_id: JobId, if_match: IfMatch = None) -> Response:
     """The job; a running one writes a checkpoint and leaves its worker."""
     return _tell(context, owner, job_id, if_match, commands.pause_job)
 
 
-@router.post("/{job_id}/resume", status_code=202, summary="Go on with a paused job", responses=schemas.TOLD)
+@router.post("/{job_id}/resume", status_code=202, summary="Go on with a paused job", responses=responses.TOLD)
 def resume_job(context: RequestContext, owner: Tenant, job_id: JobId, if_match: IfMatch = None) -> Response:
     """The job, waiting for a worker again; it goes on from its checkpoint."""
     return _tell(context, owner, job_id, if_match, commands.resume_job)
 
 
-@router.post("/{job_id}/retry", status_code=201, summary="Submit the same job again", responses=schemas.RETRIED)
+@router.post("/{job_id}/retry", status_code=201, summary="Submit the same job again", responses=responses.RETRIED)
 def retry_job(
     request: Request, context: RequestContext, owner: Tenant, job_id: JobId, idempotency_key: IdempotencyKey = None
 ) -> Response:
@@ -167,7 +172,7 @@ def retry_job(
     return _made(context, view, created)
 
 
-@router.delete("/{job_id}", status_code=204, summary="Remove the job", responses=schemas.REMOVED)
+@router.delete("/{job_id}", status_code=204, summary="Remove the job", responses=responses.REMOVED)
 def delete_job(context: RequestContext, owner: Tenant, job_id: JobId, if_match: IfMatch = None) -> Response:
     """Nothing. A running job is cancelled first; then its rows and its files go.
 
@@ -179,25 +184,25 @@ def delete_job(context: RequestContext, owner: Tenant, job_id: JobId, if_match: 
     return Response(status_code=204)
 
 
-@router.get("/{job_id}/metrics", summary="Curves", responses=schemas.METRICS)
+@router.get("/{job_id}/metrics", summary="Curves", responses=responses.METRICS)
 def get_metrics(context: RequestContext, owner: Tenant, job_id: JobId) -> Response:
     """Every series as [step, value] pairs in the order of steps."""
     return Json({"series": commands.read_metrics(context.db, owner, check_id("job", job_id))})
 
 
-@router.get("/{job_id}/logs", summary="The trainer's log", responses=schemas.LOG)
+@router.get("/{job_id}/logs", summary="The trainer's log", responses=responses.LOG)
 def get_logs(context: RequestContext, owner: Tenant, job_id: JobId) -> Response:
     """The newest 4 MiB, as plain text."""
     return PlainTextResponse(commands.read_log(context.db, owner, check_id("job", job_id)))
 
 
-@router.get("/{job_id}/report", summary="Dense against pruned", responses=schemas.REPORT)
+@router.get("/{job_id}/report", summary="Dense against pruned", responses=responses.REPORT)
 def get_report(context: RequestContext, owner: Tenant, job_id: JobId) -> Response:
     """The report of a job that succeeded; 409 before it is over."""
     return Json(commands.read_report(context.db, owner, check_id("job", job_id)))
 
 
-@router.get("/{job_id}/checkpoints", summary="Checkpoints", responses=schemas.CHECKPOINTS)
+@router.get("/{job_id}/checkpoints", summary="Checkpoints", responses=responses.CHECKPOINTS)
 def list_checkpoints(context: RequestContext, owner: Tenant, job_id: JobId) -> Response:
     """The kept checkpoints, newest first."""
     kept = commands.list_checkpoints(context.db, owner, check_id("job", job_id))

@@ -11,9 +11,10 @@ from pydantic.json_schema import models_json_schema
 from starlette.responses import HTMLResponse, Response
 
 from app import errors
-from app.api import schemas
+from app.api import responses
 from app.api.problems import MEDIA_TYPE
 from app.api.rendering import Json
+from app.schemas.problem import ProblemSchema
 from app.spec.job import JobSpec
 from app.web import reference
 from app.web.pages import POLICY
@@ -23,7 +24,7 @@ PROBLEM: dict[str, Any] = {
     "description": "An error: `code` says which, `errors` where.",
     "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
 }
-EVERY_ROUTE: schemas.Responses = {"default": PROBLEM}
+EVERY_ROUTE: responses.Responses = {"default": PROBLEM}
 
 router = APIRouter(include_in_schema=False)
 
@@ -58,7 +59,7 @@ def describe(app: FastAPI) -> dict[str, Any]:
         document = get_openapi(
             title=app.title, version=app.version, description=app.description, routes=app.routes, tags=app.openapi_tags
         )
-        _, spec = models_json_schema([(JobSpec, "validation"), (schemas.Problem, "serialization")], ref_template=SCHEMA)
+        _, spec = models_json_schema([(JobSpec, "validation"), (ProblemSchema, "serialization")], ref_template=SCHEMA)
         components: dict[str, Any] = document.setdefault("components", {}).setdefault("schemas", {})
         for name in ("HTTPValidationError", "ValidationError"):
             components.pop(name, None)

@@ -9,7 +9,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from app import weights
-from app.api import schemas
+from app.api import responses
 from app.api.parameters import Cursor, Limit, WeightsId, check_id, is_id
 from app.api.rendering import Json
 from app.api.routes.jobs import RequestContext, Tenant
@@ -26,8 +26,8 @@ Name = Annotated[Text, Query(description="What to call them; they are used by th
     "",
     status_code=201,
     summary="Upload weights",
-    responses=schemas.WEIGHTS_UPLOADED,
-    openapi_extra=schemas.UPLOAD_BODY,
+    responses=responses.WEIGHTS_UPLOADED,
+    openapi_extra=responses.UPLOAD_BODY,
 )
 async def upload_weights(request: Request, context: RequestContext, owner: Tenant, name: Name = "weights") -> Response:
     """The weights, whose safetensors file is the body: float32, float16, bfloat16 or float64, every value finite.
@@ -48,7 +48,7 @@ async def upload_weights(request: Request, context: RequestContext, owner: Tenan
     return Json(view.document(), 201, {"Location": f"/v1/weights/{view.id}"})
 
 
-@router.get("", summary="List weights, newest first", responses=schemas.WEIGHTS_PAGE)
+@router.get("", summary="List weights, newest first", responses=responses.WEIGHTS_PAGE)
 def list_weights(context: RequestContext, owner: Tenant, limit: Limit = 50, cursor: Cursor = None) -> Response:
     """One page, without tensors; `next_cursor` null is the end. More than 200 are cut to 200."""
     if cursor is not None and not is_id("wt", cursor):
@@ -57,13 +57,13 @@ def list_weights(context: RequestContext, owner: Tenant, limit: Limit = 50, curs
     return Json({"items": [view.document() for view in page], "next_cursor": following})
 
 
-@router.get("/{weights_id}", summary="One upload of weights", responses=schemas.WEIGHTS)
+@router.get("/{weights_id}", summary="One upload of weights", responses=responses.WEIGHTS)
 def get_weights(context: RequestContext, owner: Tenant, weights_id: WeightsId) -> Response:
     """The weights with name, shape and dtype of each tensor."""
     return Json(weights.get_weights(context.db, owner, check_id("wt", weights_id)).document())
 
 
-@router.delete("/{weights_id}", status_code=204, summary="Remove weights", responses=schemas.REMOVED)
+@router.delete("/{weights_id}", status_code=204, summary="Remove weights", responses=responses.REMOVED)
 def delete_weights(context: RequestContext, owner: Tenant, weights_id: WeightsId) -> Response:
     """Nothing; 409 while a job that has not finished needs them."""
     weights.delete_weights(context.db, owner, check_id("wt", weights_id))

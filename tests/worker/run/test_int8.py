@@ -12,8 +12,8 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
-from app.api import schemas
 from app.errors import QuantizationFailed, VerificationFailed
+from app.schemas.report import ReportSchema
 from app.spec.low_rank import Quantize, Scheme
 from tests.support.jobs.tiny import SHAPE, SYNTHETIC, task_of, tiny_data, tiny_spec
 from worker.compression import quantization
@@ -71,7 +71,7 @@ def test_the_8_bit_file_is_delivered_proven_and_listed(job: tuple[Delivered, Mem
     assert proof["right_on"] == "every processor"
     assert listed[INT8_MODEL]["size_bytes"] == outcome.report["int8"]["bytes"] == delivery.size_bytes
     assert {node.op_type for node in onnx.load(delivery.path).graph.node} >= {"QuantizeLinear", "DequantizeLinear"}
-    described = schemas.Report.model_validate_json(json.dumps(outcome.report, allow_nan=False), strict=True)
+    described = ReportSchema.model_validate_json(json.dumps(outcome.report, allow_nan=False), strict=True)
     assert described.int8 is not None
     (event,) = journal.of_type("quantize.applied")
     assert event.data["accuracy"] == outcome.report["int8"]["accuracy"]
@@ -301,7 +301,7 @@ def test_a_worker_that_saturates_delivers_the_other_files_and_says_what_to_do(
     assert (row["applied"], row["before"], row["after"]) == (False, report["final"], report["final"])
     assert (row["scheme"], row["reason"]) == ("int8_vnni", note)
     assert note in [event.message for event in journal.of_type("warning")]
-    schemas.Report.model_validate_json(json.dumps(report, allow_nan=False), strict=True)
+    ReportSchema.model_validate_json(json.dumps(report, allow_nan=False), strict=True)
     assert [progress.phase for progress in journal.progresses][-1] == "exporting"
     fractions = [progress.fraction for progress in journal.progresses]
     assert fractions == sorted(fractions)

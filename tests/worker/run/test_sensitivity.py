@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.api import schemas
 from app.pruning.budget import Curve
+from app.schemas.report import ReportSchema
 from tests.support.jobs.tiny import resume_folder, task_of, tiny_data, tiny_spec
 from worker.journal import MemoryJournal, Progress, Wish
 from worker.pipeline import Delivered, Paused, run
@@ -54,7 +54,7 @@ def test_every_group_has_a_row_and_every_part_a_cell(report: dict[str, Any]) -> 
 
 
 def test_the_report_is_as_the_api_describes_it(report: dict[str, Any]) -> None:
-    described = schemas.Report.model_validate_json(json.dumps(report, allow_nan=False), strict=True)
+    described = ReportSchema.model_validate_json(json.dumps(report, allow_nan=False), strict=True)
     assert described.sensitivity is not None
     assert [len(row.points) for row in described.sensitivity.groups] == [3, 3]
     assert described.model_extra is not None

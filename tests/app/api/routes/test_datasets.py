@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from app.api import schemas, uploads
+from app.api import uploads
 from app.api.routes import datasets
 from app.datasets import registry as registry
+from app.schemas.upload import DatasetSchema
 from tests.support.services.api import SPEC, Api, open_api, served_api
 from tests.support.services.uploads import images, labels, npz
 
@@ -42,7 +43,7 @@ def test_a_good_upload_is_ready_with_its_hash_size_splits_and_classes(api, uploa
     document = answer.json()
     assert answer.status_code == 201
     assert answer.headers["location"] == f"/v1/datasets/{document['id']}"
-    schemas.Dataset.model_validate(document)
+    DatasetSchema.model_validate(document)
     assert (document["name"], document["state"], document["format"]) == ("tiny", "ready", "npz")
     assert (document["splits"], document["shape"]) == ({"train": 40, "test": 10}, [8, 8, 3])
     assert document["classes"] == ["0", "1"]

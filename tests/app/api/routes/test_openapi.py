@@ -11,8 +11,15 @@ from typing import Any
 import pytest
 
 from app import errors
-from app.api import schemas
 from app.jobs import attempts
+from app.schemas.answer import Answer
+from app.schemas.catalogue import OptimizationsSchema, PresetsSchema
+from app.schemas.job import ArtifactsSchema, CheckpointsSchema, EventsSchema, JobSchema, JobsSchema, MetricsSchema
+from app.schemas.plan import PlanSchema
+from app.schemas.problem import ProblemSchema
+from app.schemas.report import ReportSchema
+from app.schemas.service import HealthSchema, WorkersSchema
+from app.schemas.upload import DatasetSchema, DatasetsSchema, WeightsPageSchema, WeightsSchema
 from tests.support.jobs.weights import good
 from tests.support.services.api import FILES, SPEC, Api, open_api
 
@@ -113,39 +120,39 @@ def test_every_answer_fits_its_schema(api):
         api.db, claim, step=1, epoch=1, phase="training", key=key, size_bytes=1, sha256="0" * 64, metrics={}
     )
     base = f"/v1/jobs/{job_id}"
-    while_it_runs: list[tuple[str, str, type[schemas.Answer]]] = [
-        ("GET", base, schemas.Job),
-        ("GET", f"{base}/events", schemas.Events),
-        ("GET", f"{base}/metrics", schemas.Metrics),
-        ("GET", f"{base}/checkpoints", schemas.Checkpoints),
-        ("GET", f"{base}/report", schemas.Problem),
-        ("GET", "/v1/jobs", schemas.Jobs),
-        ("GET", "/v1/workers", schemas.Workers),
-        ("GET", "/v1/presets", schemas.Presets),
-        ("GET", "/v1/optimizations", schemas.Optimizations),
-        ("GET", "/healthz", schemas.Health),
-        ("GET", "/readyz", schemas.Health),
-        ("GET", "/v1/jobs/x", schemas.Problem),
-        ("POST", f"{base}/pause", schemas.Job),
+    while_it_runs: list[tuple[str, str, type[Answer]]] = [
+        ("GET", base, JobSchema),
+        ("GET", f"{base}/events", EventsSchema),
+        ("GET", f"{base}/metrics", MetricsSchema),
+        ("GET", f"{base}/checkpoints", CheckpointsSchema),
+        ("GET", f"{base}/report", ProblemSchema),
+        ("GET", "/v1/jobs", JobsSchema),
+        ("GET", "/v1/workers", WorkersSchema),
+        ("GET", "/v1/presets", PresetsSchema),
+        ("GET", "/v1/optimizations", OptimizationsSchema),
+        ("GET", "/healthz", HealthSchema),
+        ("GET", "/readyz", HealthSchema),
+        ("GET", "/v1/jobs/x", ProblemSchema),
+        ("POST", f"{base}/pause", JobSchema),
     ]
     for method, path, model in while_it_runs:
         model.model_validate_json(api.client.request(method, path).content, strict=True)
     api.deliver(claim)
     for path, model in (
-        (base, schemas.Job),
-        (f"{base}/artifacts", schemas.Artifacts),
-        (f"{base}/report", schemas.Report),
+        (base, JobSchema),
+        (f"{base}/artifacts", ArtifactsSchema),
+        (f"{base}/report", ReportSchema),
     ):
         model.model_validate_json(api.client.get(path).content, strict=True)
-    schemas.Plan.model_validate_json(api.client.post("/v1/jobs/validate", json=SPEC).content, strict=True)
-    schemas.Job.model_validate_json(api.client.post("/v1/jobs", json=SPEC).content, strict=True)
-    schemas.Dataset.model_validate_json(api.client.post("/v1/datasets", content=b"x").content, strict=True)
-    schemas.Datasets.model_validate_json(api.client.get("/v1/datasets").content, strict=True)
+    PlanSchema.model_validate_json(api.client.post("/v1/jobs/validate", json=SPEC).content, strict=True)
+    JobSchema.model_validate_json(api.client.post("/v1/jobs", json=SPEC).content, strict=True)
+    DatasetSchema.model_validate_json(api.client.post("/v1/datasets", content=b"x").content, strict=True)
+    DatasetsSchema.model_validate_json(api.client.get("/v1/datasets").content, strict=True)
     weights = api.client.post("/v1/weights", content=good(head__weight=(2, 3)))
-    schemas.Weights.model_validate_json(weights.content, strict=True)
-    schemas.WeightsPage.model_validate_json(api.client.get("/v1/weights").content, strict=True)
+    WeightsSchema.model_validate_json(weights.content, strict=True)
+    WeightsPageSchema.model_validate_json(api.client.get("/v1/weights").content, strict=True)
     refused = api.client.post("/v1/jobs", json={"spec_version": 1, "name": "\0"})
-    schemas.Problem.model_validate_json(refused.content, strict=True)
+    ProblemSchema.model_validate_json(refused.content, strict=True)
 
 
 def test_every_error_code_has_its_place_in_the_docs(api):

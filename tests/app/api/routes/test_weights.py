@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.api import schemas
+from app.schemas.upload import WeightsSchema
 from tests.support.jobs.finished import both_networks
 from tests.support.jobs.weights import entry, good, tensors_of, weights_file
 from tests.support.services.api import SPEC, Api, error_pointers, open_api
@@ -57,7 +57,7 @@ def test_good_weights_are_201_with_every_tensor(api):
     document = answer.json()
     assert answer.status_code == 201
     assert answer.headers["location"] == f"/v1/weights/{document['id']}"
-    schemas.Weights.model_validate(document)
+    WeightsSchema.model_validate(document)
     assert (document["name"], document["size_bytes"]) == ("mine", len(file))
     assert document["sha256"] == hashlib.sha256(file).hexdigest()
     assert {row["name"]: tuple(row["shape"]) for row in document["tensors"]} == {
