@@ -41,9 +41,9 @@ from app.network.presets import preset_layers
 from app.spec.prune import Prune
 from worker.evaluation import Scores
 from worker.journal import MemoryJournal
+from worker.network import put, snapshot
 from worker.pruning.schedules import retrain_schedule
 from worker.run import preparation, stages
-from worker.training.averaging import put, snapshot
 
 CACHE = records.ROOT / "var" / "benchmarks" / "cache"
 AFTER_TRAINING = 2  # stages of every job: training, evaluating

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from app.errors import JsonValue
+from app.network.blocks import WEIGHTED
 from app.network.cost import cost
-from app.network.editor import WEIGHTED
 from worker.export.files import portable_network, portable_tensors
 from worker.network import Network
 

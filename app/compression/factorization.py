@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from app.network.editor import WEIGHTED, GraphEditor
+from app.network.blocks import WEIGHTED
+from app.network.editor import GraphEditor
 from app.network.graph import Graph, Node
 from app.network.layers.convolutions import Conv, ConvTranspose, Linear
 from app.network.layers.layer import Layer
@@ -40,11 +41,6 @@ LEAST_SHARE = 0.1  # of the full rank: the floor of ranks that are chosen
 EXCLUDED = "excluded"
 NOT_NAMED = "not among the layers that are named"
 _NAMES = ("reduce", "core", "depthwise")  # that layers get beside the one that keeps its own
-
-# A product has fewer parameters than the layer, which was within its limits.
-_NO_LIMITS = Limits(
-    layers=1 << 60, depth=1 << 60, channels=1 << 60, params=1 << 60, input_elements=1 << 60, activations=1 << 60
-)
 
 
 @dataclass(frozen=True)
@@ -268,7 +264,7 @@ def _replaced(graph: Graph, products: Mapping[str, tuple[ProductPart, ...]]) -> 
                     editor.redirect(place.name, place.inputs[0], before)
                 else:
                     before = editor.add_before(place.name, layer, part_name, [before])
-    return editor.graph(_NO_LIMITS)
+    return editor.graph(Limits.none())
 
 
 # --- which layers -----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from app.compression.norm_folding import folded_norms
-from app.network.editor import WEIGHTED
+from app.network.blocks import WEIGHTED
 from app.network.graph import Graph, Node
 from app.network.layers.pooling import Upsample
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from app.network.editor import WEIGHTED
+from app.network.blocks import WEIGHTED
 from app.network.graph import Graph
 
 

@@ -36,12 +36,11 @@ from app.compression.factorization import (
     part_names,
     stored_shapes,
 )
-from app.network.cost import FLOAT_BYTES, Cost, cost, safetensors_bytes
+from app.network.cost import FLOAT_BYTES, Cost, CostMeasure, cost, safetensors_bytes
 from app.network.graph import Graph
 from app.network.layers.shapes import Shape
 from app.pruning.budget import BudgetUnreachable
 from app.pruning.channel_rules import FloatArray, IntArray
-from app.pruning.incremental_cost import Measure
 from app.spec.low_rank import LowRank
 
 Spectra = Mapping[str, FloatArray]
@@ -213,7 +212,7 @@ def _within_budget(
 class _Search:
     """Ranks on their way to a budget. `total` are all MACs, or all weights that are stored."""
 
-    def __init__(self, graph: Graph, tools: Mapping[str, _Choices], measure: Measure, allowed: int) -> None:
+    def __init__(self, graph: Graph, tools: Mapping[str, _Choices], measure: CostMeasure, allowed: int) -> None:
         self._graph, self._tools, self._measure, self._allowed = graph, tools, measure, allowed
         self._dense = {name: choices.costs(choices.full) for name, choices in tools.items()}
         self._whole = _total(graph, measure)
@@ -344,7 +343,7 @@ class _Search:
         self.ranks[name] = ranks
 
 
-def _total(graph: Graph, measure: Measure) -> int:
+def _total(graph: Graph, measure: CostMeasure) -> int:
     if measure == "macs":
         return sum(node.macs for node in graph.nodes)
     if measure == "params":

@@ -9,12 +9,13 @@ from itertools import pairwise
 from typing import Any
 
 from app.errors import Fault, InvalidSpec, JsonValue
-from app.network.layers.activations import BatchNorm, Hardsigmoid, ReLU, Sigmoid
+from app.network.layers.activations import Hardsigmoid, ReLU, Sigmoid
 from app.network.layers.containers import Repeat, Residual, SqueezeExcite
 from app.network.layers.convolutions import Conv, Linear
 from app.network.layers.joins_and_views import Add, Multiply, Pad
 from app.network.layers.layer import Layer
 from app.network.layers.names import INPUT, LONGEST_NAME, local_names, why_refused
+from app.network.layers.normalization import BatchNorm
 from app.network.layers.pooling import GlobalAvgPool, MaxPool
 from app.network.layers.shapes import LayerFault, Shape, written
 from app.network.layers.sharing import Shareable, as_at, disagreements

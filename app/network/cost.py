@@ -6,12 +6,14 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from app.errors import JsonValue
 from app.network.graph import Graph
 from app.network.layers.names import INPUT
 from app.network.layers.shapes import Shape
 
+CostMeasure = Literal["macs", "params", "bytes"]
 FLOAT_BYTES = 4
 SAFETENSORS_METADATA = {"espalier": '{"format_version":1}'}
 """The metadata of every file of weights. One key only: with more, safetensors writes them in an order that changes."""
@@ -31,6 +33,11 @@ class Cost:
     """Multiply-accumulates of convolutions and linear layers for one example."""
     bytes: int
     """Size of its safetensors file, float32, running statistics included."""
+
+    def of(self, measure: CostMeasure) -> int:
+        """The cost in one measure."""
+        found: int = getattr(self, measure)
+        return found
 
     def document(self) -> dict[str, JsonValue]:
         """The cost as it stands in answers."""

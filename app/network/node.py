@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from typing import Self
 
 from app.network.layers.layer import Layer
 from app.network.layers.shapes import LARGEST_WIDTH, LayerTensor, Shape
@@ -27,6 +29,11 @@ class Limits:
     """Numbers of one example."""
     activations: int = 1_000_000_000
     """Numbers that all layers together compute for one example."""
+
+    @classmethod
+    def none(cls) -> Self:
+        """No limits: for what was within its limits when it was accepted, and cannot have grown since."""
+        return cls(**{field.name: sys.maxsize for field in fields(cls)})
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,11 @@ import math
 from collections.abc import Iterator, Sequence
 
 from app.errors import Fault, InvalidSpec, JsonValue
+from app.network.blocks import WEIGHTED
 from app.network.cost import Memory
-from app.network.editor import WEIGHTED
 from app.network.graph import Graph
 from app.spec.data import DataFacts
 from app.spec.job import JobSpec, PresetModel, retraining
-from app.spec.low_rank import Quantize
 from app.spec.optimizations import (
     COMPRESSIONS,
     LESSONS,
@@ -20,6 +19,7 @@ from app.spec.optimizations import (
     Regularization,
 )
 from app.spec.prune import Prune
+from app.spec.quantize import Quantize
 from app.spec.references import Source
 from app.validation.faults import counted
 

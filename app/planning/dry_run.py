@@ -18,15 +18,16 @@ from app.compression.replacement import (
     written_product,
 )
 from app.errors import Fault, InvalidSpec, JsonValue
+from app.network.blocks import WEIGHTED, last_layers
 from app.network.cost import Cost, cost
-from app.network.editor import WEIGHTED, last_layers
 from app.network.graph import Graph, Node
 from app.pruning.budget import BudgetUnreachable, Removals, choose_block, choose_removals, prunable_groups, why_kept
 from app.pruning.channel_classes import Classes, TooManyChannels, channel_classes, shrink_graph
 from app.pruning.zeros import dense_layers, planned_zeros
-from app.spec.low_rank import LowRank, Quantize, Separable
+from app.spec.low_rank import LowRank, Separable
 from app.spec.optimizations import Optimization
 from app.spec.prune import Budget, Prune, PruneOverride, Structure
+from app.spec.quantize import Quantize
 from app.spec.sensitivity import Sensitivity
 from app.validation.faults import MOST_FAULTS
 from app.validation.faults import pointer as pointer_to

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from app.errors import Fault, InvalidSpec, JsonValue
+from app.network.blocks import WEIGHTED
 from app.network.cost import Cost, Memory, cost, layer_rows, training_memory
-from app.network.editor import WEIGHTED
 from app.network.graph import Graph, Limits, build_graph
 from app.network.layers.registry import read_layers
 from app.network.presets import preset_layers
@@ -20,8 +20,8 @@ from app.rewrites.rewrites import rewrite
 from app.settings import Settings
 from app.spec.data import DataFacts
 from app.spec.job import JobModel, JobSpec, PresetModel, completed, retraining
-from app.spec.low_rank import Quantize
 from app.spec.optimizations import Compression, Optimization, Rewrite, SmallKernels
+from app.spec.quantize import Quantize
 from app.spec.references import Source
 from app.validation.faults import MOST_FAULTS
 

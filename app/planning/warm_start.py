@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.errors import Fault, InvalidSpec, JsonValue
-from app.network.editor import WEIGHTED
+from app.network.blocks import WEIGHTED
 from app.network.graph import Graph, Limits, build_graph
 from app.network.layers.names import INPUT
 from app.network.layers.registry import read_layers
@@ -21,12 +21,8 @@ from app.spec.job import JobSpec
 from app.spec.model import JobModel
 from app.spec.references import Reference, Source, every_reference
 from app.validation.faults import counted
+from app.validation.safetensors_header import COUNTER, FLOATS
 
-FLOATS = ("F32", "F16", "BF16", "F64")
-"""safetensors' names of the types that weights may have; they become float32."""
-COUNTER = "num_batches_tracked"
-VARIANCE = "running_var"
-"""How batch norm's tensors are called that weights may have besides: the one is not read, the other is not below 0."""
 MOST_LISTED = 8
 SCALES = {"uint8": 1 / 255, "float32": 1.0}
 

@@ -28,11 +28,11 @@ from itertools import pairwise
 
 import numpy as np
 
-from app.network.cost import Cost, cost
+from app.network.cost import Cost, CostMeasure, cost
 from app.network.graph import Graph
 from app.pruning.channel_classes import Classes, Group, channel_classes, shrink_graph
 from app.pruning.channel_rules import FloatArray, IntArray
-from app.pruning.incremental_cost import ChannelBlock, IncrementalCost, Measure
+from app.pruning.incremental_cost import ChannelBlock, IncrementalCost
 from app.spec.prune import Prune, PruneOverride
 from app.validation.faults import counted
 
@@ -80,7 +80,12 @@ class BudgetUnreachable(Exception):
     """
 
     def __init__(
-        self, measure: Measure | None, allowed: int | None, floor: int | None, dense: int | None, holds: Sequence[str]
+        self,
+        measure: CostMeasure | None,
+        allowed: int | None,
+        floor: int | None,
+        dense: int | None,
+        holds: Sequence[str],
     ) -> None:
         self.measure, self.allowed, self.floor, self.dense, self.holds = measure, allowed, floor, dense, tuple(holds)
         reasons = "; ".join(self.holds)
@@ -329,7 +334,7 @@ def _rooms_of_layers(classes: Classes, rooms: Sequence[_GroupLimits]) -> dict[st
 
 
 def _heaviest(
-    smallest: Graph, graph: Graph, classes: Classes, rooms: Sequence[_GroupLimits], measure: Measure
+    smallest: Graph, graph: Graph, classes: Classes, rooms: Sequence[_GroupLimits], measure: CostMeasure
 ) -> list[str]:
     """The three layers that cost most in the smallest network, with what keeps them as they are."""
     costs = {node.name: node.macs if measure == "macs" else node.params for node in smallest.nodes}
@@ -411,7 +416,7 @@ def _scores_of(parts: Sequence[IntArray], group: Group, values: FloatArray, *, n
 
 
 def _within(
-    cost_model: IncrementalCost, order: Sequence[ChannelBlock], measure: Measure, allowed: int
+    cost_model: IncrementalCost, order: Sequence[ChannelBlock], measure: CostMeasure, allowed: int
 ) -> list[ChannelBlock]:
     """The quanta that leave for a cost of at most `allowed`, which can be reached; `cost_model` is left without them.
 

@@ -164,13 +164,7 @@ def shrink_graph(graph: Graph, dropped: Collection[int], classes: Classes | None
         fields = RULES[node.layer.type].resize(node, inputs, classes.slots[node.name], kept)
         if fields:
             changed[node.name] = node.layer.model_copy(update=fields)
-    return graph.replace(changed, limits=_NO_LIMITS)
-
-
-# A graph only gets smaller here, and it was within its limits before.
-_NO_LIMITS = Limits(
-    layers=1 << 60, depth=1 << 60, channels=1 << 60, params=1 << 60, input_elements=1 << 60, activations=1 << 60
-)
+    return graph.replace(changed, limits=Limits.none())
 
 
 def _roots(count: int, pairs: Sequence[tuple[IntArray, IntArray]]) -> IntArray:

@@ -9,17 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from app.network.cost import FLOAT_BYTES, Cost, safetensors_bytes
+from app.network.cost import FLOAT_BYTES, Cost, CostMeasure, safetensors_bytes
 from app.network.graph import Graph
 from app.network.layers.shapes import Shape
 from app.pruning.channel_classes import Classes, Group
 from app.pruning.channel_rules import IntArray, Slots
-
-Measure = Literal["macs", "params", "bytes"]
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ class IncrementalCost:
         """Puts the quantum's channels back."""
         self._move(channel_block, 1)
 
-    def fits(self, measure: Measure, allowed: int) -> bool:
+    def fits(self, measure: CostMeasure, allowed: int) -> bool:
         """Whether the cost is at most `allowed`."""
         if measure != "bytes":
             return (self.macs if measure == "macs" else self.params) <= allowed

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from app.errors import Fault, InvalidSpec
-from app.network.editor import CONVOLUTIONS, NORMS, Block, GraphEditor, block_of, convolutions, last_layers
+from app.network.blocks import CONVOLUTIONS, NORMS, Block, block_of, convolutions, last_layers
+from app.network.editor import GraphEditor
 from app.network.graph import DEFAULT_LIMITS, Graph, Limits, Node
 from app.network.layers.registry import BatchNorm, Conv, ConvTranspose, Dropout, Layer, SpatialDropout
 from app.network.layers.sharing import unshared

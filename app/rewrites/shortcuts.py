@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 
-from app.network.editor import Block, GraphEditor, block_of
+from app.network.blocks import Block, block_of
+from app.network.editor import GraphEditor
 from app.network.graph import Graph, Node
 from app.network.layers.names import INPUT
 from app.network.layers.registry import Add, BatchNorm, Conv

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from app.schemas.answer import Answer, LayerSchema, MeasuresSchema
-from app.spec.low_rank import Scheme
+from app.spec.quantize import Scheme
 
 
 class StepSchema(Answer):

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, model_validator
 
-from app.spec.low_rank import LowRank, Quantize, Separable
+from app.spec.low_rank import LowRank, Separable
 from app.spec.prune import Artifact, Distillation, Prune
+from app.spec.quantize import Quantize
 from app.validation.strict import JobId, Names, Strict, fault
 
 

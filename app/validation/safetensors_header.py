@@ -21,7 +21,12 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from app.errors import Fault, InvalidWeights
-from app.planning.warm_start import COUNTER, FLOATS, VARIANCE
+
+FLOATS = ("F32", "F16", "BF16", "F64")
+"""safetensors' names of the types that weights may have; they become float32."""
+COUNTER = "num_batches_tracked"
+VARIANCE = "running_var"
+"""How batch norm's tensors are called that weights may have besides: the one is not read, the other is not below 0."""
 
 NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I64": "int64"}
 """PyTorch's names of the types that are taken; int64 only for the counters of batch norm, which nothing reads."""

@@ -28,7 +28,8 @@ from worker import pipeline
 from worker.journal import MemoryJournal, Progress, Wish
 from worker.network import Network
 from worker.pipeline import Cancelled, Delivered, Paused, run
-from worker.run.monitor import CheckpointWriter, Interrupted
+from worker.run.checkpoint_writer import CheckpointWriter
+from worker.run.monitor import Interrupted
 
 HALF = {"type": "prune", "sparsity": 0.5, "retrain": {"epochs": 1}}
 NARROW = {"type": "prune", "budget": {"macs": 0.5}, "round_to": 1, "retrain": {"epochs": 1}}

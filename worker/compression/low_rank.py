@@ -19,8 +19,8 @@ from app.compression.factorization import Factorable, Product, Ranks, low_rank_l
 from app.compression.rank_selection import Spectra
 from app.compression.replacement import replace_layers
 from app.errors import BudgetMissed
+from app.network.blocks import WEIGHTED
 from app.network.cost import Cost
-from app.network.editor import WEIGHTED
 from app.network.graph import Graph
 from app.network.layers.convolutions import ConvTranspose
 from app.pruning.budget import BudgetUnreachable

@@ -28,7 +28,7 @@ from app.errors import EspalierError, QuantizationFailed
 from app.network.architecture import Preprocessing
 from app.network.cost import cost
 from app.network.graph import Graph
-from app.spec.low_rank import Scheme
+from app.spec.quantize import Scheme
 from worker.data.dataset import Split
 from worker.export.onnx_model import OUTPUT_NAME
 from worker.verification.clean_process import onnx_network

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from app.errors import Diverged
-from app.network.editor import block_of
+from app.network.blocks import block_of
 from app.pruning.channel_classes import Classes
 from app.pruning.channel_rules import FloatArray
 from worker.network import Network, calls_of

@@ -14,12 +14,11 @@ from app.network.cost import cost
 from worker.evaluation import Scores, score
 from worker.export.files import export_network, file_sha256, kind_of, media_type_of, write_json, write_manifest
 from worker.latency import Latency, measure_latency
-from worker.network import Network, build_network
+from worker.network import Network, build_network, floating_tensors, put
 from worker.run.int8 import Int8File, int8_document, int8_measures, int8_rows, make_int8, write_int8
 from worker.run.preparation import Job
 from worker.run.report import class_rows, compressed_bytes, environment, measures, sparse_row, step_rows
 from worker.run.sensitivity import table_document
-from worker.training.averaging import floating_tensors, put
 from worker.verification.verification import Logits, NetworkKey, compute_logits, prove
 
 REPORT = "report.json"

@@ -17,7 +17,7 @@ import torch
 
 from app.compression.int8 import INTEGER, float_layers
 from app.network.cost import cost
-from app.spec.low_rank import Quantize
+from app.spec.quantize import Quantize
 from worker.compression.quantization import (
     Logits,
     Quantized,

@@ -15,28 +15,28 @@ from torch import Tensor, nn
 from app.datasets.packed.packed import read_manifest
 from app.errors import DataInvalid, InvalidSpec, SourceUnavailable
 from app.network.architecture import Preprocessing
-from app.planning.plan import Plan, make_plan
+from app.planning.plan import JobLimits, Plan, make_plan
 from app.pruning.budget import prunable_groups
 from app.pruning.channel_classes import channel_classes
 from app.spec.job import JobSpec, Training, parse_job
-from app.spec.low_rank import Quantize
 from app.spec.optimizations import Compression, Distill, Regularization
 from app.spec.prune import Distillation
+from app.spec.quantize import Quantize
 from app.spec.references import Reference, Source, references_in
 from worker.checkpoint import CheckpointRefused, read_checkpoint, spec_digest
 from worker.data.dataset import BatchLoader, Dataset, Splits, derive_seed, measure_preprocessing, split
 from worker.evaluation import Scores, score
 from worker.journal import Journal, Phase, Progress
-from worker.network import Network, build_network
+from worker.network import Network, build_network, put
 from worker.precision import Precision, choose_precision
 from worker.pruning import schedules
-from worker.run.monitor import CheckpointWriter, JobMonitor
+from worker.run.checkpoint_writer import CheckpointWriter
+from worker.run.monitor import JobMonitor
 from worker.run.progress import PhaseEstimate, ProgressTracker, forward_seconds, training_seconds
 from worker.run.record import RunRecord
 from worker.run.references import job_network, put_weights, read_sources, start_notes
 from worker.run.removal import RECALIBRATION_IMAGES, RemovalContext
-from worker.run.state import NO_LIMITS, Reached, restore
-from worker.training.averaging import put
+from worker.run.state import Reached, restore
 from worker.training.distillation import Teacher
 from worker.verification.verification import compute_logits
 
@@ -330,7 +330,7 @@ def _plan(spec: JobSpec, task: Task, sources: Mapping[str, Source]) -> Plan:
     except (OSError, ValueError, KeyError) as error:
         raise DataInvalid(f"the packed data set cannot be read: {error}") from error
     try:
-        return make_plan(spec, facts, limits=NO_LIMITS, sources=sources)
+        return make_plan(spec, facts, limits=JobLimits.none(), sources=sources)
     except InvalidSpec as refused:
         first = refused.faults[0]
         if first.pointer in {reference.pointer for reference in references_in(spec)}:

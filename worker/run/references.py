@@ -17,11 +17,12 @@ from torch import Tensor
 from app.errors import SourceUnavailable, WeightsInvalid
 from app.network.graph import Graph
 from app.network.layers.shapes import Shape
-from app.planning.warm_start import VARIANCE, Misfit, WarmStart, listed, network_at
+from app.network.node import Limits
+from app.planning.warm_start import Misfit, WarmStart, listed, network_at
 from app.spec.job import JobSpec
 from app.spec.references import Reference, Source, references_in
+from app.validation.safetensors_header import VARIANCE
 from worker.network import Network, build_network
-from worker.run.state import NO_LIMITS
 from worker.training.optimizers import layer_of
 
 WEIGHTS = "weights.safetensors"
@@ -118,7 +119,7 @@ def job_network(source: Source, reference: Reference, folder: Path | None, input
     Raises SourceUnavailable: it is not there, or is no longer what was planned with.
     """
     try:
-        graph: Graph = network_at(source, input_shape, NO_LIMITS)
+        graph: Graph = network_at(source, input_shape, Limits.none())
     except Misfit as misfit:
         raise _unavailable(reference, str(misfit)) from misfit
     network = build_network(graph)

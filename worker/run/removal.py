@@ -24,11 +24,12 @@ from app.pruning.budget import (
 )
 from app.pruning.channel_classes import channel_classes
 from app.pruning.weight_matrix import why_dense
-from app.spec.low_rank import Quantize, Separable
+from app.spec.low_rank import Separable
 from app.spec.optimizations import Compression
 from app.spec.prune import Prune
+from app.spec.quantize import Quantize
 from worker.latency import Stopwatch
-from worker.network import Network
+from worker.network import Network, put
 from worker.precision import Precision
 from worker.pruning.importance import class_scores
 from worker.pruning.latency_budget import confirm_time, removals_within_time
@@ -36,9 +37,9 @@ from worker.pruning.loss_curves import loss_curves
 from worker.pruning.recalibration import recalibrate_batch_norm
 from worker.pruning.schedules import PruningRound
 from worker.pruning.surgery import shrink
-from worker.training.averaging import put
+from worker.pruning.weight_masks import weight_masks
 from worker.training.losses import cross_entropy
-from worker.training.masks import Masks, weight_masks
+from worker.training.masks import Masks
 
 LARGE = ("conv", "conv_transpose", "linear")
 RECALIBRATION_IMAGES = 4096

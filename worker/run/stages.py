@@ -11,24 +11,24 @@ from torch import Tensor
 from app.errors import Diverged, OutOfMemory
 from app.network.graph import Graph, build_graph
 from app.network.layers.registry import read_layers
+from app.network.node import Limits
 from app.spec.job import retraining
 from app.spec.optimizations import Compression
 from app.spec.prune import Prune
 from worker.compression.low_rank import loss_note, replace_trained_layers, replaced_rows
 from worker.data.dataset import derive_seed
-from worker.network import Network
+from worker.network import Network, snapshot
 from worker.pruning.schedules import PruningRound, retrain_schedule, rewind_epoch
+from worker.pruning.weight_masks import pruned_part
 from worker.run.monitor import Interrupted
 from worker.run.preparation import Job, Stage
 from worker.run.record import StepRecord
 from worker.run.removal import check_budget, cut_channels, cut_weights, joined_masks, layer_rows, recalibrate
 from worker.run.report import measures
 from worker.run.sensitivity import tabulate
-from worker.run.state import NO_LIMITS
-from worker.training.averaging import snapshot
 from worker.training.learning_rate import learning_rate
 from worker.training.loop import Fit, NonFiniteLoss, Recipe
-from worker.training.masks import Masks, pruned_part
+from worker.training.masks import Masks
 
 ALLOCATION_FAILED = ("can't allocate memory", "not enough memory", "DefaultCPUAllocator")
 
@@ -311,7 +311,7 @@ def _rewind_weights(job: Job, step: Compression) -> dict[str, Tensor] | None:
 
 
 def _start(job: Job, record: StepRecord) -> Graph:
-    return build_graph(read_layers(record.start), job.plan.baseline.input_shape, limits=NO_LIMITS)
+    return build_graph(read_layers(record.start), job.plan.baseline.input_shape, limits=Limits.none())
 
 
 def _sparsity(masks: Masks | None) -> float:

@@ -27,26 +27,13 @@ from torch import Tensor
 from app.errors import EspalierError
 from app.network.graph import Graph, build_graph
 from app.network.layers.registry import read_layers
-from app.planning.plan import JobLimits
+from app.network.node import Limits
 from worker.checkpoint import Arrays, CheckpointRefused, LoadedCheckpoint
-from worker.network import Network, build_network
+from worker.network import Network, build_network, put
 from worker.precision import Precision
 from worker.run.record import RunRecord
-from worker.training.averaging import put
 from worker.training.loop import Fit
 from worker.training.masks import Masks
-
-# It was within its limits when the job was accepted.
-NO_LIMITS = JobLimits(
-    layers=1 << 60,
-    depth=1 << 60,
-    channels=1 << 60,
-    params=1 << 60,
-    input_elements=1 << 60,
-    activations=1 << 60,
-    epochs=1 << 60,
-    training_bytes=1 << 60,
-)
 
 
 @dataclass
@@ -118,7 +105,7 @@ def restore(checkpoint: LoadedCheckpoint, precision: Precision) -> Reached:
     state = checkpoint.state
     tensors = {name: torch.from_numpy(array) for name, array in checkpoint.arrays.items()}
     try:
-        graph = build_graph(read_layers(state["layers"]), tuple(state["input_shape"]), limits=NO_LIMITS)
+        graph = build_graph(read_layers(state["layers"]), tuple(state["input_shape"]), limits=Limits.none())
         network = _network(graph, _below("network/", tensors), precision)
         kept: dict[str, dict[str, Tensor]] = {}
         for name, tensor in _below("kept/", tensors).items():

@@ -6,35 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
-from worker.network import Network
-
-
-def floating_tensors(network: Network) -> dict[str, Tensor]:
-    """The network's parameters and floating buffers by name, not copies: what training changes."""
-    return {name: tensor for name, tensor in network.state_dict().items() if tensor.is_floating_point()}
-
-
-@torch.no_grad()
-def snapshot(network: Network) -> dict[str, Tensor]:
-    """Copies of `floating_tensors`, in their own layout, on their own device."""
-    return {name: tensor.clone() for name, tensor in floating_tensors(network).items()}
-
-
-@torch.no_grad()
-def put(network: Network, tensors: dict[str, Tensor]) -> None:
-    """Give the network these values, in place: names, shapes and layouts stay.
-
-    Raises KeyError for a name and RuntimeError for a shape that the network does not have.
-    """
-    own = floating_tensors(network)
-    if missing := own.keys() ^ tensors.keys():
-        raise KeyError(f"tensors that are only on one side: {', '.join(sorted(missing))}")
-    for name, tensor in tensors.items():
-        if own[name].shape != tensor.shape:
-            raise RuntimeError(f"{name} has shape {tuple(tensor.shape)}, the network {tuple(own[name].shape)}")
-        own[name].copy_(tensor)
+from worker.network import Network, floating_tensors, put, snapshot
 
 
 class Average:

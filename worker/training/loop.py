@@ -28,9 +28,9 @@ from app.spec.optimizations import Regularization
 from app.spec.prune import Distillation
 from worker.evaluation import evaluate
 from worker.journal import Phase
-from worker.network import Network
+from worker.network import Network, put, snapshot
 from worker.precision import Precision
-from worker.training.averaging import Average, put, snapshot
+from worker.training.averaging import Average
 from worker.training.freezing import freeze, train_mode
 from worker.training.learning_rate import LearningRate
 from worker.training.losses import Penalty, cross_entropy, decoupled_decay, distillation

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from app.errors import JsonValue, VerificationFailed
-from app.spec.low_rank import Scheme
+from app.spec.quantize import Scheme
 
 LARGEST_ACTIVATION = 255  # uint8; the runtime shifts int8 activations to uint8 on x86
 SATURATES_ABOVE = 32_767  # int16; the other end, -32,768, is no multiple of 255: one limit serves both signs

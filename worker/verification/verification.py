@@ -26,7 +26,7 @@ from app.failpoints import failpoint
 from app.network.architecture import Preprocessing, read_architecture
 from app.network.cost import cost
 from app.network.graph import Graph
-from app.spec.low_rank import Scheme
+from app.spec.quantize import Scheme
 from worker.evaluation import score
 from worker.export.files import INT8_MODEL, MODEL_SOURCE, Stem, architecture_name, portable_network
 from worker.export.pytorch_source import model_source

@@ -9,12 +9,9 @@ from pydantic import Field, TypeAdapter
 from app.network.layers.activations import (
     GELU,
     Activation,
-    BatchNorm,
     Dropout,
-    GroupNorm,
     Hardsigmoid,
     Hardswish,
-    LayerNorm,
     LeakyReLU,
     PReLU,
     ReLU,
@@ -29,6 +26,7 @@ from app.network.layers.containers import Repeat, Residual, SqueezeExcite
 from app.network.layers.convolutions import Conv, ConvTranspose, Linear
 from app.network.layers.joins_and_views import Add, ChannelShuffle, Concat, Flatten, Multiply, Pad, Slice
 from app.network.layers.layer import Layer
+from app.network.layers.normalization import BatchNorm, GroupNorm, LayerNorm
 from app.network.layers.pooling import AvgPool, GlobalAvgPool, MaxPool, Upsample
 from app.network.layers.shapes import LayerFault, Shape
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from app.network.editor import WEIGHTED
+from app.network.blocks import WEIGHTED
 from app.network.graph import Graph, build_graph
 from app.network.layers.registry import read_layers
 from app.pruning.weight_matrix import WeightMatrix, erk_axes, weight_matrix, why_dense

@@ -20,7 +20,7 @@ from app.errors import QuantizationFailed
 from app.network.architecture import Preprocessing
 from app.network.graph import Graph, build_graph
 from app.network.layers.registry import CONTAINERS, LAYERS, read_layers
-from app.spec.low_rank import Scheme
+from app.spec.quantize import Scheme
 from tests.support.networks.saturation import Machine
 from tests.support.networks.topologies import CLASSES, HEAD, TOPOLOGIES, conv, layer, pictures, topology, trained
 from worker.compression.quantization import (

@@ -21,7 +21,7 @@ from worker.export.files import export_network, portable_tensors
 from worker.export.pytorch_source import model_source
 from worker.export.sparse_file import SPARSE_WEIGHTS, save_sparse, sparse_tensors
 from worker.network import Network
-from worker.training.masks import weight_masks
+from worker.pruning.weight_masks import weight_masks
 
 STEPS = {
     "weights": Prune(sparsity=0.9, scope="layer"),

@@ -30,10 +30,10 @@ from worker.journal import MemoryJournal
 from worker.network import Network, build_network, calls_of
 from worker.pipeline import Delivered, run
 from worker.pruning.importance import class_scores
+from worker.pruning.weight_masks import weight_masks
 from worker.run.removal import layer_rows
 from worker.training.freezing import freeze
 from worker.training.losses import Penalty
-from worker.training.masks import weight_masks
 
 PREPROCESSING = Preprocessing(1.0, (0.0,) * 3, (1.0,) * 3)
 NORMED: Layers = [

@@ -35,7 +35,7 @@ from worker.pipeline import Delivered, run
 from worker.pruning.importance import class_scores
 from worker.pruning.recalibration import recalibrate_batch_norm
 from worker.pruning.surgery import masked_reference, shrink
-from worker.training.masks import weight_masks
+from worker.pruning.weight_masks import weight_masks
 
 WIDE = ["chain", "residual", "dense", "depthwise", "shuffle", "transposed", "shared"]
 

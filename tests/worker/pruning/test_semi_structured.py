@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.ao.pruning import WeightNormSparsifier
 
 from app.errors import Diverged
-from app.network.editor import WEIGHTED
+from app.network.blocks import WEIGHTED
 from app.network.graph import Graph, build_graph
 from app.network.layers.registry import read_layers
 from app.pruning.weight_matrix import WeightMatrix, weight_matrix, why_dense
@@ -21,7 +21,8 @@ from tests.support.networks.topologies import TOPOLOGIES, conv, layer, topology,
 from worker.network import Network
 from worker.pruning.importance import prunable_weights
 from worker.pruning.semi_structured import BlockScores, blocks_keep, pattern_keep
-from worker.training.masks import Masks, weight_masks
+from worker.pruning.weight_masks import weight_masks
+from worker.training.masks import Masks
 
 
 def pattern(text: str = "2:4", **fields: Any) -> Prune:

@@ -18,7 +18,8 @@ from app.spec.prune import Prune, PruneOverride
 from tests.support.networks.topologies import HEAD, PICTURE, conv, layer, topology, trained
 from worker.network import Network
 from worker.pruning.importance import prunable_weights, weight_scores
-from worker.training.masks import Masks, weight_masks
+from worker.pruning.weight_masks import weight_masks
+from worker.training.masks import Masks
 
 
 def prune(**fields: Any) -> Prune:

@@ -14,7 +14,7 @@ from onnx import numpy_helper
 
 from app.errors import QuantizationFailed, VerificationFailed
 from app.schemas.report import ReportSchema
-from app.spec.low_rank import Quantize, Scheme
+from app.spec.quantize import Quantize, Scheme
 from tests.support.jobs.tiny import SHAPE, SYNTHETIC, task_of, tiny_data, tiny_spec
 from worker.compression import quantization
 from worker.compression.quantization import Quantizer

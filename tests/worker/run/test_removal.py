@@ -14,7 +14,7 @@ from app.network.cost import cost
 from app.spec.job import Training
 from app.spec.prune import Prune
 from tests.support.jobs.blobs import BlobBatches, graph_of, small_cnn
-from worker.network import Network, build_network
+from worker.network import Network, build_network, snapshot
 from worker.precision import choose_precision
 from worker.pruning.schedules import PruningRound
 from worker.run.removal import (
@@ -26,7 +26,6 @@ from worker.run.removal import (
     layer_rows,
     recalibrate,
 )
-from worker.training.averaging import snapshot
 
 ONCE = PruningRound(1, 1, 1.0, 1)
 

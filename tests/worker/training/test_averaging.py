@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.support.jobs.blobs import small_cnn
-from worker.network import build_network
-from worker.training.averaging import Average, floating_tensors, put, snapshot
+from worker.network import build_network, floating_tensors, put, snapshot
+from worker.training.averaging import Average
 
 
 def test_the_average_follows_its_formula_over_weights_and_running_statistics() -> None:

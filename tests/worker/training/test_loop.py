@@ -16,13 +16,13 @@ from app.spec.optimizations import Regularization
 from app.spec.prune import Distillation, Prune
 from tests.support.jobs.blobs import BlobBatches, graph_of, small_cnn
 from worker.evaluation import evaluate
-from worker.network import Network, build_network
+from worker.network import Network, build_network, snapshot
 from worker.precision import Precision, choose_precision
-from worker.training.averaging import snapshot
+from worker.pruning.weight_masks import weight_masks
 from worker.training.learning_rate import learning_rate
 from worker.training.loop import EpochResult, Fit, NonFiniteLoss, Recipe, Window
 from worker.training.losses import cross_entropy
-from worker.training.masks import Masks, weight_masks
+from worker.training.masks import Masks
 
 SGD = {"name": "sgd", "lr": 0.05}
 ADAMW = {"name": "adamw", "lr": 0.01}

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from app.errors import VerificationFailed
 from app.network.architecture import Preprocessing
 from app.network.graph import Graph
-from app.spec.low_rank import Scheme
+from app.spec.quantize import Scheme
 from tests.support.networks.saturation import INT16, IntegerLayer, Machine, dot
 from tests.support.networks.topologies import TOPOLOGIES, pictures, topology, trained
 from worker.compression.quantization import Quantizer, Sample, rmse_ratio, saturates

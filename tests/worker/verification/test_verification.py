@@ -24,7 +24,7 @@ from app.spec.prune import Prune
 from tests.support.networks.topologies import topology, trained
 from worker.export.files import export_network, file_sha256
 from worker.network import Network
-from worker.training.masks import weight_masks
+from worker.pruning.weight_masks import weight_masks
 from worker.verification import clean_process
 from worker.verification.verification import Verification, compare, compute_logits, prove
 
