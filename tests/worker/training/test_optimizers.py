@@ -120,10 +120,9 @@ def test_memory_of_another_shape_is_refused() -> None:
 def test_a_training_step_does_not_load_torchs_compiler() -> None:
     program = """
 import sys
-sys.path.insert(0, "tests")
 from tests.support.jobs.blobs import BlobBatches, small_cnn
 from app.spec.job import Training
-from worker.learning_rate import learning_rate
+from worker.training.learning_rate import learning_rate
 from worker.network import build_network
 from worker.precision import choose_precision
 from worker.training.loop import Fit, Recipe
