@@ -72,8 +72,8 @@ def test_memory_and_file_size_are_bounded_for_good(tmp_path: Path) -> None:
     code = (
         "import json, resource, sys\n"
         "from app.datasets.ingest.__main__ import confine\n"
-        "from app.datasets.ingest.limits import Limits\n"
-        "confine(Limits(unpacked_bytes=5 << 20, memory_bytes=2 << 30, cpu_s=7))\n"
+        "from app.datasets.ingest.limits import UploadLimits\n"
+        "confine(UploadLimits(unpacked_bytes=5 << 20, memory_bytes=2 << 30, cpu_s=7))\n"
         "print([resource.getrlimit(w) for w in (resource.RLIMIT_CPU, resource.RLIMIT_FSIZE, resource.RLIMIT_AS)])\n"
         "try:\n    bytearray(3 << 30)\nexcept MemoryError:\n    print('bounded')\n"
     )
