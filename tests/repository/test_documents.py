@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,12 +38,23 @@ def test_every_setting_is_documented_with_its_description() -> None:
 
 
 def test_every_test_that_the_properties_name_exists() -> None:
-    named = re.findall(r"`([\w/]+/test_\w+\.py)::(\w+)`", (ROOT / "docs" / "invariants.md").read_text())
+    named = re.findall(r"`tests/([\w/]+/test_\w+\.py)::(\w+)`", (ROOT / "docs" / "invariants.md").read_text())
     assert len(named) > 46
     assert [name for path, name in named if f"def {name}(" not in (ROOT / "tests" / path).read_text()] == []
 
 
-def test_every_path_that_the_readme_links_exists() -> None:
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / "README.md").read_text())
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PATH = re.compile(r"`((?:app|worker|tests|script|docs|benchmarks|migrations)/[\w./-]*\w/?)(?:::\w+)?`")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_path_that_a_page_links_or_names_exists(page: Path) -> None:
+    text = page.read_text()
+    links = [page.parent / link for link in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text)]
+    named = [ROOT / path for path in PATH.findall(text)]
+    assert [str(path) for path in [*links, *named] if not path.exists()] == []
+
+
+def test_the_readme_has_two_screens_before_its_line() -> None:
+    before, _, _ = (ROOT / "README.md").read_text().partition("\n---\n")
+    assert len(before.splitlines()) <= 70
