@@ -88,3 +88,10 @@ def test_no_docstring_says_nothing() -> None:
                 if text.startswith("Nothing"):
                     empty.append(f"{shown(path)}::{node.name}")
     assert empty == []
+
+
+def test_the_page_of_what_tests_share_has_a_line_per_file() -> None:
+    support = ROOT / "tests" / "support"
+    page = (support / "README.md").read_text()
+    there = sorted(path.name for path in support.rglob("*.py") if path.name != "__init__.py")
+    assert sorted(line.split("`")[1] for line in page.splitlines() if line.startswith("| `")) == there
