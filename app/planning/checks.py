@@ -12,19 +12,16 @@ from app.network.graph import Graph
 from app.spec.data import DataFacts
 from app.spec.job import JobSpec, PresetModel, retraining
 from app.spec.optimizations import (
-    COMPRESSIONS,
-    LESSONS,
-    REWRITES,
     Compression,
+    Optimization,
     Regularization,
 )
 from app.spec.prune import Prune
-from app.spec.quantize import Quantize
 from app.spec.references import Source
 from app.validation.faults import counted
 
 MOST_SYNTHETIC_BYTES = 8 << 30
-MOST_PRUNES = 8  # each is forecast in full, for networks of any size
+MOST_COMPRESSIONS = 8  # each has a dry run in full, for networks of any size
 
 
 def input_shape(spec: JobSpec, facts: DataFacts, source: Source | None = None) -> tuple[int, ...]:
@@ -112,7 +109,7 @@ def training_faults(spec: JobSpec, most_epochs: int) -> Iterator[Fault]:
         )
     for position, milestone in enumerate(training.milestones if training.epochs else ()):
         if milestone >= training.epochs:
-            message = f"lies behind the last of {counted(training.epochs, 'epoch')}"
+            message = f"is after the last of {counted(training.epochs, 'epoch')}"
             at = f"/training/schedule/milestones/{position}"
             yield Fault(at, message, limit=training.epochs - 1, value=milestone)
     for position, step in enumerate(spec.optimizations):
@@ -152,55 +149,49 @@ def _retraining_faults(spec: JobSpec, step: Compression, pointer: str, most_epoc
 
 def order_faults(spec: JobSpec) -> Iterator[Fault]:
     """What is wrong with the order of the optimizations, with the reason."""
-    first: int | None = None
-    masked: int | None = None
-    reshaped: int | None = None
-    quantized: int | None = None
-    compressions = 0
-    for position, step in enumerate(spec.optimizations):
+    steps = spec.optimizations
+    compressions = [(position, step) for position, step in enumerate(steps) if isinstance(step, Compression)]
+    for position, step in enumerate(steps):
         pointer = f"/optimizations/{position}"
-        if isinstance(step, (*REWRITES, *LESSONS)) and first is not None:
-            reason = (
-                "changes the network, and the weights that a compression ranks are those of the changed network"
-                if isinstance(step, REWRITES)
-                else "acts on the training, which comes before compressions"
+        earlier = [(at, done) for at, done in compressions if at < position]
+        if step.why_before_compressions is not None and earlier:
+            at, first = earlier[0]
+            message = (
+                f"{step.type} {step.why_before_compressions}: put it before the {first.type} at /optimizations/{at}"
             )
-            name = spec.optimizations[first].type
-            yield Fault(pointer, f"{step.type} {reason}: put it before the {name} at /optimizations/{first}")
-        if quantized is not None and not isinstance(step, Quantize):
-            yield Fault(pointer, f"{step.type} changes weights that quantize has rounded: put quantize last")
-        for earlier in range(position):
-            if _repeats(spec.optimizations[earlier], step):
-                narrowed = ", or give each other layers" if "layers" in type(step).model_fields else ""
-                message = f"{step.type} stands at /optimizations/{earlier} too: say it once{narrowed}"
-                yield Fault(pointer, message)
-                break
-        if isinstance(step, COMPRESSIONS):
-            first = position if first is None else first
-            compressions += 1
-            if compressions == MOST_PRUNES + 1:
-                message = f"a job compresses at most {MOST_PRUNES} times"
-                yield Fault(pointer, message, limit=MOST_PRUNES, value=compressions)
-            zeros = isinstance(step, Prune) and step.zeros
-            if masked is not None and not zeros:
-                what = "channels go" if isinstance(step, Prune) else f"{step.type} goes"
-                message = f"{what} before weights: the zeros of /optimizations/{masked} belong to the network before it"
-                yield Fault(pointer, message)
-            if reshaped is not None and step.retrain is not None and step.retrain.policy == "weight_rewind":
-                message = (
-                    f"weight_rewind goes back to weights from before /optimizations/{reshaped}, which changes shapes"
-                )
-                yield Fault(f"{pointer}/retrain/policy", message, value="weight_rewind")
-            if zeros:
-                masked = position if masked is None else masked
-            elif reshaped is None:
-                reshaped = position
-        elif isinstance(step, Quantize):
-            quantized = position
+            yield Fault(pointer, message)
+        last = next((done.type for done in steps[:position] if done.must_be_last), None)
+        if last is not None and not step.must_be_last:
+            yield Fault(pointer, f"{step.type} changes weights that {last} has rounded: put {last} last")
+        repeated = next((at for at in range(position) if _repeats(steps[at], step)), None)
+        if repeated is not None:
+            narrowed = ", or give each other layers" if "layers" in type(step).model_fields else ""
+            yield Fault(pointer, f"{step.type} stands at /optimizations/{repeated} too: state it once{narrowed}")
+        if isinstance(step, Compression):
+            yield from _compression_faults(step, earlier, pointer)
 
 
-def _repeats(earlier: object, step: object) -> bool:
-    if type(earlier) is not type(step) or isinstance(step, Prune):
+def _compression_faults(step: Compression, earlier: Sequence[tuple[int, Compression]], pointer: str) -> Iterator[Fault]:
+    """What is wrong between a compression and those before it, each with its position."""
+    if len(earlier) == MOST_COMPRESSIONS:
+        message = f"a job compresses at most {MOST_COMPRESSIONS} times"
+        yield Fault(pointer, message, limit=MOST_COMPRESSIONS, value=len(earlier) + 1)
+    masked = next((at for at, done in earlier if done.zeros), None)
+    if masked is not None and not step.zeros:
+        message = (
+            f"{step.change} before weights are set to zero: the zeros of /optimizations/{masked} belong to the network "
+            "before it"
+        )
+        yield Fault(pointer, message)
+    reshaped = next((at for at, done in earlier if not done.zeros), None)
+    if reshaped is not None and step.retrain is not None and step.retrain.policy == "weight_rewind":
+        message = f"weight_rewind goes back to weights from before /optimizations/{reshaped}, which changes shapes"
+        yield Fault(f"{pointer}/retrain/policy", message, value="weight_rewind")
+
+
+def _repeats(earlier: Optimization, step: Optimization) -> bool:
+    """Whether a step does again what an earlier one does, for a layer at least."""
+    if type(earlier) is not type(step) or step.may_repeat:
         return False
     names, others = getattr(step, "layers", None), getattr(earlier, "layers", None)
     return names is None or others is None or bool(set(names) & set(others))

@@ -7,23 +7,24 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from app.errors import Fault, InvalidSpec, JsonValue
-from app.network.blocks import WEIGHTED
 from app.network.cost import Cost, Memory, cost, layer_rows, training_memory
 from app.network.graph import Graph, Limits, build_graph
 from app.network.layers.registry import read_layers
 from app.network.presets import preset_layers
 from app.planning import checks, warm_start
-from app.planning.dry_run import DryRun, LayerPlan
+from app.planning.dry_run import DryRun
+from app.planning.faults import Faults
 from app.planning.fine_tuning import fine_tuning_faults, fine_tuning_warnings, frozen_layers, rate_factors
+from app.planning.phases import PlannedPhase, phases_of
+from app.planning.planned_network import LayerPlan, weighted_layers
 from app.planning.warm_start import WarmStart
 from app.rewrites.rewrites import rewrite
+from app.schemas.plan import PlanSchema
 from app.settings import Settings
 from app.spec.data import DataFacts
-from app.spec.job import JobModel, JobSpec, PresetModel, completed, retraining
-from app.spec.optimizations import Compression, Optimization, Rewrite, SmallKernels
-from app.spec.quantize import Quantize
+from app.spec.job import JobModel, JobSpec, PresetModel, completed
+from app.spec.optimizations import Optimization, Rewrite, SmallKernels
 from app.spec.references import Source
-from app.validation.faults import MOST_FAULTS
 
 PLAN_VERSION = 1
 
@@ -41,20 +42,6 @@ class JobLimits(Limits):
     def of(cls, settings: Settings) -> Self:
         """The limits that the settings state."""
         return cls(params=settings.max_params, epochs=settings.max_epochs, training_bytes=settings.max_training_bytes)
-
-
-@dataclass(frozen=True)
-class PlannedPhase:
-    """One stretch of a job: which phase, how many epochs (None: not counted in epochs), for which optimization."""
-
-    phase: str
-    epochs: int | None = None
-    optimization: str | None = None
-
-    def document(self) -> dict[str, JsonValue]:
-        """The phase as it stands in an answer."""
-        fields: dict[str, JsonValue] = {"phase": self.phase, "epochs": self.epochs, "optimization": self.optimization}
-        return {name: value for name, value in fields.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -102,61 +89,48 @@ def make_plan(
 
     Raises InvalidSpec with every mistake of meaning that could be found, at most 100.
     """
-    known = sources or {}
-    bounds = _bounds(limits)
+    known, bounds, faults = sources or {}, _bounds(limits), Faults()
     spec = _with_batch(completed(spec), facts)
-    faults = [
-        *checks.data_faults(spec, facts),
-        *checks.training_faults(spec, bounds.epochs),
-        *checks.order_faults(spec),
-    ]
-    if missing := list(warm_start.unknown_sources(spec, known)):
-        raise InvalidSpec([*missing, *faults][:MOST_FAULTS])
+    faults.add(checks.data_faults(spec, facts))
+    faults.add(checks.training_faults(spec, bounds.epochs))
+    faults.add(checks.order_faults(spec))
+    faults.raise_with(warm_start.unknown_sources(spec, known))
     reference = warm_start.start_reference(spec)
     source = None if reference is None else known[reference.key]
-    try:
+    with faults.followed():
         spec = _with_model(spec, facts, source)
         given = given_graph(spec, facts.classes, limits=bounds, source=source)
-    except InvalidSpec as exc:
-        raise InvalidSpec([*exc.faults, *faults][:MOST_FAULTS]) from exc
-    faults += warm_start.source_faults(spec, given, facts.classes, known, bounds)
-    if faults:
-        raise InvalidSpec(faults[:MOST_FAULTS])
+    faults.add(warm_start.source_faults(spec, given, facts.classes, known, bounds))
+    faults.raise_if_any()
     graphs, rows, warnings = _rewritten(given, spec.optimizations, bounds)
     baseline = graphs[-1]
     start = None if source is None else warm_start.start_of(spec, given, baseline, source, facts.classes)
     memory = training_memory(baseline, batch_size=spec.training.batch_size, optimizer=spec.training.optimizer.name)
-    faults = [
-        *checks.graph_faults(spec, baseline),
-        *fine_tuning_faults(spec.training, baseline),
-        *(() if start is None else warm_start.start_faults(spec, start, given.input_shape)),
-        *checks.memory_faults(spec, memory, bounds.training_bytes),
-    ]
-    dry_run = DryRun(baseline, cost(baseline))
+    faults.add(checks.graph_faults(spec, baseline))
+    faults.add(fine_tuning_faults(spec.training, baseline))
+    if start is not None:
+        faults.add(warm_start.start_faults(spec, start, given.input_shape))
+    faults.add(checks.memory_faults(spec, memory, bounds.training_bytes))
+    dry_run = DryRun(baseline)
     for position, step in enumerate(spec.optimizations):
-        try:
-            dry_run.follow(step, f"/optimizations/{position}")
-        except InvalidSpec as exc:
-            faults += exc.faults
+        with faults.collecting():
+            dry_run.step(step, f"/optimizations/{position}")
     if spec.sensitivity is not None:
-        try:
-            dry_run.look(spec.sensitivity, "/sensitivity")
-        except InvalidSpec as exc:
-            faults += exc.faults
-    if faults:
-        raise InvalidSpec(faults[:MOST_FAULTS])
+        with faults.collecting():
+            dry_run.check_sensitivity(spec.sensitivity, "/sensitivity")
+    faults.raise_if_any()
     return Plan(
         spec=spec,
         facts=facts,
         graphs=graphs,
         given_cost=cost(given),
-        baseline_cost=dry_run.baseline,
-        planned_cost=dry_run.cost,
-        planned=dry_run.graph,
-        floor=dry_run.floor,
+        baseline_cost=dry_run.network.baseline,
+        planned_cost=dry_run.network.cost,
+        planned=dry_run.network.graph,
+        floor=dry_run.network.floor,
         memory=memory,
         layers=(*rows, *dry_run.rows, *_untouched(baseline, dry_run.rows)),
-        phases=_phases(spec),
+        phases=phases_of(spec),
         warnings=(
             *checks.warnings(spec, facts, baseline),
             *warm_start.warnings(spec, facts, given, start, known),
@@ -195,22 +169,30 @@ def given_graph(spec: JobSpec, classes: int, *, limits: Limits | None = None, so
 
 
 def plan_answer(plan: Plan) -> dict[str, Any]:
-    """The body of the answer of `POST /v1/jobs/validate`."""
-    return {
+    """The body of the answer of `POST /v1/jobs/validate`, as `PlanSchema` states it."""
+    fields = {
         "valid": True,
         "plan_version": PLAN_VERSION,
-        "layers": [row.document() for row in layer_rows(plan.baseline)],
-        "given": plan.given_cost.document(),
-        "baseline": plan.baseline_cost.document(),
-        "planned": plan.planned_cost.document(),
-        "floor": None if plan.floor is None else plan.floor.document(),
+        "layers": [vars(row) for row in layer_rows(plan.baseline)],
+        "given": vars(plan.given_cost),
+        "baseline": vars(plan.baseline_cost),
+        "planned": vars(plan.planned_cost),
+        "floor": None if plan.floor is None else vars(plan.floor),
         "memory": plan.memory.document(),
         "estimate": {"seconds": None, "reason": "no finished job to measure from"},
-        "plan": [row.document() for row in plan.layers],
-        "phases": [phase.document() for phase in plan.phases],
+        "plan": [vars(row) for row in plan.layers],
+        "phases": [_stated_fields(phase) for phase in plan.phases],
         "warnings": [warning.document() for warning in plan.warnings],
         "spec": plan.spec.document(),
     }
+    # read at once: ten thousand rows take 40 ms so, and 90 ms as an object each
+    return PlanSchema.model_validate(fields).model_dump(exclude_unset=True)
+
+
+def _stated_fields(phase: PlannedPhase) -> dict[str, JsonValue]:
+    """A phase as it stands in an answer: without the fields that it has not."""
+    fields: dict[str, JsonValue] = {"phase": phase.name, "epochs": phase.epochs, "optimization": phase.optimization}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _bounds(limits: Limits | None) -> JobLimits:
@@ -291,26 +273,6 @@ def _untouched(baseline: Graph, rows: Sequence[LayerPlan]) -> list[LayerPlan]:
     spoken = {row.layer for row in rows}
     return [
         LayerPlan(node.name, "keep", node.shape[0], node.shape[0], True, "nothing removes from it")
-        for node in baseline.nodes
-        if node.type in WEIGHTED and node.name not in spoken
+        for node in weighted_layers(baseline)
+        if node.name not in spoken
     ]
-
-
-def _phases(spec: JobSpec) -> tuple[PlannedPhase, ...]:
-    phases = [PlannedPhase("preparing"), PlannedPhase("training", spec.training.epochs), PlannedPhase("evaluating")]
-    for position, step in enumerate(spec.optimizations):
-        if not isinstance(step, Compression):
-            continue
-        pointer = f"/optimizations/{position}"
-        epochs = retraining(step, spec.training).epochs or 0
-        for _ in range(step.rounds):
-            phases.append(PlannedPhase("pruning", optimization=pointer))
-            if epochs:
-                phases.append(PlannedPhase("retraining", epochs, pointer))
-        phases.append(PlannedPhase("evaluating", optimization=pointer))
-    for position, step in enumerate(spec.optimizations):
-        if isinstance(step, Quantize):
-            phases.append(PlannedPhase("evaluating", optimization=f"/optimizations/{position}"))
-    if spec.sensitivity is not None:
-        phases.append(PlannedPhase("evaluating", optimization="/sensitivity"))
-    return (*phases, PlannedPhase("measuring"), PlannedPhase("exporting"))

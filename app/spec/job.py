@@ -17,7 +17,7 @@ from pydantic.functional_validators import AfterValidator, BeforeValidator
 from app.errors import Fault, InvalidSpec
 from app.spec.data import DataSpec
 from app.spec.model import JobModel, LayersModel, ModelSpec, PresetModel
-from app.spec.optimizations import COMPRESSIONS, Compression, Distill, Optimization
+from app.spec.optimizations import Compression, Distill, Optimization
 from app.spec.prune import Epochs, LearningRate, Prune, Retrain
 from app.spec.quantize import Quantize
 from app.spec.sensitivity import Sensitivity
@@ -50,7 +50,7 @@ def _few_stars(pattern: str) -> str:
     return pattern
 
 
-Pattern = Annotated[
+LayerPattern = Annotated[
     Text, AfterValidator(_few_stars), Field(description="A layer's name, or a glob of names: *, ?, [...].")
 ]
 
@@ -189,14 +189,14 @@ class Training(Strict):
         bool | None, Field(description="Memory layout of 2-D and 3-D images; null: what is faster on the device.")
     ] = None
     frozen: Annotated[
-        tuple[Pattern, ...],
+        tuple[LayerPattern, ...],
         Field(
             max_length=MOST_PATTERNS,
             description="Names or globs of layers that no training of the job changes; batch norm keeps its statistics.",
         ),
         AfterValidator(_without_repetition),
     ] = ()
-    lr_factors: dict[Pattern, Annotated[float, Field(ge=0, le=100)]] = Field(
+    lr_factors: dict[LayerPattern, Annotated[float, Field(ge=0, le=100)]] = Field(
         default_factory=dict,
         max_length=MOST_PATTERNS,
         description="Layer name or glob -> factor on the learning rate, in every training; the first match wins.",
@@ -249,7 +249,7 @@ class JobSpec(Strict):
                 raise fault('belongs to kind sensitivity: state "kind": "sensitivity"', field="sensitivity")
             return self
         for position, step in enumerate(self.optimizations):
-            if isinstance(step, (*COMPRESSIONS, Quantize)):
+            if isinstance(step, Compression | Quantize):
                 message = f"kind sensitivity looks at the network before compressions: {step.type} is for kind compress"
                 raise fault(message, field=f"optimizations/{position}", value=step.type)
         return self
@@ -294,7 +294,7 @@ def completed(spec: JobSpec) -> JobSpec:
         update["milestones"] = training.milestones
     schedule = training.schedule.model_copy(update=update)
     steps = tuple(
-        _completed_step(step, training) if isinstance(step, COMPRESSIONS) else step for step in spec.optimizations
+        _completed_step(step, training) if isinstance(step, Compression) else step for step in spec.optimizations
     )
     looked_at = {"sensitivity": spec.sensitivity or Sensitivity()} if spec.kind == "sensitivity" else {}
     return spec.model_copy(

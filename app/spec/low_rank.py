@@ -7,10 +7,11 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from app.spec.prune import Budget, Retrain
-from app.validation.strict import Count, Names, Strict, Text, fault
+from app.spec.step import JobStep
+from app.validation.strict import Count, Names, Text, fault
 
 
-class LowRank(Strict):
+class LowRank(JobStep):
     """Replace trained convolutions and linear layers by products of smaller ones, then train again.
 
     Linear layers and 1 x 1 convolutions become two layers (SVD), larger kernels three: 1 x 1, kernel, 1 x 1 (Tucker-2
@@ -33,7 +34,17 @@ class LowRank(Strict):
     round_to: Annotated[int, Field(ge=1, le=1024, description="Ranks by energy and budget are multiples of this.")] = 8
     retrain: Annotated[Retrain | None, Field(description="Default: a third of the training epochs, lr_rewind.")] = None
 
+    title = "Low-rank layers"
+    examples = (
+        {"type": "low_rank", "budget": {"macs": 0.5}},
+        {"type": "low_rank", "rank": 16},
+        {"type": "low_rank", "energy": 0.7, "exclude": ["conv1"]},
+    )
     rounds: ClassVar[int] = 1
+    """How often it removes something, each time with retraining after it."""
+    zeros: ClassVar[bool] = False
+    """Whether it sets weights to zero; else shapes change."""
+    change: ClassVar[str] = "layers are replaced"
 
     @model_validator(mode="after")
     def _one_amount(self) -> Self:
@@ -49,7 +60,7 @@ class LowRank(Strict):
         return self
 
 
-class Separable(Strict):
+class Separable(JobStep):
     """Replace trained convolutions by a depthwise and a 1 x 1 convolution, then train again (Chollet, arXiv 1610.02357).
 
     Both start from the best approximation of the trained weights: of each input channel the first singular vectors. The
@@ -62,7 +73,13 @@ class Separable(Strict):
     exclude: Annotated[tuple[Text, ...], Field(max_length=10_000, description="Layers that are left alone.")] = ()
     retrain: Annotated[Retrain | None, Field(description="Default: a third of the training epochs, lr_rewind.")] = None
 
+    title = "Separable convolutions"
+    examples = ({"type": "separable"},)
     rounds: ClassVar[int] = 1
+    """How often it removes something, each time with retraining after it."""
+    zeros: ClassVar[bool] = False
+    """Whether it sets weights to zero; else shapes change."""
+    change: ClassVar[str] = "layers are replaced"
 
     @model_validator(mode="after")
     def _policy_fits(self) -> Self:

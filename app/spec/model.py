@@ -16,7 +16,7 @@ from pydantic.functional_validators import AfterValidator
 
 from app.network.layers.registry import AnyLayer
 from app.network.presets import PRESETS
-from app.spec.prune import Artifact
+from app.spec.prune import NetworkName
 from app.validation.strict import JobId, Shape, Strict, Text, fault
 
 MOST_LAYERS = 10_000
@@ -99,7 +99,7 @@ class JobModel(Strict):
     """The network of a finished job, with its trained weights."""
 
     job: Annotated[JobId, Field(description="A job that succeeded.")]
-    artifact: Annotated[Artifact, Field(description="Which of its two networks.")] = "pruned"
+    artifact: Annotated[NetworkName, Field(description="Which of its two networks.")] = "pruned"
     input_shape: Annotated[
         Shape | None,
         Field(description="(channels, *spatial); default: that job's where the data fit it, else the data's."),

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Discriminator, Field, model_validator
 
 from app.spec.low_rank import LowRank, Separable
-from app.spec.prune import Artifact, Distillation, Prune
+from app.spec.prune import Distillation, NetworkName, Prune
 from app.spec.quantize import Quantize
-from app.validation.strict import JobId, Names, Strict, fault
+from app.spec.step import JobStep
+from app.validation.strict import JobId, Names, fault
 
 
-class Regularization(Strict):
+class _BeforeTraining(JobStep):
+    """A step that changes the network before it is trained."""
+
+    why_before_compressions = (
+        "changes the network, and the weights that a compression ranks are those of the changed network"
+    )
+
+
+class _OfTraining(JobStep):
+    """A step that acts on the training."""
+
+    why_before_compressions = "acts on the training, which comes before compressions"
+
+
+class Regularization(_OfTraining):
     """Terms of the loss, and decay in the optimizer, against overfitting: L = CE + l1 * sum |w| + l2 * sum w^2.
 
     Biases and normalisation parameters are left out unless `all`. `bn_l1` * sum |gamma| prepares `bn_scale` (Network
@@ -39,6 +54,13 @@ class Regularization(Strict):
     ] = 0.0
     all: Annotated[bool, Field(description="l1 and l2 also over biases and normalisation parameters.")] = False
 
+    title = "Regularization"
+    examples = (
+        {"type": "regularization", "l1": 1e-5, "l2": 1e-4},
+        {"type": "regularization", "group_lasso": 1e-4},
+        {"type": "regularization", "bn_l1": 1e-4},
+    )
+
     @model_validator(mode="after")
     def _does_something(self) -> Self:
         if not (self.l1 or self.l2 or self.weight_decay or self.bn_l1 or self.group_lasso):
@@ -46,30 +68,39 @@ class Regularization(Strict):
         return self
 
 
-class InsertBatchNorm(Strict):
+class InsertBatchNorm(_BeforeTraining):
     """Insert batch normalization after each convolution, before its activation (Ioffe & Szegedy, arXiv 1502.03167)."""
 
     type: Literal["batch_norm"] = "batch_norm"
     layers: Annotated[Names | None, Field(description="Only behind these convolutions.")] = None
 
+    title = "Insert batch normalization"
+    examples = ({"type": "batch_norm"},)
 
-class InsertDropout(Strict):
+
+class InsertDropout(_BeforeTraining):
     """Insert dropout before linear layers (Srivastava et al., JMLR 15, 2014)."""
 
     type: Literal["dropout"] = "dropout"
     p: Annotated[float, Field(gt=0, lt=1, description="Probability that an element becomes zero in training.")] = 0.5
     layers: Annotated[Names | None, Field(description="Only before these linear layers.")] = None
 
+    title = "Insert dropout"
+    examples = ({"type": "dropout", "p": 0.3},)
 
-class InsertSpatialDropout(Strict):
+
+class InsertSpatialDropout(_BeforeTraining):
     """Insert dropout of whole channels after the activations of convolutions (Tompson et al., arXiv 1411.4280)."""
 
     type: Literal["spatial_dropout"] = "spatial_dropout"
     p: Annotated[float, Field(gt=0, lt=1, description="Probability that a channel becomes zero in training.")] = 0.5
     layers: Annotated[Names | None, Field(description="Only behind these convolutions.")] = None
 
+    title = "Insert spatial dropout"
+    examples = ({"type": "spatial_dropout", "p": 0.1},)
 
-class SmallKernels(Strict):
+
+class SmallKernels(_BeforeTraining):
     """Replace each convolution with a kernel of 4 or more by small ones (VGG, arXiv 1409.1556).
 
     k becomes (k - 1) / 2 kernels of 3, with one of 2 where k is even: same receptive field and output shape, the stride
@@ -80,8 +111,11 @@ class SmallKernels(Strict):
     type: Literal["small_kernels"] = "small_kernels"
     layers: Annotated[Names | None, Field(description="Only these convolutions.")] = None
 
+    title = "Smaller kernels"
+    examples = ({"type": "small_kernels"},)
 
-class Deeper(Strict):
+
+class Deeper(_BeforeTraining):
     """Insert `times` further blocks behind the last block of each stage.
 
     A block is a convolution with its normalisation and its own activation; a stage is a run of blocks, in written order,
@@ -94,8 +128,11 @@ class Deeper(Strict):
     times: Annotated[int, Field(ge=1, le=32, description="Convolutions to insert at each place.")] = 1
     layers: Annotated[Names | None, Field(description="Only behind these convolutions.")] = None
 
+    title = "More depth"
+    examples = ({"type": "deeper", "times": 2},)
 
-class InsertShortcuts(Strict):
+
+class InsertShortcuts(_BeforeTraining):
     """Lay shortcuts around runs of convolutions (He et al., arXiv 1512.03385).
 
     A run is a chain of convolutions, each with its normalisation and its own activation, that have no shortcut yet; it
@@ -108,8 +145,11 @@ class InsertShortcuts(Strict):
     type: Literal["residual"] = "residual"
     layers: Annotated[Names | None, Field(description="Only around these convolutions.")] = None
 
+    title = "Residual connections"
+    examples = ({"type": "residual"},)
 
-class Distill(Strict):
+
+class Distill(_OfTraining):
     """Train with a teacher, the network of a finished job: (1 - alpha) * CE + alpha * T^2 * KL (arXiv 1503.02531).
 
     It holds for the training before the first compression; retraining has a distillation of its own.
@@ -117,44 +157,30 @@ class Distill(Strict):
 
     type: Literal["distill"] = "distill"
     teacher: Annotated[JobId, Field(description="A finished job with the same classes.")]
-    artifact: Annotated[Artifact, Field(description="Which network of that job.")] = "baseline"
+    artifact: Annotated[NetworkName, Field(description="Which network of that job.")] = "baseline"
     alpha: Annotated[float, Field(gt=0, le=1, description="Weight of the teacher's term.")] = 0.7
     temperature: Annotated[float, Field(ge=1, le=100, description="Temperature T of both softmaxes.")] = 4.0
 
+    title = "Learn from another network"
+    examples = ({"type": "distill", "teacher": "job_01JABCDEFGHJKMNPQRSTVWXYZ0", "alpha": 0.7, "temperature": 4.0},)
+
     def distillation(self) -> Distillation:
-        """The same, as retraining has it."""
+        """The same terms, as retraining states them."""
         return Distillation(
             alpha=self.alpha, temperature=self.temperature, teacher=self.teacher, artifact=self.artifact
         )
 
 
 Rewrite = InsertBatchNorm | InsertDropout | InsertSpatialDropout | SmallKernels | Deeper | InsertShortcuts
+"""What changes the network before it is trained."""
+TrainingTerm = Regularization | Distill
+"""What acts on the training."""
 Compression = Prune | LowRank | Separable
 """What removes something from the trained network, and trains it again."""
-Optimization = Annotated[
-    InsertBatchNorm
-    | InsertDropout
-    | InsertSpatialDropout
-    | SmallKernels
-    | Deeper
-    | InsertShortcuts
-    | Regularization
-    | Distill
-    | Prune
-    | LowRank
-    | Separable
-    | Quantize,
-    Discriminator("type"),
-]
-REWRITES: tuple[type[Any], ...] = (
-    InsertBatchNorm,
-    InsertDropout,
-    InsertSpatialDropout,
-    SmallKernels,
-    Deeper,
-    InsertShortcuts,
-)
-LESSONS: tuple[type[Any], ...] = (Regularization, Distill)
-"""What acts on the training."""
-COMPRESSIONS: tuple[type[Any], ...] = (Prune, LowRank, Separable)
-OPTIMIZATIONS: tuple[type[Any], ...] = (*REWRITES, *LESSONS, *COMPRESSIONS, Quantize)
+Optimization = Annotated[Rewrite | TrainingTerm | Compression | Quantize, Discriminator("type")]
+
+# the classes of the unions, in the order in which they are applied
+REWRITES: tuple[type[JobStep], ...] = get_args(Rewrite)
+TRAINING_TERMS: tuple[type[JobStep], ...] = get_args(TrainingTerm)
+COMPRESSIONS: tuple[type[JobStep], ...] = get_args(Compression)
+OPTIMIZATIONS: tuple[type[JobStep], ...] = get_args(get_args(Optimization)[0])

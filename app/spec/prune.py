@@ -1,21 +1,25 @@
-"""Pruning as a job asks for it: what goes, how much, ranked by what, when, and how the network trains again."""
+"""Pruning as a job asks for it: what is removed, how much, ranked by what, when, and how the network trains again."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
+from app.network.cost import CostMeasure
+from app.spec.step import JobStep
 from app.validation.strict import Count, JobId, Strict, Text, fault
 
 Structure = Literal["weights", "channels", "n:m", "blocks"]
 Criterion = Literal["l1", "l2", "taylor", "bn_scale", "fpgm", "lamp", "activation", "erk", "random"]
-Scope = Literal["global", "layer", "sensitivity"]
+ChannelCriterion = Literal["l1", "l2", "taylor", "bn_scale", "fpgm", "lamp", "activation", "random"]
+RankingScope = Literal["global", "layer", "sensitivity"]
 Policy = Literal["lr_rewind", "fine_tune", "weight_rewind", "none"]
-Measure = Literal["macs", "params", "bytes", "latency_ms"]
-MEASURES: tuple[Measure, ...] = ("macs", "params", "bytes", "latency_ms")
-Artifact = Literal["pruned", "baseline"]
+BudgetMeasure = CostMeasure | Literal["latency_ms"]
+BUDGET_MEASURES: tuple[BudgetMeasure, ...] = (*get_args(CostMeasure), "latency_ms")
+NetworkName = Literal["pruned", "baseline"]
+"""Which of the two networks of a finished job."""
 Epochs = Annotated[int, Field(ge=1, le=1_000_000)]
 Open01 = Annotated[float, Field(gt=0, lt=1)]
 Amount = Annotated[int, Field(gt=0, le=2**53)] | Annotated[float, Field(gt=0, le=2**53)]
@@ -23,16 +27,7 @@ LearningRate = Annotated[float, Field(ge=1e-9, le=100)]
 
 WEIGHT_CRITERIA: tuple[Criterion, ...] = ("l1", "l2", "lamp", "erk", "random")
 PATTERN_CRITERIA: tuple[Criterion, ...] = ("l1", "l2", "random")
-CHANNEL_CRITERIA: tuple[Criterion, ...] = (
-    "l1",
-    "l2",
-    "taylor",
-    "bn_scale",
-    "fpgm",
-    "lamp",
-    "activation",
-    "random",
-)
+CHANNEL_CRITERIA: tuple[ChannelCriterion, ...] = get_args(ChannelCriterion)
 CRITERIA: dict[Structure, tuple[Criterion, ...]] = {
     "weights": WEIGHT_CRITERIA,
     "channels": CHANNEL_CRITERIA,
@@ -59,7 +54,9 @@ def kept_of(pattern: str) -> tuple[int, int]:
     return int(kept), int(of)
 
 
-Pattern = Annotated[str, AfterValidator(_known_pattern), WithJsonSchema({"type": "string", "pattern": _PATTERN})]
+SparsityPattern = Annotated[
+    str, AfterValidator(_known_pattern), WithJsonSchema({"type": "string", "pattern": _PATTERN})
+]
 Side = Annotated[int, Field(ge=1, le=1024)]
 
 
@@ -71,7 +68,7 @@ class Distillation(Strict):
     teacher: Annotated[
         JobId | None, Field(description="A finished job whose network teaches; default: this job's own dense network.")
     ] = None
-    artifact: Annotated[Artifact, Field(description="Which network of that job.")] = "baseline"
+    artifact: Annotated[NetworkName, Field(description="Which network of that job.")] = "baseline"
 
     @model_validator(mode="after")
     def _artifact_has_a_job(self) -> Self:
@@ -168,7 +165,7 @@ class Budget(Strict):
 
     @model_validator(mode="after")
     def _one_bound(self) -> Self:
-        given = [(name, value) for name in MEASURES if (value := getattr(self, name)) is not None]
+        given = [(name, value) for name in BUDGET_MEASURES if (value := getattr(self, name)) is not None]
         if len(given) != 1:
             raise fault("state exactly one of: macs, params, bytes, latency_ms")
         name, value = given[0]
@@ -183,17 +180,25 @@ class Budget(Strict):
         return self
 
     @property
-    def measure(self) -> Measure:
+    def measure(self) -> BudgetMeasure:
         """Which cost is bounded."""
-        if self.latency_ms is not None:
-            return "latency_ms"
-        return "macs" if self.macs is not None else "params" if self.params is not None else "bytes"
+        return next(name for name in BUDGET_MEASURES if getattr(self, name) is not None)
+
+    @property
+    def cost_measure(self) -> CostMeasure | None:
+        """The same, where it can be counted in a network; None: a latency, which only a worker can measure."""
+        return None if self.measure == "latency_ms" else self.measure
+
+    @property
+    def amount(self) -> float:
+        """The bound as it was stated: a fraction kept up to 1, else a number of units."""
+        stated: float = getattr(self, self.measure)
+        return stated
 
     def allowed(self, dense: int) -> int:
         """The largest cost allowed, where the baseline's is `dense`: a fraction is rounded down."""
-        assert self.measure != "latency_ms", "a latency is measured, not counted"
-        value = getattr(self, self.measure)
-        return int(value * dense) if value <= 1 else int(value)
+        assert self.cost_measure is not None, "a latency is measured, not counted"
+        return int(self.amount * dense) if self.amount <= 1 else int(self.amount)
 
     def allowed_ms(self, dense_ms: float) -> float:
         """The longest time allowed, in milliseconds, where the baseline takes `dense_ms`."""
@@ -215,7 +220,7 @@ class PruneOverride(Strict):
     round_to: Annotated[
         int | None, Field(ge=1, le=1024, description="Widths of this layer's group are multiples of this.")
     ] = None
-    pattern: Annotated[Pattern | None, Field(description="n:m: this layer's pattern.")] = None
+    pattern: Annotated[SparsityPattern | None, Field(description="n:m: this layer's pattern.")] = None
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
@@ -234,14 +239,14 @@ def _structure(data: dict[str, object]) -> Structure:
     return "weights" if data.get("budget") is None else "channels"
 
 
-def _scope(data: dict[str, object]) -> Scope:
+def _scope(data: dict[str, object]) -> RankingScope:
     if data.get("structure") == "channels" and data.get("budget") is not None:
         return "sensitivity"
     by_rank = data.get("structure") in ("weights", "blocks") and data.get("criterion") != "erk"
     return "global" if by_rank else "layer"
 
 
-class Prune(Strict):
+class Prune(JobStep):
     """Remove weights (set to zero, and kept there) or whole channels (the network gets smaller), then train again.
 
     `sparsity` is the part that goes, a budget the part that is kept. `n:m` keeps at most n of m weights in a row along
@@ -259,7 +264,7 @@ class Prune(Strict):
         float | None, Field(gt=0, le=1e6, description="Weights whose absolute value is below this go.")
     ] = None
     budget: Budget | None = None
-    pattern: Annotated[Pattern | None, Field(description='n:m: "2:4" keeps 2 of 4; default for n:m.')] = None
+    pattern: Annotated[SparsityPattern | None, Field(description='n:m: "2:4" keeps 2 of 4; default for n:m.')] = None
     block: Annotated[
         tuple[Side, Side] | None,
         Field(
@@ -271,7 +276,7 @@ class Prune(Strict):
         default_factory=_structure,
     )
     criterion: Annotated[Criterion, Field(description="How the worth of a weight or channel is measured.")] = "l2"
-    scope: Scope = Field(
+    scope: RankingScope = Field(
         description="Rank over all layers (default for weights), the same part of each (default for a sparsity of "
         "channels), or first where the loss on training images rises least (sensitivity; default for a budget).",
         default_factory=_scope,
@@ -296,6 +301,32 @@ class Prune(Strict):
     max_sparsity: Annotated[float, Field(gt=0, lt=1, description="channels: largest part of a group that may go.")] = (
         0.9
     )
+
+    title = "Prune weights or channels"
+    examples = (
+        {
+            "type": "prune",
+            "structure": "channels",
+            "criterion": "l2",
+            "budget": {"macs": 0.5},
+            "schedule": {"name": "one_shot"},
+            "retrain": {"epochs": 3, "policy": "lr_rewind"},
+        },
+        {"type": "prune", "budget": {"latency_ms": 0.6}, "criterion": "taylor"},
+        {
+            "type": "prune",
+            "budget": {"params": 0.4},
+            "schedule": {"name": "iterative", "steps": 3},
+            "overrides": {"conv1": {"max_sparsity": 0.5}},
+            "retrain": {"epochs": 2, "distillation": {"alpha": 0.7, "temperature": 4.0}},
+        },
+        {"type": "prune", "sparsity": 0.9, "criterion": "lamp", "schedule": {"name": "cubic"}},
+        {"type": "prune", "sparsity": 0.9, "criterion": "erk", "overrides": {"conv1": {"sparsity": 0.5}}},
+        {"type": "prune", "structure": "n:m", "pattern": "2:4"},
+        {"type": "prune", "structure": "blocks", "block": [4, 4], "sparsity": 0.5},
+    )
+    may_repeat = True
+    change: ClassVar[str] = "channels are removed"
 
     @property
     def rounds(self) -> int:

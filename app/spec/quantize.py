@@ -6,12 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from app.validation.strict import Strict, Text
+from app.spec.step import JobStep
+from app.validation.strict import Text
 
 Scheme = Literal["int8_static", "int8_vnni"]
 
 
-class Quantize(Strict):
+class Quantize(JobStep):
     """Deliver an ONNX file with weights and activations of 8 bits beside the others: `pruned.int8.onnx`.
 
     Static (ONNX Runtime, QDQ): weights symmetric with one scale per output channel, activations with ranges measured on
@@ -39,3 +40,10 @@ class Quantize(Strict):
         int, Field(ge=1, le=65_536, description="Training images that ranges are measured on, at most.")
     ] = 512
     exclude: Annotated[tuple[Text, ...], Field(max_length=10_000, description="Layers that stay in float32.")] = ()
+
+    title = "8-bit integers"
+    examples = (
+        {"type": "quantize", "scheme": "int8_static", "max_accuracy_drop": 0.01},
+        {"type": "quantize", "scheme": "int8_vnni"},
+    )
+    must_be_last = True

@@ -18,8 +18,8 @@ from app.network.architecture import Preprocessing
 from app.network.layers.shapes import Shape
 from app.spec.job import JobSpec
 from app.spec.model import JobModel
-from app.spec.optimizations import COMPRESSIONS, Distill
-from app.spec.prune import Artifact
+from app.spec.optimizations import Compression, Distill
+from app.spec.prune import NetworkName
 
 Kind = Literal["job", "weights"]
 
@@ -29,7 +29,7 @@ class Reference(NamedTuple):
 
     kind: Kind
     id: str
-    artifact: Artifact | None
+    artifact: NetworkName | None
     pointer: str
     """Where the description names it first, e.g. `/model/job`."""
 
@@ -102,7 +102,7 @@ def every_reference(spec: JobSpec) -> Iterator[Reference]:
         pointer = f"/optimizations/{position}"
         if isinstance(step, Distill):
             yield Reference("job", step.teacher, step.artifact, f"{pointer}/teacher")
-        elif isinstance(step, COMPRESSIONS) and step.retrain is not None and step.retrain.distillation is not None:
+        elif isinstance(step, Compression) and step.retrain is not None and step.retrain.distillation is not None:
             distillation = step.retrain.distillation
             if distillation.teacher is not None:
                 at = f"{pointer}/retrain/distillation/teacher"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from app.spec.prune import Prune
+from app.spec.prune import ChannelCriterion, Prune
 from app.validation.strict import Strict, Text, fault
 
-SensitivityCriterion = Literal["l1", "l2", "taylor", "bn_scale", "fpgm", "lamp", "activation", "random"]
 PARTS_KEPT = (0.9, 0.75, 0.5, 0.25, 0.1)
 FEWEST_KEPT = 1e-6
 ALMOST_ALL = 1 - FEWEST_KEPT
@@ -25,7 +24,7 @@ class Sensitivity(Strict):
         tuple[Annotated[float, Field(ge=FEWEST_KEPT, lt=1)], ...],
         Field(min_length=1, max_length=32, description="Parts of a group's channels that are kept, falling."),
     ] = PARTS_KEPT
-    criterion: Annotated[SensitivityCriterion, Field(description="Which channels leave first.")] = "l2"
+    criterion: Annotated[ChannelCriterion, Field(description="Which channels leave first.")] = "l2"
     round_to: Annotated[int, Field(ge=1, le=1024, description="Widths are multiples of this.")] = 1
     exclude: Annotated[tuple[Text, ...], Field(max_length=10_000, description="Layers that are left alone.")] = ()
     images: Annotated[

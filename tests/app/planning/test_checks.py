@@ -100,7 +100,7 @@ REFUSED_ORDERS: list[tuple[list[dict[str, Any]], int, str]] = [
     ([{"type": "residual"}, {"type": "residual"}], 1, "stands at /optimizations/0 too"),
     ([{"type": "dropout"}, {"type": "batch_norm"}, {"type": "dropout", "layers": ["linear1"]}], 2, "stands at"),
     ([{"type": "regularization", "l1": 1e-5}, {"type": "regularization", "l2": 1e-5}], 1, "stands at"),
-    ([PRUNE, CHANNELS], 1, "channels go before weights"),
+    ([PRUNE, CHANNELS], 1, "channels are removed before weights"),
     ([PRUNE] * 9, 8, "at most 8 times"),
 ]  # fmt: skip
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from app.spec.optimizations import COMPRESSIONS, LESSONS, OPTIMIZATIONS, REWRITES
+from app.spec.optimizations import COMPRESSIONS, OPTIMIZATIONS, REWRITES, TRAINING_TERMS
 from app.spec.prune import Budget, Prune
 from tests.support.jobs.specs import document, job, refused
 
@@ -139,5 +139,5 @@ def test_other_optimizations_outside_their_intervals_are_refused(fields: dict[st
 
 def test_every_optimization_is_a_rewrite_a_compression_or_a_regularization() -> None:
     kinds = [part.model_fields["type"].default for part in OPTIMIZATIONS]
-    assert len(set(kinds)) == len(kinds) == len(REWRITES) + len(LESSONS) + len(COMPRESSIONS) + 1
+    assert len(set(kinds)) == len(kinds) == len(REWRITES) + len(TRAINING_TERMS) + len(COMPRESSIONS) + 1
     assert all(part.__doc__ for part in OPTIMIZATIONS)

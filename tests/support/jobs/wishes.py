@@ -216,7 +216,7 @@ REFUSED: dict[str, tuple[Parts, str, str]] = {
     "channels after zeros": (
         steps(zeros(pattern="2:4"), cut(budget={"macs": 0.5})),
         "/optimizations/1",
-        "channels go before weights",
+        "channels are removed before weights",
     ),
     "channels that are gone": (
         steps(cut(structure="channels", sparsity=0.9), cut(structure="channels", sparsity=0.5)),
