@@ -1,7 +1,7 @@
 """The phases of a job in their order: stated once, for the answer of a validation and for the worker that runs them.
 
     for phase in phases_of(spec):
-        phase.name, phase.position, phase.round, phase.epochs    # "retraining", 1, 2, 5
+        phase.phase, phase.position, phase.round, phase.epochs    # "retraining", 1, 2, 5
 
 The order: prepare, train and evaluate; for each compression its rounds (prune, then retrain if it has epochs) and an
 evaluation; the 8-bit file or, in a job of kind sensitivity, the table; measure; export.
@@ -25,7 +25,7 @@ Subject = Literal["network", "sensitivity", "int8"]
 class PlannedPhase:
     """One stretch of a job."""
 
-    name: PhaseName
+    phase: PhaseName
     epochs: int | None = None
     """Epochs of a training, which may be 0; of a retraining at least 1. None: the phase is not counted in epochs."""
     position: int | None = None

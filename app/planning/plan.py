@@ -191,7 +191,7 @@ def plan_answer(plan: Plan) -> dict[str, Any]:
 
 def _stated_fields(phase: PlannedPhase) -> dict[str, JsonValue]:
     """A phase as it stands in an answer: without the fields that it has not."""
-    fields: dict[str, JsonValue] = {"phase": phase.name, "epochs": phase.epochs, "optimization": phase.optimization}
+    fields: dict[str, JsonValue] = {"phase": phase.phase, "epochs": phase.epochs, "optimization": phase.optimization}
     return {name: value for name, value in fields.items() if value is not None}
 
 
