@@ -54,6 +54,16 @@ class Node:
         return self.layer.type
 
     @property
+    def axes(self) -> int:
+        """Spatial axes of its first input; 0 where that is flat."""
+        return len(self.input_shapes[0]) - 1
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of its first input, features where that is flat."""
+        return self.input_shapes[0][0]
+
+    @property
     def shares(self) -> str | None:
         """The node whose parameters it uses; None: it has its own, or none at all."""
         return self.layer.shares if isinstance(self.layer, Shareable) else None

@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.compression.norm_folding import folded_norms
-from app.network.graph import Graph, Node
-from app.network.layers.registry import BatchNorm, ConvTranspose
+from app.network.graph import Graph
+from app.network.layers.convolutions import ConvTranspose
+from app.network.layers.normalization import BatchNorm
+from app.network.node import Node
 
 Tensors = Mapping[str, NDArray[np.float32]]
 
