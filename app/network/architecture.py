@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.errors import JsonValue
-from app.network.graph import Graph, Limits, build_graph
+from app.network.graph import Graph, build_graph
 from app.network.layers.registry import read_layers
+from app.network.node import Limits
 
 FORMAT_VERSION = 1
 _ANY_SIZE = Limits(layers=1 << 62, params=1 << 62, input_elements=1 << 62, activations=1 << 62)

@@ -19,7 +19,7 @@ class Layer(Strict):
 
     least_inputs: ClassVar[int] = 1
     most_inputs: ClassVar[int] = 1
-    behind_logits: ClassVar[str | None] = None
+    why_not_after_logits: ClassVar[str | None] = None
     """Why it must not be the last layer, or None."""
     saves_inputs: ClassVar[bool] = False
     """Keeps its inputs for the backward pass (what autograd does; `cost.training_memory` counts it)."""

@@ -23,7 +23,7 @@ class BatchNorm(Layer):
     """`batch_norm`: torch.nn.BatchNorm1d, 2d or 3d, with weight and bias and running statistics."""
 
     saves_inputs: ClassVar[bool] = True
-    behind_logits: ClassVar[str | None] = _NORM_LAST
+    why_not_after_logits: ClassVar[str | None] = _NORM_LAST
 
     type: Literal["batch_norm"] = "batch_norm"
     eps: Epsilon = 1e-5
@@ -53,7 +53,7 @@ class GroupNorm(Shareable):
     """`group_norm`: torch.nn.GroupNorm."""
 
     saves_inputs: ClassVar[bool] = True
-    behind_logits: ClassVar[str | None] = "it would take the scale out of the class scores"
+    why_not_after_logits: ClassVar[str | None] = "it would take the scale out of the class scores"
 
     type: Literal["group_norm"] = "group_norm"
     num_groups: Annotated[int, Field(ge=1, le=LARGEST_WIDTH), UNLESS_SHARED] = required_unless_shared()
@@ -84,7 +84,7 @@ class LayerNorm(Shareable):
     """`layer_norm`: over the channel axis at each position, weight and bias one per channel."""
 
     saves_inputs: ClassVar[bool] = True
-    behind_logits: ClassVar[str | None] = "it would take the scale out of the class scores"
+    why_not_after_logits: ClassVar[str | None] = "it would take the scale out of the class scores"
 
     type: Literal["layer_norm"] = "layer_norm"
     eps: Epsilon = 1e-5

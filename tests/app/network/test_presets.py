@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from app.errors import InvalidSpec
 from app.network.cost import cost
-from app.network.presets import PRESETS, preset_layers, scaled
+from app.network.presets.blocks import scaled
 from app.network.presets.published import PUBLISHED, UNPUBLISHED, Published, as_printed
+from app.network.presets.registry import PRESETS, preset_layers
 from app.spec.data import DataFacts
 from tests.support.jobs.specs import graph_of, plan, preset_graph
 

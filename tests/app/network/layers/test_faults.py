@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import pytest
 
 from app.errors import Fault, InvalidSpec
-from app.network.graph import Limits, build_graph
-from app.network.layers.registry import LAYERS, Activation, read_layers
+from app.network.graph import build_graph
+from app.network.layers.activations import Activation
+from app.network.layers.registry import LAYERS, read_layers
+from app.network.node import Limits
 from tests.support.networks.layer_samples import LayerList, conv, layer
 
 
