@@ -74,8 +74,8 @@ def calls_of(network: Network, name: str) -> tuple[str, ...]:
 def build_network(graph: Graph, *, seed: int | None = None) -> Network:
     """The network of a graph with fresh weights, float32 on the CPU, in training mode.
 
-    The weights are drawn from a generator of their own when `seed` is given (torch's global one is left alone), else
-    from torch's.
+    With `seed` the weights are drawn from a generator of their own, and torch's global one does not change; else from
+    torch's.
     """
     with torch.device("meta"):
         network = Network(graph)
@@ -171,7 +171,7 @@ _LINEAR_UNITS = ("relu", "relu6", "leaky_relu", "prelu", "silu", "gelu", "hardsw
 
 
 def weight_gain(graph: Graph, node: Node, adds: int) -> float:
-    """The gain of a layer's weights, by what its output goes into.
+    """The gain of a layer's weights, by the layer that reads its output.
 
     sqrt(2) before rectifiers (which halve the mean square) and norms (which do not mind), 1 before other layers, 5/3
     before tanh; 1 / sqrt(adds) where it enters one of `adds` sums without a norm, so that a sum of many branches

@@ -57,7 +57,7 @@ class GraphBuilder:
     def _count_layers(self, layers: Sequence[Layer], pointer: str, depth: int) -> int:
         """How many layers these become, at least, before anything is unfolded; 0 with a fault: too many, too deep."""
         if depth > self._limits.depth:
-            message = f"containers stand in one another at most {self._limits.depth} deep"
+            message = f"containers can be nested at most {self._limits.depth} deep"
             self._faults.add(pointer, message, limit=self._limits.depth, value=depth)
             return 0
         total = 0

@@ -71,7 +71,7 @@ class Graph:
         return name in self._by_name
 
     def consumers(self, name: str) -> tuple[Node, ...]:
-        """The nodes that take the output of node `name` (or "input"), in order; a node that takes it twice comes once.
+        """The nodes that take the output of node `name` (or "input"), in order; a node that takes it twice is listed once.
 
         Raises:
             KeyError: there is no such node.

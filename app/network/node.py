@@ -15,7 +15,7 @@ from app.network.layers.sharing import Shareable
 
 @dataclass(frozen=True)
 class Limits:
-    """How large a network may be. (Limits of single fields, such as a kernel's size, stand at the fields.)"""
+    """How large a network may be. Limits of single fields, such as a kernel's size, are stated with the fields."""
 
     layers: int = 10_000
     """Layers after the containers are written out."""

@@ -119,7 +119,7 @@ class NameTable:
         if reason is None:
             return
         if len(name) > LONGEST_NAME:
-            message = f"its full name, with the containers', has {len(name)} characters"
+            message = f"its full name, with those of its containers, has {len(name)} characters"
             self._faults.add(pointer, message, LONGEST_NAME, len(name))
         else:
             self._faults.add(f"{pointer}/name" if named else pointer, reason + ": choose another")
@@ -154,7 +154,7 @@ class NameTable:
         traced = len(self._faults) < _MOST_TRACED
         path = holder.path(holder.positions[name], holder.position) if traced else None
         if path is None:
-            return f"'{name}' comes later: a layer takes the outputs of layers that stand before it"
+            return f"'{name}' comes later: a layer takes the outputs of layers before it"
         steps = [f"'{taker}' takes '{taken}'" for taker, taken in pairwise([holder.current, *path])]
         if len(steps) > _LONGEST_CYCLE:
             steps = [*steps[: _LONGEST_CYCLE - 1], "...", steps[-1]]
@@ -165,4 +165,4 @@ def shared_too_early(name: str, holder: Scope, scope: Scope) -> str:
     """Why the parameters of a layer that `holder` has cannot be shared yet."""
     if holder is scope and holder.positions[name] == holder.position:
         return f"'{name}' cannot share its own parameters: name an earlier layer"
-    return f"'{name}' comes later: a layer shares the parameters of a layer that stands before it"
+    return f"'{name}' comes later: a layer shares the parameters of a layer before it"

@@ -106,7 +106,7 @@ def test_keys_are_the_graphs_tensors_in_its_order() -> None:
 DEEP = [conv(48), layer("relu"), *[conv(48), layer("relu")] * 30, *HEAD]
 
 
-def test_a_seed_gives_the_same_weights_and_leaves_torchs_generator_alone() -> None:
+def test_a_seed_gives_the_same_weights_and_does_not_use_torchs_generator() -> None:
     graph = graph_of(DEEP)
     before = torch.random.get_rng_state()
     first, second, other = (build_network(graph, seed=seed) for seed in (7, 7, 8))

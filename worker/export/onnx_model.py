@@ -1,7 +1,7 @@
 """A graph and its weights as one ONNX file: milliseconds, nothing in it but the network; layers by `worker/layers`.
 
 `torch.onnx` would trace the module instead: 3 to 4 s for the first network, absolute paths of this machine in every
-node to strip, decompositions to pay for at run time. What is written here is proven in onnxruntime before delivery.
+node to strip, decompositions to pay for at run time. What is written here is verified in onnxruntime before delivery.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def _spatial_dropout_source(layer: SpatialDropout, node: Node, inputs: Sequence[
     return call(f"F.dropout{node.axes}d", inputs[0], repr(layer.p), "self.training")
 
 
-ACTIVATIONS = (
+ACTIVATION_RULES = (
     _rule(ReLU, nn.ReLU, one_operator("Relu"), "F.relu"),
     _rule(ReLU6, nn.ReLU6, _relu6_onnx, "F.relu6"),
     LayerRule(LeakyReLU, module=_leaky_relu_module, onnx=_leaky_relu_onnx, source=_leaky_relu_source),

@@ -151,7 +151,7 @@ def _linear_fan_in(layer: Linear, node: Node) -> float:
     return node.in_channels
 
 
-CONVOLUTIONS = (
+CONVOLUTION_RULES = (
     LayerRule(
         Conv,
         module=_conv_module,

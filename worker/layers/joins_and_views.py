@@ -202,7 +202,7 @@ def _pad_source(layer: Pad, node: Node, inputs: Sequence[str]) -> Expression:
     return call("F.pad", inputs[0], amounts, *([f"value={layer.value!r}"] if layer.value else []))
 
 
-JOINS_AND_VIEWS = (
+JOIN_AND_VIEW_RULES = (
     LayerRule(Add, module=_add_module, onnx=pairwise_operator("Add"), source=_add_source),
     LayerRule(Multiply, module=_multiply_module, onnx=pairwise_operator("Mul"), source=_multiply_source),
     LayerRule(Concat, module=_concat_module, onnx=one_operator("Concat", axis=1), source=_concat_source),

@@ -91,7 +91,7 @@ def _layer_norm_attribute(layer: LayerNorm, node: Node) -> Attribute:
     return Attribute("LayerNorm", [str(node.in_channels), *_eps_argument(layer.eps)])
 
 
-NORMS = (
+NORM_RULES = (
     LayerRule(
         BatchNorm,
         module=_batch_norm_module,

@@ -146,7 +146,7 @@ def _upsample_source(layer: Upsample, node: Node, inputs: Sequence[str]) -> Expr
     return call("F.interpolate", inputs[0], factors, f'mode="{layer.mode}"')
 
 
-POOLS = (
+POOL_RULES = (
     LayerRule(MaxPool, module=_pool_module, onnx=_max_pool_onnx, source=_pool_source),
     LayerRule(AvgPool, module=_pool_module, onnx=_avg_pool_onnx, source=_pool_source),
     LayerRule(

@@ -7,15 +7,15 @@ from typing import Any
 
 from app.network.layers.layer import Layer
 from app.network.node import Node
-from worker.layers.activations import ACTIVATIONS
-from worker.layers.convolutions import CONVOLUTIONS
-from worker.layers.joins_and_views import JOINS_AND_VIEWS
-from worker.layers.normalization import NORMS
-from worker.layers.pooling import POOLS
+from worker.layers.activations import ACTIVATION_RULES
+from worker.layers.convolutions import CONVOLUTION_RULES
+from worker.layers.joins_and_views import JOIN_AND_VIEW_RULES
+from worker.layers.normalization import NORM_RULES
+from worker.layers.pooling import POOL_RULES
 from worker.layers.rule import LayerRule
 
 RULES: Mapping[type[Layer], LayerRule[Any]] = {
-    rule.layer: rule for rule in (*CONVOLUTIONS, *NORMS, *ACTIVATIONS, *POOLS, *JOINS_AND_VIEWS)
+    rule.layer: rule for rule in (*CONVOLUTION_RULES, *NORM_RULES, *ACTIVATION_RULES, *POOL_RULES, *JOIN_AND_VIEW_RULES)
 }
 
 

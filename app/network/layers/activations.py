@@ -1,4 +1,4 @@
-"""The layers that keep a shape: normalisation, activations, dropout."""
+"""Activations and dropout: layers whose output has the shape of their input."""
 
 from __future__ import annotations
 

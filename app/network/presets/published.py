@@ -47,7 +47,7 @@ _HE = "He et al. 2015, arXiv 1512.03385, table 6"
 _HRANK = "MACs: Lin et al. 2020 (HRank, arXiv 2002.10179), named FLOPs"
 _TORCHVISION = "torchvision 0.28, metadata of its pre-trained weights"
 _DA2LITE = "model zoo of DA2Lite (github.com/da2so/DA2Lite)"
-_BIASES = "torchvision's convolutions have biases, which the batch norm behind them takes out again"
+_BIASES = "torchvision's convolutions have biases, which the batch norm after them removes again"
 
 PUBLISHED = (
     Published("resnet20", CIFAR, 10, "0.27 M", None, _HE),

@@ -114,7 +114,7 @@ def test_networks_for_imagenet_leave_out_two_halvings_where_the_input_is_small(n
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("narrow", [False, True])
-def test_half_of_the_macs_can_go_with_default_settings(name: str, narrow: bool) -> None:
+def test_half_of_the_macs_can_be_removed_with_default_settings(name: str, narrow: bool) -> None:
     preset = PRESETS[name]
     shape, classes = preset.usual_shape, preset.usual_classes
     facts = DataFacts("usual", shape, classes, tuple(map(str, range(classes))), 10_000, 1_000, "float32")
@@ -178,7 +178,7 @@ def test_a_shape_that_does_not_fit_is_a_fault_with_both_sizes(
     assert name in fault.message
 
 
-def test_pools_leave_alone_what_they_would_empty() -> None:
+def test_pools_do_not_shrink_an_axis_that_they_would_empty() -> None:
     graph = preset_graph("deep_cnn", (1, 3, 40))
     assert [node.shape[1:] for node in graph.nodes if node.type == "max_pool"] == [(1, 20), (1, 10), (1, 5), (1, 2)]
     assert not [node for node in preset_graph("deep_cnn", (1, 1, 1)).nodes if node.type == "max_pool"]
@@ -188,7 +188,7 @@ def test_lenet_pads_small_digits_only() -> None:
     assert preset_graph("lenet5", (1, 28, 28))["conv1"].shape == preset_graph("lenet5", (1, 32, 32))["conv1"].shape
 
 
-def test_widths_are_scaled_to_multiples_of_eight_and_never_to_nothing() -> None:
+def test_widths_are_scaled_to_multiples_of_eight_and_never_to_zero() -> None:
     assert [scaled(64, width) for width in (1.0, 0.5, 0.25, 0.1, 0.01, 2.0)] == [64, 32, 16, 6, 1, 128]
     assert [scaled(channels, 0.75) for channels in (32, 128)] == [24, 96]
     for channels in range(1, 600, 7):
