@@ -21,6 +21,9 @@ from app.network.layers.pooling import MaxPool
 from app.network.node import Node
 from worker.layers.registry import rule_of
 
+INEXACT = (Sigmoid,)
+"""Layers of whose results the last bit depends on whether torch computes an element in a vector or alone."""
+
 
 class ForwardStep(NamedTuple):
     """One line of the forward pass: a chain of sub-modules on earlier outputs, and which outputs nobody needs after it.
@@ -93,10 +96,6 @@ def _allocate(network: Network) -> None:
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-INEXACT = (Sigmoid,)
-"""Layers for which torch's result depends on whether it computes an element in a vector or alone: the last bit differs."""
-
-
 def forward_steps(graph: Graph) -> tuple[ForwardStep, ...]:
     """The order in which a forward pass runs, and after which step it may forget an output.
 
@@ -106,12 +105,7 @@ def forward_steps(graph: Graph) -> tuple[ForwardStep, ...]:
     export and the report keep the written order. Not before sigmoid: the last bit of its results depends on where an
     element stands in memory (`INEXACT`), and delivered source, in the written order, has to give every bit.
     """
-    early: dict[str, Node] = {}  # pooling -> the activation that comes after it
-    for node in graph.nodes:
-        readers = graph.consumers(node.name)
-        exact = node.layer.is_monotone() and not isinstance(node.layer, INEXACT)
-        if exact and len(readers) == 1 and isinstance(readers[0].layer, MaxPool):
-            early[readers[0].name] = node
+    early = _pooled_activations(graph)
     late = {node.name for node in early.values()}
     order: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
     for node in graph.nodes:
@@ -128,6 +122,17 @@ def forward_steps(graph: Graph) -> tuple[ForwardStep, ...]:
         ForwardStep(output, tuple(graph[name].home for name in chain), inputs, tuple(done), chain)
         for (output, chain, inputs), done in zip(order, frees, strict=True)
     )
+
+
+def _pooled_activations(graph: Graph) -> dict[str, Node]:
+    """By the name of each max pooling that runs before the activation it reads: that activation."""
+    found: dict[str, Node] = {}
+    for node in graph.nodes:
+        readers = graph.consumers(node.name)
+        exact = node.layer.is_monotone() and not isinstance(node.layer, INEXACT)
+        if exact and len(readers) == 1 and isinstance(readers[0].layer, MaxPool):
+            found[readers[0].name] = node
+    return found
 
 
 # --- weights ---
@@ -167,6 +172,7 @@ _THROUGH = (
     "channel_shuffle",
     "concat",
 )
+"""Layers that pass values on much as they are: what reads their output decides the gain."""
 _LINEAR_UNITS = ("relu", "relu6", "leaky_relu", "prelu", "silu", "gelu", "hardswish")
 
 

@@ -1,13 +1,10 @@
-"""What papers and libraries print of the presets' size and work, for docs/zoo.md; tests hold our own figures to it."""
+"""The size and work of the presets that papers and libraries print, for docs/zoo.md; tests compare our own figures."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from decimal import Decimal
 
 from app.network.presets.preset import CIFAR, IMAGENET
-
-_UNITS = {"k": 1_000, "M": 1_000_000, "G": 1_000_000_000}
 
 
 @dataclass(frozen=True)
@@ -27,20 +24,6 @@ class Published:
     note: str = ""
     more_params: int = 0
     more_macs: int = 0
-
-
-def as_printed(count: int, printed: str) -> str:
-    """`count` rounded to the digits of `printed`, written the same way."""
-    if printed[-1] in _UNITS:
-        number, unit = printed.split(" ")
-        _, _, decimals = number.partition(".")
-        return f"{Decimal(count) / _UNITS[unit]:.{len(decimals)}f} {unit}"
-    mantissa, power, _ = printed.partition("e")
-    if power:
-        _, _, decimals = mantissa.partition(".")
-        rounded, exponent = f"{Decimal(count):.{len(decimals)}e}".split("e")
-        return f"{rounded}e{int(exponent)}"
-    return f"{count:,}"
 
 
 _HE = "He et al. 2015, arXiv 1512.03385, table 6"

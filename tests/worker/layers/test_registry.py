@@ -10,6 +10,7 @@ import pytest
 from torch import nn
 
 from app.compression.int8 import FLOAT_REASONS
+from app.network.blocks import WEIGHTED
 from app.network.graph import build_graph
 from app.network.layers.layer import Layer
 from app.network.layers.registry import COMPUTED, CONTAINERS, LAYERS, read_layers
@@ -63,6 +64,11 @@ def test_a_rule_makes_a_module_whose_tensors_are_those_that_the_source_makes_an_
                 module = rule.module(node.layer, node)
                 assert isinstance(module, nn.Module)
                 assert bool(list(module.parameters())) == (rule.attribute is not None) == bool(node.tensors)
+
+
+def test_the_layers_that_multiply_have_a_fan_in_and_no_others() -> None:
+    names = {kind.model_fields["type"].default for kind, rule in RULES.items() if rule.fan_in is not None}
+    assert names == WEIGHTED
 
 
 def test_networks_are_built_without_the_onnx_package() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from decimal import Decimal
 from itertools import pairwise
 
 import pytest
@@ -13,10 +14,26 @@ from hypothesis import strategies as st
 from app.errors import InvalidSpec
 from app.network.cost import cost
 from app.network.presets.blocks import scaled
-from app.network.presets.published import PUBLISHED, UNPUBLISHED, Published, as_printed
+from app.network.presets.published import PUBLISHED, UNPUBLISHED, Published
 from app.network.presets.registry import PRESETS, preset_layers
 from app.spec.data import DataFacts
 from tests.support.jobs.specs import graph_of, plan, preset_graph
+
+UNITS = {"k": 1_000, "M": 1_000_000, "G": 1_000_000_000}
+
+
+def as_printed(count: int, printed: str) -> str:
+    """`count` rounded to the digits of `printed`, written the same way."""
+    if printed[-1] in UNITS:
+        number, unit = printed.split(" ")
+        _, _, decimals = number.partition(".")
+        return f"{Decimal(count) / UNITS[unit]:.{len(decimals)}f} {unit}"
+    mantissa, power, _ = printed.partition("e")
+    if power:
+        _, _, decimals = mantissa.partition(".")
+        rounded, exponent = f"{Decimal(count):.{len(decimals)}e}".split("e")
+        return f"{rounded}e{int(exponent)}"
+    return f"{count:,}"
 
 
 def test_simple_cnn_is_the_one_of_the_contract() -> None:
