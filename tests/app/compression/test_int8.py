@@ -8,8 +8,8 @@ import pytest
 
 from app.compression.int8 import float_layers, integer_layers
 from app.compression.norm_folding import folded_norms
-from app.network.presets import PRESETS
-from app.planning.plan import Plan
+from app.network.presets.registry import PRESETS
+from app.planning.plan import Plan, plan_answer
 from tests.support.jobs.specs import COLOUR, job, misplanned, plan, preset_graph, refused
 from tests.support.networks.topologies import HEAD, conv, layer
 
@@ -50,7 +50,7 @@ def test_the_planned_cost_and_the_network_stay_and_the_phases_have_one_more() ->
     found = planned(conv(8))
     assert found.planned_cost == found.baseline_cost
     assert found.planned == found.baseline
-    assert [phase.document() for phase in found.phases][-3:] == [
+    assert plan_answer(found)["phases"][-3:] == [
         {"phase": "evaluating", "optimization": "/optimizations/0"},
         {"phase": "measuring"},
         {"phase": "exporting"},
