@@ -47,7 +47,7 @@ def rewrite(
     """
     named = _named(graph, optimization.layers, pointer)
     editor = GraphEditor(graph)
-    _RULES[type(optimization)](graph, editor, optimization, _Narrowed(named, pointer))
+    RULES[type(optimization)](graph, editor, optimization, _Narrowed(named, pointer))
     if not editor.changed:
         return graph
     try:
@@ -266,7 +266,7 @@ def _residual(graph: Graph, editor: GraphEditor, optimization: InsertShortcuts, 
     add_shortcuts(graph, editor, chosen)
 
 
-_RULES: dict[type, Callable[[Graph, GraphEditor, Any, _Narrowed], None]] = {
+RULES: dict[type, Callable[[Graph, GraphEditor, Any, _Narrowed], None]] = {
     InsertBatchNorm: _batch_norm,
     InsertSpatialDropout: _spatial_dropout,
     InsertDropout: _dropout,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -13,6 +13,7 @@ from app.errors import Fault, InvalidSpec
 from app.planning.plan import make_plan, plan_answer
 from app.spec.data import Synthetic, synthetic_facts
 from app.spec.job import parse_job
+from app.spec.prune import Criterion
 from app.spec.references import Source
 from tests.support.jobs.sources import source_of
 from tests.support.jobs.tiny import SHAPE, SYNTHETIC, tiny_layers
@@ -43,7 +44,7 @@ BUDGETS = ({"macs": 0.5}, {"macs": 1}, {"params": 0.3}, {"params": 200}, {"bytes
 BUDGETS += ({"latency_ms": 0.3, "absolute": True}, {"macs": 1e-9}, {})
 SCHEDULES = ({"name": "one_shot"}, {"name": "iterative", "steps": 3}, {"name": "cubic"}, {"name": "cubic", "epochs": 1})
 POLICIES = ("lr_rewind", "fine_tune", "weight_rewind", "none")
-CRITERIA = ("l1", "l2", "taylor", "bn_scale", "fpgm", "lamp", "activation", "erk", "random")
+CRITERIA = get_args(Criterion)
 
 Values = Sequence[Any] | Callable[[random.Random], Any]
 

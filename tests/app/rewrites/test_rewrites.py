@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -24,14 +24,7 @@ from tests.support.jobs.specs import graph_of, preset_graph
 from tests.support.networks.dags import random_graph
 from tests.support.networks.topologies import TOPOLOGIES
 
-ALL: list[Rewrite] = [
-    InsertBatchNorm(),
-    InsertSpatialDropout(p=0.2),
-    InsertDropout(),
-    SmallKernels(),
-    Deeper(times=2),
-    InsertShortcuts(),
-]
+ALL: list[Rewrite] = [part.model_validate(example) for part in get_args(Rewrite) for example in part.examples]
 HEAD: list[dict[str, Any]] = [{"type": "flatten"}, {"type": "linear", "out_features": 3}]
 
 

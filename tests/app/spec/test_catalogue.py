@@ -12,38 +12,23 @@ from app.network.presets.registry import PRESETS
 from app.spec.catalogue import optimization_catalogue, preset_catalogue
 from app.spec.data import DataFacts
 from app.spec.optimizations import OPTIMIZATIONS
-from tests.support.jobs.specs import COLOUR, plan
+from tests.support.jobs.specs import plan
 
 
 def test_every_optimization_and_every_preset_is_listed_once() -> None:
     kinds = [entry["type"] for entry in optimization_catalogue()]
-    assert kinds == [part.model_fields["type"].default for part in OPTIMIZATIONS]
+    assert kinds == [part.kind() for part in OPTIMIZATIONS]
     assert [entry["name"] for entry in preset_catalogue()] == list(PRESETS)
     json.dumps([optimization_catalogue(), preset_catalogue()])
 
 
-ELSEWHERE = ("distill",)  # needs a finished job
-
-
-@pytest.mark.parametrize(
-    "entry", [e for e in optimization_catalogue() if e["type"] not in ELSEWHERE], ids=lambda entry: entry["type"]
-)
-def test_every_example_is_a_job_that_can_be_planned(entry: dict[str, Any]) -> None:
-    assert entry["title"]
-    assert entry["description"]
-    assert entry["schema"]["properties"].keys() >= entry["example"].keys()
-    layers = [
-        {"type": "conv", "out_channels": 16, "kernel_size": 5, "padding": 2},
-        {"type": "relu"},
-        {"type": "conv", "out_channels": 32, "kernel_size": 3, "padding": 1},
-        {"type": "flatten"},
-        {"type": "linear", "out_features": 10},
-    ]
+@pytest.mark.parametrize("entry", optimization_catalogue(), ids=lambda entry: entry["type"])
+def test_every_entry_has_the_words_and_the_examples_of_its_class(entry: dict[str, Any]) -> None:
+    (part,) = (part for part in OPTIMIZATIONS if part.kind() == entry["type"])
+    assert entry["title"] == part.title
+    assert entry["description"].split() == (part.__doc__ or "").split()
+    assert entry["examples"] == [*part.examples]
     assert entry["examples"][0] == entry["example"]
-    for example in entry["examples"]:
-        planned = plan(COLOUR, model={"layers": layers}, optimizations=[example])
-        changes = planned.baseline != planned.given or planned.planned_cost != planned.baseline_cost
-        assert changes or entry["type"] in ("regularization", "quantize")
 
 
 @pytest.mark.parametrize("entry", preset_catalogue(), ids=lambda entry: entry["name"])
