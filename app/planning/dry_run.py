@@ -30,7 +30,7 @@ from app.spec.sensitivity import Sensitivity
 from app.spec.step import JobStep
 
 # Choosing channels takes about 6 us of a core for each channel of each layer's output: a second for ResNet-152.
-MOST_CHOICES = 1_500_000  # channels over all steps of a job: nobody waits longer than this for a plan
+MOST_CHOICES = 1_500_000  # channels over all steps of a job: a longer wait for a plan is refused
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def _leave_unchanged(network: PlannedNetwork, step: JobStep, pointer: str) -> Pl
 
 
 UNCHANGED = StepHandler(_no_faults, _leave_unchanged)
-"""Of steps that remove nothing: a rewrite is in the network already when the dry run begins, a term of the training
-changes no shape."""
+"""For steps that change nothing here: rewrites are in the network already when the dry run begins, and a term of the
+training changes no shape."""
 HANDLERS: Mapping[type[JobStep], StepHandler] = {
     **dict.fromkeys(REWRITES, UNCHANGED),
     Regularization: UNCHANGED,
@@ -69,7 +69,7 @@ HANDLERS: Mapping[type[JobStep], StepHandler] = {
 
 
 class DryRun:
-    """The network as planned so far, the rows and warnings of the steps that were gone through."""
+    """The network as planned so far, the rows and warnings of the steps so far."""
 
     def __init__(self, baseline: Graph) -> None:
         self.network = PlannedNetwork(baseline, cost(baseline))

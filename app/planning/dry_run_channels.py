@@ -1,6 +1,6 @@
 """What pruning of channels will do: the width of each layer, round by round as the worker removes channels.
 
-Widths are exact where they depend on no scores: scope `layer`, with so few channels that every round can be gone through.
+Widths are exact where they depend on no scores: scope `layer`, and few enough channels to work out every round.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from app.pruning.channel_classes import Classes, TooManyChannels, channel_classe
 from app.spec.prune import Budget, Prune
 from app.spec.sensitivity import Sensitivity
 
-MOST_SIMULATED = 30_000  # channels over the rounds of an iterative schedule; with more only its end is worked out
+MOST_SIMULATED = 30_000  # channels over the rounds of an iterative schedule; with more only the last is worked out
 
 
 def count_channels(graph: Graph) -> int:
@@ -49,7 +49,7 @@ def plan_channels(network: PlannedNetwork, step: Prune, pointer: str) -> Planned
     if not removals.dropped and not measured:
         warnings.append(Fault(pointer, f"removes nothing: {_why_nothing(network, step)}"))
     exact = step.scope == "layer" and _is_simulated(before, step) and not measured
-    # what may be left at the end of the job is what may be left after its last step
+    # what may remain at the end of the job is what may remain after its last step
     done = replace(network, graph=after, floor=removals.floor)
     if not exact:
         names = {node.name for node in network.weighted}
@@ -115,7 +115,7 @@ def _macs_for_latency(budget: Budget, now: Cost, baseline: Cost, floor: Cost) ->
         return macs, f"the plan shows {share:g} of the MACs instead"
     part = floor.macs / max(1, baseline.macs)
     shown = (
-        f"the plan shows the smallest network that may be left, with {part:.3g} of the MACs: the budget may be missed"
+        f"the plan shows the smallest network that may remain, with {part:.3g} of the MACs: the budget may be missed"
     )
     return floor.macs, shown
 
@@ -148,7 +148,7 @@ def _removed_by_rounds(
 
 
 def _is_simulated(graph: Graph, step: Prune) -> bool:
-    """Whether every round is gone through; a single one is, whatever the size."""
+    """Whether every round is worked out; a single one is, whatever the size."""
     return step.rounds == 1 or step.rounds * count_channels(graph) <= MOST_SIMULATED
 
 

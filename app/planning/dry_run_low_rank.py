@@ -41,7 +41,7 @@ def replacement_faults(network: PlannedNetwork, step: LowRank | Separable, point
 
 
 def plan_replacement(network: PlannedNetwork, step: LowRank | Separable, pointer: str) -> PlannedStep:
-    """The network with products in place of layers, and a row for each convolution and linear layer.
+    """The network with layers replaced by products, and a row for each convolution and linear layer.
 
     Raises InvalidSpec if nothing can be replaced, or the budget is out of reach.
     """

@@ -1,8 +1,8 @@
 """Which layers of a network do not train, and which train at a rate of their own.
 
 A pattern is a layer's name, or a glob of names (`*`, `?`, `[...]`). Patterns are matched once, against the network that
-the job trains: after the rewrites, before the first compression. A layer that a compression brings, or puts in the
-place of another, is new, so it trains, at the rate of all.
+the job trains: after the rewrites, before the first compression. A layer that a compression inserts, or
+replaces by another, is new, so it trains, at the rate of all.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from fnmatch import translate
 
 from app.errors import Fault
 from app.network.graph import Graph
+from app.planning.named_layers import MOST_COMPARED
 from app.planning.warm_start import WarmStart, listed
 from app.spec.job import Training
 from app.validation.faults import pointer
 
 FROZEN = "/training/frozen"
 RATES = "/training/lr_factors"
-MOST_NAMED = 3
+MOST_SIMILAR = 3  # names that a message suggests
 MOST_MATCHES = 200_000  # of globs with layers' names: a second
 MOST_ADVICE = 20  # looking for similar names takes longer than everything else
-FEW_NAMES = 200
 _WILD = frozenset("*?[")  # what makes a name a glob
 
 
@@ -61,7 +61,7 @@ def fine_tuning_faults(training: Training, graph: Graph) -> Iterator[Fault]:
 
 
 def fine_tuning_warnings(training: Training, graph: Graph, start: WarmStart | None) -> Iterator[Fault]:
-    """Frozen layers whose weights nobody has trained."""
+    """A warning where frozen layers have weights that were never trained."""
     fresh = {node.name for node in graph.nodes} if start is None else set(start.fresh)
     untrained = sorted(frozen_layers(training, graph) & fresh)
     if untrained:
@@ -75,7 +75,9 @@ def _why_nothing(form: re.Pattern[str], pattern: str, graph: Graph, *, advise: b
         advice = "" if sharer is None else f" of their own: {sharer.name} shares those of {sharer.home}"
         return f"names only layers without parameters{advice}"
     names = _trained(graph)
-    similar = difflib.get_close_matches(pattern, names, n=MOST_NAMED) if advise and len(names) <= FEW_NAMES else []
+    similar = (
+        difflib.get_close_matches(pattern, names, n=MOST_SIMILAR) if advise and len(names) <= MOST_COMPARED else []
+    )
     advice = f"; similar: {', '.join(similar)}" if similar else ""
     return f"matches no layer of the network that is trained{advice}"
 

@@ -30,7 +30,7 @@ def exclusion_faults(graph: Graph, exclude: Iterable[str], pointer: str, *, done
 
 
 def possible_name_faults(possible: Collection[str], step: Optimization, pointer: str) -> Iterator[Fault]:
-    """A fault for each name in `step` that a layer has or has not, as the trained weights will decide."""
+    """A fault for each name in `step` of which the trained weights will decide whether a layer has it."""
     for field in ("exclude", "layers", "overrides"):
         for position, name in enumerate(getattr(step, field, None) or ()):
             if name in possible:

@@ -186,12 +186,12 @@ def plan_answer(plan: Plan) -> dict[str, Any]:
         "warnings": [warning.document() for warning in plan.warnings],
         "spec": plan.spec.document(),
     }
-    # read at once: ten thousand rows take 40 ms so, and 90 ms as an object each
+    # in one call: ten thousand rows take 50 ms this way, and 100 ms with a call for each
     return PlanSchema.model_validate(fields).model_dump(exclude_unset=True)
 
 
 def _stated_fields(phase: PlannedPhase) -> dict[str, JsonValue]:
-    """A phase as it stands in an answer: without the fields that it has not."""
+    """A phase as it stands in an answer: fields without a value are left out."""
     fields: dict[str, JsonValue] = {"phase": phase.phase, "epochs": phase.epochs, "optimization": phase.optimization}
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -270,10 +270,10 @@ def _dearer(before: Graph, after: Graph, pointer: str) -> list[Fault]:
 
 
 def _untouched(baseline: Graph, rows: Sequence[LayerPlan]) -> list[LayerPlan]:
-    """A row for each layer with weights that no compression speaks of."""
-    spoken = {row.layer for row in rows}
+    """A row for each layer with weights that no compression has a row for."""
+    named = {row.layer for row in rows}
     return [
         LayerPlan(node.name, "keep", node.shape[0], node.shape[0], True, "nothing removes from it")
         for node in weighted_layers(baseline)
-        if node.name not in spoken
+        if node.name not in named
     ]

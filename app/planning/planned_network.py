@@ -65,7 +65,7 @@ class PlannedNetwork:
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """What one optimization does: the network after it, a row for each layer that it speaks of, warnings."""
+    """What one optimization does: the network after it, a row for each layer that it concerns, warnings."""
 
     network: PlannedNetwork
     rows: tuple[LayerPlan, ...] = ()

@@ -33,14 +33,14 @@ class WarmStart:
 
     reference: Reference
     fresh: tuple[str, ...]
-    """Layers of the network that is trained whose tensors are drawn: a new head, and what rewrites brought."""
+    """Layers of the network that is trained whose tensors are drawn: a new head, and layers that rewrites inserted."""
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    """What the weights' images went through after the scale, per channel; None: nobody said it."""
+    """What the weights' images went through after the scale, per channel; None: not stated."""
 
 
 class Misfit(ValueError):
-    """A network that does not take inputs of a shape; the message says which layer, and why."""
+    """A network that cannot be built for inputs of a shape; the message says which layer does not fit, and why."""
 
 
 def start_reference(spec: JobSpec) -> Reference | None:
@@ -149,7 +149,7 @@ def _with_classes(graph: Graph, classes: int, limits: Limits) -> Graph:
 
 
 def weights_faults(graph: Graph, source: Source, head: frozenset[str], pointer: str) -> Iterator[Fault]:
-    """Every tensor of `graph` that `source` has not, or in another shape or type; then the tensors that are too many.
+    """A fault for each tensor of `graph` that `source` lacks or has in another shape or type; then one for foreign tensors.
 
     Layers in `head` may be absent or of another shape.
     """
@@ -170,7 +170,7 @@ def weights_faults(graph: Graph, source: Source, head: frozenset[str], pointer: 
             yield Fault(pointer, f"have {key} as {kind}; weights are one of: {', '.join(FLOATS)}", value=kind)
     foreign = [key for key in source.tensors if key not in wanted and key.rpartition(".")[2] != COUNTER]
     if foreign:
-        message = f"have tensors that the network has not: {listed(foreign)}"
+        message = f"have tensors that do not belong to the network: {listed(foreign)}"
         yield Fault(pointer, message, limit=len(wanted), value=len(source.tensors))
 
 
@@ -181,7 +181,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def start_of(spec: JobSpec, given: Graph, trained: Graph, source: Source, classes: int) -> WarmStart:
-    """What the weights of `source` are for: `given` is the network they belong to, `trained` it after the rewrites."""
+    """The warm start from `source`, whose weights belong to the network `given`; `trained` is it after the rewrites."""
     reference, model = start_reference(spec), spec.model
     assert reference is not None
     fresh = _fresh_layers(given, trained, new_head(spec, given, source, classes))
@@ -193,7 +193,7 @@ def start_of(spec: JobSpec, given: Graph, trained: Graph, source: Source, classe
 
 
 def _fresh_layers(given: Graph, trained: Graph, head: frozenset[str]) -> tuple[str, ...]:
-    """Layers of the `trained` network with tensors that `given`, whose weights are known, has not or in another shape."""
+    """Layers of `trained` with a tensor that `given`, whose weights are known, lacks or has in another shape."""
     known = {key: tensor.shape for key, tensor in given.tensors().items()}
 
     def is_known(name: str) -> bool:
@@ -218,7 +218,7 @@ def start_faults(spec: JobSpec, start: WarmStart, input_shape: Shape) -> Iterato
 def warnings(
     spec: JobSpec, facts: DataFacts, given: Graph, start: WarmStart | None, sources: Mapping[str, Source]
 ) -> Iterator[Fault]:
-    """What is allowed between the job and the networks it names, and may not be meant."""
+    """What is allowed between the job and the networks it names, but is probably not meant."""
     if start is not None:
         yield from _start_warnings(spec, facts, given, start, sources[start.reference.key])
     for reference in _teachers(spec):
@@ -250,11 +250,14 @@ def _start_warnings(spec: JobSpec, facts: DataFacts, given: Graph, start: WarmSt
             )
             yield Fault(at, message)
     elif start.mean is None:
-        message = "mean and standard deviation are measured on the training images: state model.preprocessing if theirs was other"
+        message = (
+            "mean and standard deviation are measured on the training images: state model.preprocessing if the weights "
+            "were trained with others"
+        )
         yield Fault(at, message)
     inserted = [name for name in start.fresh if name not in head]
     if inserted:
-        yield Fault(at, f"the optimizations bring layers that start fresh: {listed(inserted)}")
+        yield Fault(at, f"the optimizations insert layers that start fresh: {listed(inserted)}")
 
 
 def differing_names(known: Sequence[str], wanted: Sequence[str]) -> str | None:
@@ -277,7 +280,7 @@ def _teachers(spec: JobSpec) -> list[Reference]:
 def teacher_faults(
     spec: JobSpec, input_shape: Shape, classes: int, sources: Mapping[str, Source], limits: Limits
 ) -> Iterator[Fault]:
-    """Teachers that speak of another number of classes, or do not take the job's images."""
+    """Teachers with scores for another number of classes, or that cannot be built for the job's images."""
     for reference in _teachers(spec):
         source = sources[reference.key]
         assert source.classes is not None

@@ -32,7 +32,7 @@ from app.spec.optimizations import (
 )
 from app.validation.faults import MOST_FAULTS
 
-LAST_LAYER = "gives the logits: nothing is inserted behind the last layer"
+LAST_LAYER = "gives the logits: nothing is inserted after the last layer"
 Named = Sequence[tuple[int, Node]] | None
 """The layers a rewrite is narrowed to, each with its position in `layers`; None: all."""
 
@@ -42,7 +42,7 @@ def rewrite(
 ) -> Graph:
     """The graph after `optimization`; the same object if there is nothing to do.
 
-    Raises InvalidSpec at `pointer` if a named layer does not exist or cannot be meant, or if the result goes beyond
+    Raises InvalidSpec at `pointer` if a named layer does not exist or cannot be meant, or if the result is beyond
     `limits`.
     """
     named = _named(graph, optimization.layers, pointer)
@@ -100,7 +100,7 @@ def _is_no_convolution(node: Node) -> str | None:
 
 
 def _batch_norm(graph: Graph, editor: GraphEditor, optimization: InsertBatchNorm, narrowed: _Narrowed) -> None:
-    """After each convolution, before its activation; the convolution's bias goes, since the normalisation has one.
+    """Insert one after each convolution, before its activation; remove the convolution's bias: the normalisation has one.
 
     Left alone: the last layer, and convolutions that are followed by a normalisation. Convolutions that share their
     parameters get one each, and lose the bias where all have one.
@@ -125,7 +125,7 @@ def _batch_norm(graph: Graph, editor: GraphEditor, optimization: InsertBatchNorm
 def _spatial_dropout(
     graph: Graph, editor: GraphEditor, optimization: InsertSpatialDropout, narrowed: _Narrowed
 ) -> None:
-    """After the activation of each convolution; those without one of their own and the last layer are left alone."""
+    """Insert it after the activation of each convolution; those without one of their own and the last are left alone."""
     last = last_layers(graph)
 
     def why_not(node: Node) -> str | None:
@@ -136,8 +136,8 @@ def _spatial_dropout(
             return LAST_LAYER
         activation = block_of(graph, node).activation
         if activation is None:
-            return "has no activation of its own, behind which spatial dropout is inserted"
-        return "already has dropout behind its activation" if _feeds_dropout(graph, activation) else None
+            return "has no activation of its own, after which spatial dropout is inserted"
+        return "already has dropout after its activation" if _feeds_dropout(graph, activation) else None
 
     for conv in narrowed.choose(graph.nodes, why_not):
         activation = block_of(graph, conv).end
@@ -150,7 +150,7 @@ def _feeds_dropout(graph: Graph, node: Node) -> bool:
 
 
 def _dropout(graph: Graph, editor: GraphEditor, optimization: InsertDropout, narrowed: _Narrowed) -> None:
-    """Before each linear layer, on its own input only; left alone where that input is dropout already."""
+    """Insert it before each linear layer, on its own input only; left alone where that input is dropout already."""
     nodes = {node.name: node for node in graph.nodes}
 
     def why_not(node: Node) -> str | None:
@@ -167,9 +167,9 @@ def _dropout(graph: Graph, editor: GraphEditor, optimization: InsertDropout, nar
 
 
 def _small_kernels(graph: Graph, editor: GraphEditor, optimization: SmallKernels, narrowed: _Narrowed) -> None:
-    """Each convolution with a kernel of 4 or more becomes a stack with the same receptive field and output shape.
+    """Replace each convolution with a kernel of 4 or more by a stack with the same receptive field and output shape.
 
-    The last of the stack keeps the convolution's name, its width and its stride. The others come before it, with
+    The last of the stack keeps the convolution's name, its width and its stride. The others stand before it, with
     copies of the normalisation and the activation that follow the convolution. Convolutions that share their parameters
     change together, and their stacks share theirs.
     """
@@ -219,7 +219,7 @@ def _copies(block: Block, stem: str, *, width: int) -> list[tuple[Layer, str]]:
 
 
 def _deeper(graph: Graph, editor: GraphEditor, optimization: Deeper, narrowed: _Narrowed) -> None:
-    """`times` further blocks behind the last block of each stage.
+    """Insert `times` further blocks after the last block of each stage.
 
     A block is a convolution with its normalisation and its own activation; a stage is a run of blocks, in written
     order, whose outputs have one shape. Each further block is a 3 x 3 convolution, stride 1, padding "same", as wide
@@ -254,7 +254,7 @@ def _deeper(graph: Graph, editor: GraphEditor, optimization: Deeper, narrowed: _
 
 
 def _residual(graph: Graph, editor: GraphEditor, optimization: InsertShortcuts, narrowed: _Narrowed) -> None:
-    """Shortcuts around runs of convolutions: see `shortcuts.add_shortcuts`."""
+    """Add shortcuts around runs of convolutions: see `shortcuts.add_shortcuts`."""
     last = last_layers(graph)
 
     def why_not(node: Node) -> str | None:

@@ -19,11 +19,11 @@ BLOCKS_PER_SHORTCUT = 2  # as in the paper's basic block
 
 
 def add_shortcuts(graph: Graph, editor: GraphEditor, convs: Sequence[Node]) -> None:
-    """Lays a shortcut around each piece of each run of `convs`.
+    """Add a shortcut around each piece of each run of `convs`.
 
     A block is a convolution with its normalisation and its own activation, outside of every branch that an `add`
     already joins. A run is a chain of blocks, each the only reader of the one before. It is cut into pieces of two
-    blocks; a single one at its end goes to the piece before it. The sum stands before the last activation of the
+    blocks; a single one at its end is added to the piece before it. The sum stands before the last activation of the
     piece, as in the paper. The shortcut is the identity where shapes are equal, else a 1 x 1 convolution, its stride
     the ratio of the sizes, and batch norm; where the sizes do not follow from the strides (a convolution without
     padding), the piece is left as it is.

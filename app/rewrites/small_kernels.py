@@ -7,7 +7,7 @@ from typing import Literal
 from app.network.layers.convolutions import Conv
 from app.network.layers.shapes import Shape, per_axis
 
-Word = Literal["same", "valid"]
+PaddingWord = Literal["same", "valid"]
 
 
 def factors(kernel: int) -> list[int]:
@@ -55,11 +55,11 @@ def _spread(per_axis: list[list[int]]) -> list[tuple[int, ...]]:
     return [tuple(sizes[number] if number < len(sizes) else 1 for sizes in per_axis) for number in range(depth)]
 
 
-def _paddings(conv: Conv, sizes: list[tuple[int, ...]], axes: int) -> list[tuple[int, ...] | Word]:
+def _paddings(conv: Conv, sizes: list[tuple[int, ...]], axes: int) -> list[tuple[int, ...] | PaddingWord]:
     """The padding of each convolution of the stack, the sum of which is that of `conv`.
 
-    From the first to the last each takes what keeps its map as large as it was, d * (k - 1) / 2; what is left then goes
-    to the first: so every window fits, and no inner map ends before something that the large kernel would have seen.
+    From the first to the last each gets what keeps its map as large as it was, d * (k - 1) / 2; the first gets the
+    rest as well: so every window fits, and no inner map ends before something that the large kernel would have seen.
     """
     if isinstance(conv.padding, str):
         return [conv.padding] * len(sizes)

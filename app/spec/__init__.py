@@ -1,0 +1,1 @@
+"""What a job says, as typed objects: data, network, training, optimizations; imports only network and validation."""

@@ -22,7 +22,7 @@ def optimization_catalogue() -> list[dict[str, Any]]:
 
 
 def preset_catalogue() -> list[dict[str, Any]]:
-    """One entry for each preset: what it takes, its source, and its cost for the data it is known for."""
+    """One entry for each preset: its inputs, its source, and its cost for the data it is known for."""
     return deepcopy(_presets())
 
 

@@ -12,11 +12,8 @@ from app.validation.strict import LARGEST_INT, Count, Strict, Text, fault
 
 Layout = Literal["channels_first", "channels_last", "no_channels", "pictures"]
 
-CHANNELS_OF_PICTURES = (
-    1,
-    3,
-    4,
-)  # grey, colour, colour and opacity: how a channel axis is recognised without an `input_shape`
+# grey, colour, colour and opacity: how a channel axis is recognised without an `input_shape`
+CHANNELS_OF_PICTURES = (1, 3, 4)
 
 
 class Synthetic(Strict):
@@ -69,7 +66,7 @@ class DataFacts:
     pictures: bool = False
 
     def default_input_shape(self) -> tuple[int, ...] | None:
-        """The `(C, *spatial)` that a job without `input_shape` gets; None where the axes do not tell and the job must.
+        """The `(C, *spatial)` that a job without `input_shape` gets; None where the axes do not say it and the job must.
 
         A channel axis is recognised by its size (1, 3 or 4), at the end before the front; without one, an example
         with one or two axes has one channel.
@@ -105,7 +102,7 @@ class DataFacts:
 
 
 def synthetic_facts(synthetic: Synthetic, input_shape: tuple[int, ...]) -> DataFacts:
-    """The facts of a synthetic data set, which takes whatever shape `(C, *spatial)` the job has."""
+    """The facts of a synthetic data set, which has the shape `(C, *spatial)` of the job."""
     return DataFacts(
         name="synthetic",
         example_shape=input_shape,

@@ -30,7 +30,7 @@ SPEC_VERSIONS = (1,)
 MOST_OPTIMIZATIONS = 24
 MOST_PATTERNS = 256
 MOST_STARS = 8  # in one pattern: each is a search
-USUAL_RETRAINING = 3  # epochs, where there is no training whose length could tell
+USUAL_RETRAINING = 3  # epochs, where there is no training to take a third of
 
 Augmentation = Literal["random_crop", "horizontal_flip", "cutout"]
 Export = Literal["safetensors", "onnx", "pytorch"]
@@ -250,7 +250,7 @@ class JobSpec(Strict):
             return self
         for position, step in enumerate(self.optimizations):
             if isinstance(step, Compression | Quantize):
-                message = f"kind sensitivity looks at the network before compressions: {step.type} is for kind compress"
+                message = f"kind sensitivity measures the network before compressions: {step.type} is for kind compress"
                 raise fault(message, field=f"optimizations/{position}", value=step.type)
         return self
 
@@ -265,7 +265,7 @@ class JobSpec(Strict):
             raise fault("0 leaves the new head untrained: train it", field="training/epochs", limit=1, value=0)
         for position, step in enumerate(self.optimizations):
             if isinstance(step, Distill):
-                message = "teaches the training, but training.epochs is 0: use retrain.distillation"
+                message = "distill acts on the training, but training.epochs is 0: use retrain.distillation"
                 raise fault(message, field=f"optimizations/{position}")
         return self
 

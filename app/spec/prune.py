@@ -378,7 +378,7 @@ class Prune(JobStep):
     def _check_pattern(self) -> None:
         for field in ("sparsity", "threshold", "budget"):
             if getattr(self, field) is not None:
-                raise fault("structure n:m says by its pattern how much goes", field=field)
+                raise fault("structure n:m states by its pattern how much is removed", field=field)
         if self.schedule.name != "one_shot":
             raise fault("a pattern is applied at once: one_shot", field="schedule/name", value=self.schedule.name)
         if self.scope != "layer":
@@ -399,7 +399,7 @@ class Prune(JobStep):
         if self.threshold is None:
             return
         if self.structure == "blocks":
-            raise fault("blocks go by sparsity", field="threshold", value=self.threshold)
+            raise fault("blocks are removed by sparsity", field="threshold", value=self.threshold)
         if self.schedule.name != "one_shot":
             raise fault(
                 "a threshold is applied at once: state sparsity for a schedule",
@@ -422,7 +422,7 @@ class Prune(JobStep):
             )
         if self.schedule.name == "cubic":
             raise fault(
-                "cubic is for structure weights; channels go one_shot or iterative",
+                "cubic is for structure weights; channels are removed one_shot or iterative",
                 field="schedule/name",
                 value="cubic",
             )

@@ -1,7 +1,7 @@
-"""Networks that a job starts from or learns from: what its description refers to, and what is known about each.
+"""What a job names: the networks that it starts from or learns from, and what is known about each.
 
-A description names finished jobs and uploaded weights. Whoever has the store (the API, the worker) reads what is named
-into a `Source` each and gives them to `make_plan`, by `Reference.key`:
+A description names finished jobs and uploaded weights. `app/jobs/references.py` finds their rows and objects in the
+store, `worker/run/references.py` their files on a worker. Both read each network into a `Source`, for `make_plan`:
 
     for reference in references_in(spec):
         sources[reference.key] = ...          # Source.of_architecture(...) or Source.of_tensors(...)
@@ -35,7 +35,7 @@ class Reference(NamedTuple):
 
     @property
     def key(self) -> str:
-        """A name for it that a file system takes: `job-<id>-pruned`, `weights-<id>`; the same for the same network."""
+        """A name for it that can be a file's: `job-<id>-pruned`, `weights-<id>`; the same for the same network."""
         return f"{self.kind}-{self.id}" if self.artifact is None else f"{self.kind}-{self.id}-{self.artifact}"
 
 
@@ -85,7 +85,7 @@ class Source:
 
 
 def references_in(spec: JobSpec) -> tuple[Reference, ...]:
-    """Every network that `spec` names, in the order of the description; one that is named twice comes once."""
+    """Every network that `spec` names, in the order of the description; one that is named twice is listed once."""
     found: dict[str, Reference] = {}
     for reference in every_reference(spec):
         found.setdefault(reference.key, reference)
@@ -93,7 +93,7 @@ def references_in(spec: JobSpec) -> tuple[Reference, ...]:
 
 
 def every_reference(spec: JobSpec) -> Iterator[Reference]:
-    """As `references`, at each place where a network is named."""
+    """As `references_in`, but once for each place where a network is named."""
     if isinstance(spec.model, JobModel):
         yield Reference("job", spec.model.job, spec.model.artifact, "/model/job")
     elif spec.model.weights is not None:

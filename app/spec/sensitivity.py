@@ -1,4 +1,7 @@
-"""What a job of kind `sensitivity` looks at: for each group of channels the accuracy against the part kept."""
+"""What a job of kind `sensitivity` measures: for each group of channels the accuracy against the part kept.
+
+The scope `sensitivity` of a prune step, which ranks channels by the loss, is another thing: `app/pruning/budget.py`.
+"""
 
 from __future__ import annotations
 

@@ -252,7 +252,7 @@ def test_every_tensor_that_does_not_fit_is_a_fault_with_both_shapes() -> None:
     ]
     assert "conv1.weight as 32 x 3 x 3 x 3, but in the network it is 32 x 1 x 3 x 3" in faults[0].message
     assert "no tensor linear1.bias, which is 128" in faults[2].message
-    assert "tensors that the network has not: other.weight" in faults[3].message
+    assert "tensors that do not belong to the network: other.weight" in faults[3].message
 
 
 def test_no_more_faults_than_the_limit_come_back_and_many_unknown_names_are_cut() -> None:

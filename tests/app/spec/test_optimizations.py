@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from app.spec.optimizations import REWRITES
-from app.spec.prune import Budget, Prune
+from app.spec.prune import CHANNEL_CRITERIA, CRITERIA, Budget, Criterion, Prune
 from tests.support.jobs.specs import document, job, refused
 
 
@@ -41,7 +41,9 @@ def test_a_budget_is_a_fraction_or_a_count() -> None:
     assert Budget(macs=0.5).allowed(101) == 50
     assert Budget(params=1.0).allowed(101) == 101
     assert Budget(bytes=2).allowed(101) == 2
-    assert Budget(bytes=2).measure == "bytes"
+    assert Budget(bytes=2).measure == Budget(bytes=2).cost_measure == "bytes"
+    assert (Budget(latency_ms=0.5).measure, Budget(latency_ms=0.5).cost_measure) == ("latency_ms", None)
+    assert (Budget(params=0.3).amount, Budget(macs=7).amount) == (0.3, 7)
     assert prune(budget={"macs": 1}).budget == Budget(macs=1)
 
 
@@ -135,3 +137,10 @@ def test_a_narrowed_rewrite_names_at_least_one_layer(kind: str) -> None:
 )
 def test_other_optimizations_outside_their_intervals_are_refused(fields: dict[str, Any], pointer: str) -> None:
     assert [fault.pointer for fault in refused(document(optimizations=[fields]))] == [f"/optimizations/0{pointer}"]
+
+
+def test_every_criterion_of_a_structure_is_a_criterion_and_a_table_has_those_of_channels() -> None:
+    assert {criterion for criteria in CRITERIA.values() for criterion in criteria} == set(get_args(Criterion))
+    for criterion in get_args(Criterion):
+        sent = document(kind="sensitivity", sensitivity={"criterion": criterion})
+        assert bool(refused(sent)) == (criterion not in CHANNEL_CRITERIA)

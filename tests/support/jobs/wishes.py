@@ -239,7 +239,7 @@ REFUSED: dict[str, tuple[Parts, str, str]] = {
         "at most 8 times",
     ),
     "a lesson after the training": (steps(zeros(sparsity=0.5), TEACHER), "/optimizations/1", "before the prune at"),
-    "two lessons": (steps(TEACHER, TEACHER | {"artifact": "pruned"}), "/optimizations/1", "say it once"),
+    "two lessons": (steps(TEACHER, TEACHER | {"artifact": "pruned"}), "/optimizations/1", "state it once"),
     "something after the last": (steps({"type": "quantize"}, zeros(sparsity=0.5)), "/optimizations/1", "quantize last"),
     "4 bits": (steps({"type": "quantize", "scheme": "int4"}), f"{OPT}/scheme", "int8_static"),
     "no layer in 8 bits": (steps({"type": "quantize", "exclude": ALL}), f"{OPT}/exclude", "8 bits: conv1 (excluded)"),
