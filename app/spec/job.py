@@ -222,7 +222,7 @@ class Training(Strict):
 class JobSpec(Strict):
     """One job: data, network, training, and the optimizations in the order in which they are applied.
 
-    Kind `sensitivity` trains the network and, in the place of compressions, measures what each could take from it.
+    Kind `sensitivity` trains the network and, instead of compressing it, measures how much of it could be removed.
     """
 
     spec_version: Annotated[Literal[1], BeforeValidator(_known_version)]
@@ -240,7 +240,7 @@ class JobSpec(Strict):
         EXPORTS
     )
 
-    sensitivity: Annotated[Sensitivity | None, Field(description="kind sensitivity: what is looked at.")] = None
+    sensitivity: Annotated[Sensitivity | None, Field(description="kind sensitivity: what is measured.")] = None
 
     @model_validator(mode="after")
     def _fields_fit_kind(self) -> Self:

@@ -72,7 +72,7 @@ class InsertBatchNorm(_BeforeTraining):
     """Insert batch normalization after each convolution, before its activation (Ioffe & Szegedy, arXiv 1502.03167)."""
 
     type: Literal["batch_norm"] = "batch_norm"
-    layers: Annotated[Names | None, Field(description="Only behind these convolutions.")] = None
+    layers: Annotated[Names | None, Field(description="Only after these convolutions.")] = None
 
     title = "Insert batch normalization"
     examples = ({"type": "batch_norm"},)
@@ -94,7 +94,7 @@ class InsertSpatialDropout(_BeforeTraining):
 
     type: Literal["spatial_dropout"] = "spatial_dropout"
     p: Annotated[float, Field(gt=0, lt=1, description="Probability that a channel becomes zero in training.")] = 0.5
-    layers: Annotated[Names | None, Field(description="Only behind these convolutions.")] = None
+    layers: Annotated[Names | None, Field(description="Only after these convolutions.")] = None
 
     title = "Insert spatial dropout"
     examples = ({"type": "spatial_dropout", "p": 0.1},)
@@ -116,7 +116,7 @@ class SmallKernels(_BeforeTraining):
 
 
 class Deeper(_BeforeTraining):
-    """Insert `times` further blocks behind the last block of each stage.
+    """Insert `times` further blocks after the last block of each stage.
 
     A block is a convolution with its normalisation and its own activation; a stage is a run of blocks, in written order,
     whose outputs have one shape. Each further block is a 3 x 3 convolution (3 on every axis), stride 1, padding "same",
@@ -126,7 +126,7 @@ class Deeper(_BeforeTraining):
 
     type: Literal["deeper"] = "deeper"
     times: Annotated[int, Field(ge=1, le=32, description="Convolutions to insert at each place.")] = 1
-    layers: Annotated[Names | None, Field(description="Only behind these convolutions.")] = None
+    layers: Annotated[Names | None, Field(description="Only after these convolutions.")] = None
 
     title = "More depth"
     examples = ({"type": "deeper", "times": 2},)

@@ -61,12 +61,13 @@ Side = Annotated[int, Field(ge=1, le=1024)]
 
 
 class Distillation(Strict):
-    """A trained network teaches: (1 - alpha) * CE + alpha * T^2 * KL (Hinton et al., arXiv 1503.02531)."""
+    """Learn from a trained network, the teacher: (1 - alpha) * CE + alpha * T^2 * KL (Hinton et al., arXiv 1503.02531)."""
 
     alpha: Annotated[float, Field(gt=0, le=1, description="Weight of the teacher's term.")] = 0.7
     temperature: Annotated[float, Field(ge=1, le=100, description="Temperature T of both softmaxes.")] = 4.0
     teacher: Annotated[
-        JobId | None, Field(description="A finished job whose network teaches; default: this job's own dense network.")
+        JobId | None,
+        Field(description="A finished job whose network is the teacher; default: this job's own dense network."),
     ] = None
     artifact: Annotated[NetworkName, Field(description="Which network of that job.")] = "baseline"
 
@@ -122,7 +123,7 @@ class Retrain(Strict):
 
 
 class PruneSchedule(Strict):
-    """When how much goes: at once, in rounds with retraining, or along a cubic (Zhu & Gupta, arXiv 1710.01878)."""
+    """When how much is removed: at once, in rounds with retraining, or along a cubic (Zhu & Gupta, arXiv 1710.01878)."""
 
     name: Literal["one_shot", "iterative", "cubic"] = "one_shot"
     steps: int | None = Field(
@@ -209,12 +210,13 @@ class Budget(Strict):
 class PruneOverride(Strict):
     """What is different for one layer."""
 
-    sparsity: Annotated[float | None, Field(ge=0, lt=1, description="Part of this layer that goes.")] = None
+    sparsity: Annotated[float | None, Field(ge=0, lt=1, description="Part of this layer that is removed.")] = None
     threshold: Annotated[
-        float | None, Field(ge=0, le=1e6, description="Weights of this layer whose absolute value is below this go.")
+        float | None,
+        Field(ge=0, le=1e6, description="Weights of this layer whose absolute value is below this are removed."),
     ] = None
     max_sparsity: Annotated[
-        float | None, Field(ge=0, lt=1, description="Largest part of this layer's group that may go.")
+        float | None, Field(ge=0, lt=1, description="Largest part of this layer's group that may be removed.")
     ] = None
     min_channels: Annotated[Count | None, Field(description="Fewest channels this layer keeps.")] = None
     round_to: Annotated[
@@ -249,7 +251,7 @@ def _scope(data: dict[str, object]) -> RankingScope:
 class Prune(JobStep):
     """Remove weights (set to zero, and kept there) or whole channels (the network gets smaller), then train again.
 
-    `sparsity` is the part that goes, a budget the part that is kept. `n:m` keeps at most n of m weights in a row along
+    `sparsity` is the part that is removed, a budget the part that is kept. `n:m` keeps at most n of m weights in a row along
     the input channels, `blocks` removes whole blocks of the matrix of output and input channels. `lamp`: Lee et al.,
     arXiv 2010.07611; `erk` (layers' shares): Evci et al., arXiv 1911.11134; `l1`, `l2`: Li et al., arXiv 1608.08710; `fpgm`:
     He et al., arXiv 1811.00250; `bn_scale`: Liu et al., arXiv 1708.06519; `taylor`: Molchanov et al., arXiv
@@ -258,17 +260,17 @@ class Prune(JobStep):
 
     type: Literal["prune"] = "prune"
     sparsity: Annotated[
-        Open01 | None, Field(description="Part that goes: of the weights, or of each group's channels.")
+        Open01 | None, Field(description="Part that is removed: of the weights, or of each group's channels.")
     ] = None
     threshold: Annotated[
-        float | None, Field(gt=0, le=1e6, description="Weights whose absolute value is below this go.")
+        float | None, Field(gt=0, le=1e6, description="Weights whose absolute value is below this are removed.")
     ] = None
     budget: Budget | None = None
     pattern: Annotated[SparsityPattern | None, Field(description='n:m: "2:4" keeps 2 of 4; default for n:m.')] = None
     block: Annotated[
         tuple[Side, Side] | None,
         Field(
-            description="blocks: output x input channels of a block; default [4, 4]. All kernel positions go together."
+            description="blocks: output x input channels of a block; default [4, 4]. All kernel positions are removed together."
         ),
     ] = None
     structure: Structure = Field(
@@ -293,14 +295,14 @@ class Prune(JobStep):
             ge=1,
             le=1024,
             description="channels: widths become multiples of this, which fast kernels need. Default: 16 for wide layers, "
-            "less for narrow ones and where the wish would be missed by more than a tenth; with latency_ms the block "
+            "less for narrow ones and where the target would be missed by more than a tenth; with latency_ms the block "
             "of the worker's kernels.",
         ),
     ] = None
     min_channels: Annotated[Count, Field(description="channels: fewest channels a group keeps.")] = 1
-    max_sparsity: Annotated[float, Field(gt=0, lt=1, description="channels: largest part of a group that may go.")] = (
-        0.9
-    )
+    max_sparsity: Annotated[
+        float, Field(gt=0, lt=1, description="channels: largest part of a group that may be removed.")
+    ] = 0.9
 
     title = "Prune weights or channels"
     examples = (

@@ -27,11 +27,11 @@ class Sensitivity(Strict):
         tuple[Annotated[float, Field(ge=FEWEST_KEPT, lt=1)], ...],
         Field(min_length=1, max_length=32, description="Parts of a group's channels that are kept, falling."),
     ] = PARTS_KEPT
-    criterion: Annotated[ChannelCriterion, Field(description="Which channels leave first.")] = "l2"
+    criterion: Annotated[ChannelCriterion, Field(description="Which channels are removed first.")] = "l2"
     round_to: Annotated[int, Field(ge=1, le=1024, description="Widths are multiples of this.")] = 1
     exclude: Annotated[tuple[Text, ...], Field(max_length=10_000, description="Layers that are left alone.")] = ()
     images: Annotated[
-        int | None, Field(ge=1, le=2**31 - 1, description="Test images that are looked at; default: all.")
+        int | None, Field(ge=1, le=2**31 - 1, description="Test images that are evaluated; default: all.")
     ] = None
 
     @model_validator(mode="after")
