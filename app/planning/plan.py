@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, assert_never
 
 from app.errors import Fault, InvalidSpec, JsonValue
 from app.network.cost import Cost, Memory, cost, layer_rows, training_memory
@@ -23,7 +23,7 @@ from app.rewrites.rewrites import rewrite
 from app.schemas.plan import PlanSchema
 from app.settings import Settings
 from app.spec.data import DataFacts
-from app.spec.job import JobModel, JobSpec, PresetModel, completed
+from app.spec.job import JobModel, JobSpec, LayersModel, PresetModel, completed
 from app.spec.optimizations import Optimization, Rewrite, SmallKernels
 from app.spec.references import Source
 
@@ -112,13 +112,7 @@ def make_plan(
     if start is not None:
         faults.add(warm_start.start_faults(spec, start, given.input_shape))
     faults.add(checks.memory_faults(spec, memory, bounds.training_bytes))
-    dry_run = DryRun(baseline)
-    for position, step in enumerate(spec.optimizations):
-        with faults.collecting():
-            dry_run.step(step, f"/optimizations/{position}")
-    if spec.sensitivity is not None:
-        with faults.collecting():
-            dry_run.check_sensitivity(spec.sensitivity, "/sensitivity")
+    dry_run = _dry_run(spec, baseline, faults)
     faults.raise_if_any()
     return Plan(
         spec=spec,
@@ -154,19 +148,15 @@ def given_graph(spec: JobSpec, classes: int, *, limits: Limits | None = None, so
     """
     model, bounds = spec.model, limits or JobLimits()
     assert model.input_shape is not None, "make_plan fills it in"
-    if isinstance(model, JobModel):
-        assert source is not None, "the network of a job needs its source"
-        return warm_start.job_graph(model, source, classes, bounds)
-    if not isinstance(model, PresetModel):
-        return build_graph(model.layers, model.input_shape, classes=classes, limits=bounds)
-    layers = read_layers(preset_layers(model.preset, model.input_shape, classes, model.width))
-    try:
-        return build_graph(layers, model.input_shape, classes=classes, limits=bounds)
-    except InvalidSpec as exc:
-        # its layers were not sent, so pointers to them would lead nowhere
-        first = exc.faults[0]
-        at = first.pointer if first.pointer.startswith("/model/input_shape") else "/model/preset"
-        raise InvalidSpec([Fault(at, f"{model.preset}: {first.message}", first.limit, first.value)]) from exc
+    match model:
+        case JobModel():
+            assert source is not None, "the network of a job needs its source"
+            return warm_start.job_graph(model, source, classes, bounds)
+        case LayersModel():
+            return build_graph(model.layers, model.input_shape, classes=classes, limits=bounds)
+        case PresetModel():
+            return _preset_graph(model, model.input_shape, classes, bounds)
+    assert_never(model)
 
 
 def plan_answer(plan: Plan) -> dict[str, Any]:
@@ -208,6 +198,17 @@ def _with_batch(spec: JobSpec, facts: DataFacts) -> JobSpec:
     if "batch_size" in spec.training.model_fields_set or not 1 <= images < spec.training.batch_size:
         return spec
     return spec.model_copy(update={"training": spec.training.model_copy(update={"batch_size": images})})
+
+
+def _preset_graph(model: PresetModel, input_shape: tuple[int, ...], classes: int, limits: Limits) -> Graph:
+    layers = read_layers(preset_layers(model.preset, input_shape, classes, model.width))
+    try:
+        return build_graph(layers, input_shape, classes=classes, limits=limits)
+    except InvalidSpec as exc:
+        # its layers were not sent, so pointers to them would lead nowhere
+        first = exc.faults[0]
+        at = first.pointer if first.pointer.startswith("/model/input_shape") else "/model/preset"
+        raise InvalidSpec([Fault(at, f"{model.preset}: {first.message}", first.limit, first.value)]) from exc
 
 
 def _with_model(spec: JobSpec, facts: DataFacts, source: Source | None) -> JobSpec:
@@ -267,6 +268,18 @@ def _dearer(before: Graph, after: Graph, pointer: str) -> list[Fault]:
         "convolution of a stack is as wide as the last; narrow it with layers"
     )
     return [Fault(pointer, message)]
+
+
+def _dry_run(spec: JobSpec, baseline: Graph, faults: Faults) -> DryRun:
+    """The dry run of every optimization and of the table of sensitivities; their mistakes are added to `faults`."""
+    dry_run = DryRun(baseline)
+    for position, step in enumerate(spec.optimizations):
+        with faults.collecting():
+            dry_run.step(step, f"/optimizations/{position}")
+    if spec.sensitivity is not None:
+        with faults.collecting():
+            dry_run.check_sensitivity(spec.sensitivity, "/sensitivity")
+    return dry_run
 
 
 def _untouched(baseline: Graph, rows: Sequence[LayerPlan]) -> list[LayerPlan]:

@@ -85,10 +85,7 @@ class Optimizer(Strict):
     betas: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
         Field(description="adam and adamw."),
-    ] = (
-        0.9,
-        0.999,
-    )
+    ] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0, le=1, description="adam and adamw.")] = 1e-8
 
     def _foreign(self) -> tuple[str, ...]:
@@ -236,10 +233,11 @@ class JobSpec(Strict):
     model: ModelSpec
     training: Training = Field(default_factory=Training)
     optimizations: Annotated[tuple[Optimization, ...], Field(max_length=MOST_OPTIMIZATIONS)] = ()
-    exports: Annotated[tuple[Export, ...], Field(min_length=1, max_length=16), AfterValidator(_without_repetition)] = (
-        EXPORTS
-    )
-
+    exports: Annotated[
+        tuple[Export, ...],
+        Field(min_length=1, max_length=16),
+        AfterValidator(_without_repetition),
+    ] = EXPORTS
     sensitivity: Annotated[Sensitivity | None, Field(description="kind sensitivity: what is measured.")] = None
 
     @model_validator(mode="after")

@@ -43,9 +43,10 @@ class Regularization(_OfTraining):
     weight_decay: Annotated[
         float | None, Field(ge=0, le=1, description="Decoupled decay, as in AdamW: w -= lr * weight_decay * w.")
     ] = None
-    bn_l1: Annotated[float, Field(ge=0, le=1, description="Coefficient of the sum of absolute batch-norm scales.")] = (
-        0.0
-    )
+    bn_l1: Annotated[
+        float,
+        Field(ge=0, le=1, description="Coefficient of the sum of absolute batch-norm scales."),
+    ] = 0.0
     group_lasso: Annotated[
         float,
         Field(
