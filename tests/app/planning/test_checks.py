@@ -135,7 +135,7 @@ def test_a_right_order_is_accepted(optimizations: list[dict[str, Any]]) -> None:
     assert misplanned(optimizations=optimizations) == []
 
 
-def test_mistakes_of_several_kinds_are_told_at_once() -> None:
+def test_mistakes_of_several_kinds_are_answered_at_once() -> None:
     faults = misplanned(
         model={"preset": "simple_cnn", "classes": 3},
         training={"epochs": 20_000, "batch_size": 60_000},

@@ -174,7 +174,7 @@ def test_names_of_a_rewritten_network_may_be_excluded() -> None:
     assert planned.planned["conv1_deep1"].shape == preset_graph("simple_cnn")["conv1"].shape
 
 
-def test_choosing_among_more_channels_than_anybody_waits_for_is_refused() -> None:
+def test_choosing_among_too_many_channels_is_refused() -> None:
     block = [{"type": "conv", "out_channels": 512, "kernel_size": 1}, {"type": "relu"}]
     layers = [{"type": "repeat", "times": 400, "layers": block}, {"type": "global_avg_pool"}, {"type": "flatten"}]
     layers += [{"type": "linear", "out_features": 10}]

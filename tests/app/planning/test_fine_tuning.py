@@ -96,7 +96,7 @@ def test_patterns_are_for_the_network_after_the_rewrites() -> None:
     assert name not in made.given
 
 
-def test_frozen_layers_that_nobody_trained_are_told() -> None:
+def test_frozen_layers_that_were_never_trained_are_a_warning() -> None:
     def warnings(made: Any) -> list[str]:
         return [warning.message for warning in made.warnings if warning.pointer == "/training/frozen"]
 

@@ -57,7 +57,7 @@ def test_given_is_the_network_as_sent_and_baseline_the_one_that_is_trained() -> 
     assert sum(row["params"] for row in layers) == planned.baseline_cost.params
 
 
-def test_phases_are_told_in_the_order_in_which_they_come() -> None:
+def test_phases_are_answered_in_their_order() -> None:
     phases = [(phase.phase, phase.epochs) for phase in plan(optimizations=STEPS).phases]
     assert phases == [
         ("preparing", None),
@@ -143,7 +143,7 @@ def test_ten_thousand_layers_are_planned_in_seconds() -> None:
     assert _milliseconds(lambda: plan_answer(make_plan(spec, GREY)), runs=2) < 6000
 
 
-def test_a_batch_size_that_nobody_stated_is_no_larger_than_the_training_part() -> None:
+def test_a_batch_size_that_is_not_stated_is_no_larger_than_the_training_part() -> None:
     small = plan(data={"dataset": "x", "limit": 100})
     assert small.spec.training.batch_size == 90
     assert make_plan(parse_job(small.spec.document()), GREY).spec == small.spec

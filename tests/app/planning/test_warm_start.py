@@ -38,7 +38,7 @@ def pointers(*args: Any, **parts: Any) -> list[str]:
     return [fault.pointer for fault in faults_with(*args, **parts)]
 
 
-def said(plan: Any, pointer: str) -> list[str]:
+def warnings_at(plan: Any, pointer: str) -> list[str]:
     """The warnings of a plan at a pointer."""
     return [warning.message for warning in plan.warnings if warning.pointer == pointer]
 
@@ -91,12 +91,12 @@ def test_another_class_count_gives_a_fresh_head_of_the_datas_and_the_plan_says_s
     assert plan.baseline["head"].shape == (4,)
     assert plan.start is not None
     assert plan.start.fresh == ("head",)
-    (message,) = said(plan, "/model/head")
+    (message,) = warnings_at(plan, "/model/head")
     assert "10 classes" in message
     assert "have 4: head starts fresh" in message
 
 
-def test_a_head_that_is_to_be_kept_needs_the_same_class_count_and_both_numbers_are_told() -> None:
+def test_a_head_that_is_to_be_kept_needs_the_same_class_count_and_the_fault_has_both_numbers() -> None:
     (fault,) = faults_with(FEW, {KEY: source_of()}, model={"job": "j1", "head": "keep"})
     assert (fault.pointer, fault.limit, fault.value) == ("/model/head", 10, 4)
     assert planned(GREY, {KEY: source_of()}, model={"job": "j1", "head": "keep"}).start is not None
@@ -108,10 +108,10 @@ def test_a_new_head_is_fresh_whatever_the_class_count() -> None:
         assert plan.start is not None
         assert plan.start.fresh == ("head",)
         assert plan.baseline["head"].shape == (facts.classes,)
-        assert said(plan, "/model/head") == []
+        assert warnings_at(plan, "/model/head") == []
 
 
-def test_the_head_is_the_last_layer_with_weights_and_the_norms_behind_it() -> None:
+def test_the_head_is_the_last_layer_with_weights_and_the_norms_after_it() -> None:
     layers = [
         *pooled(10)[:-3],
         {"type": "conv", "name": "scores", "out_channels": 10, "kernel_size": 1},
@@ -189,20 +189,20 @@ def test_a_plan_made_of_its_own_document_is_the_same_plan() -> None:
     assert (again.spec, again.graphs, again.start) == (plan.spec, plan.graphs, plan.start)
 
 
-def test_classes_with_other_names_are_told_where_the_head_is_kept() -> None:
+def test_classes_with_other_names_are_a_warning_where_the_head_is_kept() -> None:
     turned = planned(GREY, {KEY: source_of(names=NAMES[::-1])}, model={"job": "j1"})
-    assert "another order" in said(turned, "/model/head")[0]
+    assert "another order" in warnings_at(turned, "/model/head")[0]
     other = planned(GREY, {KEY: source_of(names=[*NAMES[:9], "zebra"])}, model={"job": "j1"})
-    assert "'zebra' there, 'j' in the data" in said(other, "/model/head")[0]
+    assert "'zebra' there, 'j' in the data" in warnings_at(other, "/model/head")[0]
     fresh = planned(GREY, {KEY: source_of(names=NAMES[::-1])}, model={"job": "j1", "head": "new"})
-    assert said(fresh, "/model/head") == []
+    assert warnings_at(fresh, "/model/head") == []
 
 
-def test_images_of_another_scale_than_the_sources_are_told() -> None:
+def test_images_of_another_scale_than_the_sources_are_a_warning() -> None:
     floats = source_of(seen=Preprocessing(1.0, (0.25,), (0.5,)))
     assert (
         "multiplied by 1, these are by 0.00392157"
-        in said(planned(GREY, {KEY: floats}, model={"job": "j1"}), "/model/job")[0]
+        in warnings_at(planned(GREY, {KEY: floats}, model={"job": "j1"}), "/model/job")[0]
     )
 
 
@@ -211,7 +211,7 @@ def test_layers_that_rewrites_bring_are_fresh_and_the_rest_is_not() -> None:
     assert plan.start is not None
     assert len(plan.start.fresh) == 1
     assert plan.start.fresh[0] not in plan.given
-    assert "start fresh" in said(plan, "/model/job")[0]
+    assert "start fresh" in warnings_at(plan, "/model/job")[0]
     wide = [{"type": "conv", "name": "wide", "out_channels": 8, "kernel_size": 5, "padding": 2}, *pooled(10)]
     stacked = planned(GREY, {KEY: source_of(wide)}, model={"job": "j1"}, optimizations=[{"type": "small_kernels"}])
     assert stacked.start is not None
@@ -233,7 +233,7 @@ def test_weights_that_fit_leave_nothing_fresh() -> None:
     plan = planned(GREY, {"weights-w1": uploaded()}, model=WEIGHTS)
     assert plan.start is not None
     assert (plan.start.fresh, plan.start.mean) == ((), None)
-    assert "measured on the training images" in said(plan, "/model/weights")[0]
+    assert "measured on the training images" in warnings_at(plan, "/model/weights")[0]
     stated = WEIGHTS | {"preprocessing": {"mean": [0.3], "std": [0.2]}}
     plan = planned(GREY, {"weights-w1": uploaded()}, model=stated)
     assert plan.start is not None
@@ -361,14 +361,14 @@ def test_a_teacher_of_the_training_needs_a_training() -> None:
 # --- teachers --------------------------------------------------------------------------------------------------------
 
 DISTILL = {"type": "distill", "teacher": "j2"}
-RETAUGHT = PRUNE | {"retrain": {"distillation": {"teacher": "j2"}}}
+DISTILLED_AGAIN = PRUNE | {"retrain": {"distillation": {"teacher": "j2"}}}
 
 
 @pytest.mark.parametrize(
     ("step", "pointer"),
-    [(DISTILL, "/optimizations/0/teacher"), (RETAUGHT, "/optimizations/0/retrain/distillation/teacher")],
+    [(DISTILL, "/optimizations/0/teacher"), (DISTILLED_AGAIN, "/optimizations/0/retrain/distillation/teacher")],
 )
-def test_a_teacher_knows_as_many_classes_and_takes_the_images(step: dict[str, Any], pointer: str) -> None:
+def test_a_teacher_has_as_many_classes_and_takes_the_images(step: dict[str, Any], pointer: str) -> None:
     def faults(source: Source) -> list[Any]:
         return faults_with(GREY, {"job-j2-baseline": source}, optimizations=[step])
 
@@ -384,8 +384,8 @@ def test_a_teacher_knows_as_many_classes_and_takes_the_images(step: dict[str, An
     assert "head: states 256" in fault.message
 
 
-def test_a_teacher_whose_classes_have_other_names_is_told() -> None:
+def test_a_teacher_whose_classes_have_other_names_is_a_warning() -> None:
     sources = {"job-j2-baseline": source_of(names=NAMES[::-1])}
     plan = planned(GREY, sources, optimizations=[DISTILL])
-    assert "another order" in said(plan, "/optimizations/0/teacher")[0]
+    assert "another order" in warnings_at(plan, "/optimizations/0/teacher")[0]
     assert planned(GREY, {"job-j2-baseline": source_of()}, optimizations=[DISTILL]).warnings == ()

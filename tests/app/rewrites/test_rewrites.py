@@ -102,7 +102,7 @@ def test_batch_norm_is_read_by_all_that_read_the_convolution() -> None:
     assert inputs(after, "add1") == ("a_bn", "b")
 
 
-def test_spatial_dropout_stands_behind_the_activation() -> None:
+def test_spatial_dropout_stands_after_the_activation() -> None:
     graph = rewrite(preset_graph("deep_cnn"), InsertSpatialDropout(p=0.1))
     assert inputs(graph, "conv1_dropout") == ("relu1",)
     assert inputs(graph, "max_pool1") == ("conv1_dropout",)
@@ -110,7 +110,7 @@ def test_spatial_dropout_stands_behind_the_activation() -> None:
     assert rewrite(graph, InsertSpatialDropout(p=0.1)) is graph
 
 
-def test_dropout_stands_before_linear_layers_and_never_behind_the_last() -> None:
+def test_dropout_stands_before_linear_layers_and_never_after_the_last() -> None:
     graph = rewrite(preset_graph("simple_cnn"), InsertDropout(p=0.3))
     assert inputs(graph, "linear1") == ("linear1_dropout",)
     assert inputs(graph, "linear2_dropout") == ("relu3",)
@@ -159,7 +159,7 @@ def test_small_kernels_in_three_dimensions_and_depthwise() -> None:
     assert after["d"].layer.kernel_size == (3, 1, 1)  # type: ignore[attr-defined]
 
 
-def test_deeper_adds_blocks_behind_the_last_of_each_stage() -> None:
+def test_deeper_adds_blocks_after_the_last_of_each_stage() -> None:
     after = rewrite(preset_graph("vgg16", (3, 32, 32)), Deeper(times=2))
     added = [node.name for node in after.nodes if node.name not in preset_graph("vgg16", (3, 32, 32))]
     assert [name for name in added if name.endswith(("deep1", "deep2"))] == [
@@ -274,7 +274,7 @@ def test_a_rewrite_beyond_the_limits_is_a_fault_of_the_rewrite() -> None:
     assert {fault.pointer for fault in caught.value.faults} == {"/optimizations/0"}
 
 
-def test_of_many_unknown_layers_a_hundred_are_told() -> None:
+def test_of_many_unknown_layers_a_hundred_are_answered() -> None:
     with pytest.raises(InvalidSpec) as caught:
         rewrite(
             preset_graph("simple_cnn"), InsertBatchNorm(layers=tuple(f"unknown{number}" for number in range(9_000)))

@@ -20,8 +20,8 @@ Seen = list[set[int]]
 def _seen(conv: Conv, size: int) -> Seen:
     """What each output position of a 1-D convolution sees, by the definition of convolution."""
     (kernel,), (stride,), (dilation,) = conv.kernel(1), conv.strides(1), conv.dilations(1)
-    ((before, behind),) = conv.paddings(1)
-    count = (size + before + behind - dilation * (kernel - 1) - 1) // stride + 1
+    ((before, after),) = conv.paddings(1)
+    count = (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
     taps = [[o * stride - before + t * dilation for t in range(kernel)] for o in range(count)]
     return [{position for position in places if 0 <= position < size} for places in taps]
 

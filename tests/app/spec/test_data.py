@@ -56,7 +56,7 @@ def test_pictures_of_mixed_sizes_become_grey_or_colour_of_any_size() -> None:
         ((2, 2, 2, 2, 2), None),
     ],
 )
-def test_the_usual_shape_is_told_where_the_axes_tell_it(sent: tuple[int, ...], usual: tuple[int, ...] | None) -> None:
+def test_the_usual_shape_is_known_where_the_axes_say_it(sent: tuple[int, ...], usual: tuple[int, ...] | None) -> None:
     shape = facts(*sent).default_input_shape()
     assert shape == usual
     assert shape is None or facts(*sent).layout(shape) is not None

@@ -53,13 +53,13 @@ def test_the_second_is_warned_of_its_large_term() -> None:
     assert warning.pointer == "/optimizations/0/l1"
 
 
-def test_the_third_has_batch_norm_behind_both_convolutions_and_no_biases_there() -> None:
+def test_the_third_has_batch_norm_after_both_convolutions_and_no_biases_there() -> None:
     graph = planned(read("3-batch-normalization")).baseline
     assert [node.name for node in graph.nodes if node.type == "batch_norm"] == ["conv1_bn", "conv2_bn"]
     assert "bias" not in graph["conv1"].tensors
 
 
-def test_the_fourth_has_dropout_before_the_last_layer_and_refuses_it_behind() -> None:
+def test_the_fourth_has_dropout_before_the_last_layer_and_refuses_it_after() -> None:
     document = read("4-dropout")
     graph = planned(document).baseline
     assert graph["fc2"].inputs == ("fc2_dropout",)

@@ -221,7 +221,7 @@ def test_what_is_not_an_object_is_a_fault_of_the_whole(sent: Any) -> None:
         ({"model": {"layers": []}}, "/model/layers", 1, 0),
     ],
 )
-def test_a_number_outside_its_interval_is_told_with_limit_and_value(
+def test_a_number_outside_its_interval_is_a_fault_with_limit_and_value(
     parts: dict[str, Any], pointer: str, limit: Any, value: Any
 ) -> None:
     (fault,) = refused(document(**parts))

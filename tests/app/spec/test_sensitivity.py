@@ -9,7 +9,7 @@ import pytest
 from tests.support.jobs.specs import document, misplanned, plan, refused
 
 
-def test_a_plain_table_looks_at_five_parts_of_every_group() -> None:
+def test_a_plain_table_measures_five_parts_of_every_group() -> None:
     found = plan(kind="sensitivity")
     options = found.spec.sensitivity
     assert options is not None

@@ -60,6 +60,6 @@ def graph_of(layers: Sequence[dict[str, Any]], input_shape: tuple[int, ...], cla
 
 
 def preset_graph(name: str, input_shape: tuple[int, ...] | None = None, classes: int = 10, width: float = 1.0) -> Graph:
-    """The graph of a preset, for the data it is known for unless told otherwise."""
+    """The graph of a preset, for the data it is known for unless stated otherwise."""
     shape = input_shape or PRESETS[name].usual_shape
     return graph_of(preset_layers(name, shape, classes, width), shape, classes)

@@ -1,7 +1,7 @@
 """Hostile and odd wishes: parts of jobs on tiny networks that a service must refuse with reason, or carry out.
 
 Networks that a wish refers to are called `@three` (a finished job with 3 classes), `@ten` (one with 10), `@weights`,
-`@queued` and `@cancelled`; `named` puts real ids in their place.
+`@queued` and `@cancelled`; `described` replaces them by real ids.
 """
 
 from __future__ import annotations
@@ -75,13 +75,13 @@ ALL = ["conv1", "conv2", "linear1"]
 TEACHER: Parts = {"type": "distill", "teacher": "@three"}
 
 
-def taught(**distillation: Any) -> Parts:
-    """A job whose retraining is taught."""
+def distilled(**distillation: Any) -> Parts:
+    """A job whose retraining learns from a teacher as well."""
     return prune(sparsity=0.5, retrain={"epochs": 1, "distillation": distillation})
 
 
 def described(parts: Parts, ids: Mapping[str, str]) -> Parts:
-    """The job of one epoch with these parts, with ids in the place of names that begin with @."""
+    """The job of one epoch with these parts, with ids instead of names that begin with @."""
     named: Parts = _named(parts, ids)
     return tiny_spec(**named | {"training": {"epochs": 1} | named.get("training", {})})
 
@@ -113,7 +113,7 @@ REFUSED: dict[str, tuple[Parts, str, str]] = {
     "a table without a layer": (table(exclude=["conv9"]), "/sensitivity/exclude/0", "did you mean conv"),
     "a table without a place": (table(exclude=["c"]) | SHARED, "/sensitivity/exclude/0", "name b"),
     "a table of compressions": ({"kind": "sensitivity", **prune(sparsity=0.5)}, OPT, "kind compress"),
-    "a table of nobody's training": ({"kind": "sensitivity", **UNTRAINED}, "/training/epochs", "model.job"),
+    "a table of no training": ({"kind": "sensitivity", **UNTRAINED}, "/training/epochs", "model.job"),
     "shares of no budget": (
         prune(structure="channels", scope="sensitivity", sparsity=0.5),
         f"{OPT}/scope",
@@ -238,8 +238,12 @@ REFUSED: dict[str, tuple[Parts, str, str]] = {
         "/optimizations/8",
         "at most 8 times",
     ),
-    "a lesson after the training": (steps(zeros(sparsity=0.5), TEACHER), "/optimizations/1", "before the prune at"),
-    "two lessons": (steps(TEACHER, TEACHER | {"artifact": "pruned"}), "/optimizations/1", "state it once"),
+    "a distillation after the training": (
+        steps(zeros(sparsity=0.5), TEACHER),
+        "/optimizations/1",
+        "before the prune at",
+    ),
+    "two distillations": (steps(TEACHER, TEACHER | {"artifact": "pruned"}), "/optimizations/1", "state it once"),
     "something after the last": (steps({"type": "quantize"}, zeros(sparsity=0.5)), "/optimizations/1", "quantize last"),
     "4 bits": (steps({"type": "quantize", "scheme": "int4"}), f"{OPT}/scheme", "int8_static"),
     "no layer in 8 bits": (steps({"type": "quantize", "exclude": ALL}), f"{OPT}/exclude", "8 bits: conv1 (excluded)"),
@@ -269,7 +273,7 @@ REFUSED: dict[str, tuple[Parts, str, str]] = {
         "max_pool1",
     ),
     "rewrites untrained": (JOB | UNTRAINED | steps({"type": "residual"}), "/training/epochs", "conv1_shortcut"),
-    "a lesson in no training": (JOB | UNTRAINED | steps(TEACHER), OPT, "use retrain.distillation"),
+    "a distillation in no training": (JOB | UNTRAINED | steps(TEACHER), OPT, "use retrain.distillation"),
     "milestones of no training": (
         JOB | {"training": {"epochs": 0, "schedule": {"name": "step", "milestones": [5]}}},
         "/training/schedule/milestones",
@@ -320,12 +324,12 @@ REFUSED: dict[str, tuple[Parts, str, str]] = {
     "a teacher of the future": (steps(TEACHER | {"teacher": "@queued"}), f"{OPT}/teacher", "wait until"),
     "a teacher without weight": (steps(TEACHER | {"alpha": 0}), f"{OPT}/alpha", "above 0"),
     "another class count at last": (
-        taught(teacher="@ten"),
+        distilled(teacher="@ten"),
         f"{OPT}/retrain/distillation/teacher",
         "another class count",
     ),
-    "whose network": (taught(artifact="pruned"), f"{OPT}/retrain/distillation/artifact", "state teacher"),
-    "a lesson in no retraining": (
+    "whose network": (distilled(artifact="pruned"), f"{OPT}/retrain/distillation/artifact", "state teacher"),
+    "a distillation in no retraining": (
         prune(sparsity=0.5, retrain={"policy": "none", "distillation": {}}),
         f"{OPT}/retrain/distillation",
         "nothing to distil",
@@ -356,7 +360,7 @@ ACCEPTED: dict[str, tuple[Parts, tuple[str, ...]]] = {
     ),
     "a table of one image": (table(kept=[0.5], images=1), ()),
     "a table of a finished job": (table(kept=[0.5]) | JOB | UNTRAINED, ()),
-    "a table of shared layers, taught": (table(kept=[0.5]) | SHARED | steps(TEACHER), ()),
+    "a table of shared layers, distilled": (table(kept=[0.5]) | SHARED | steps(TEACHER), ()),
     "an hour": (steps(cut(budget={"latency_ms": 1e6})), (f"{OPT}/budget/latency_ms",)),
     "an hour, in two rounds, by sensitivity": (
         steps(cut(budget={"latency_ms": 1e6}, schedule={"name": "iterative", "steps": 2}, scope="sensitivity")),
@@ -391,7 +395,7 @@ ACCEPTED: dict[str, tuple[Parts, tuple[str, ...]]] = {
         steps(zeros(pattern="2:4")) | network(tiny_layers(), (3, 8, 8)),
         (),
     ),
-    "a pattern behind odd widths": (
+    "a pattern after odd widths": (
         steps(cut(structure="channels", sparsity=0.4), zeros(pattern="2:4")),
         (),
     ),
@@ -431,8 +435,8 @@ ACCEPTED: dict[str, tuple[Parts, tuple[str, ...]]] = {
         {"model": WEIGHTS, **UNTRAINED, **steps(zeros(threshold=1e-3))},
         ("/model/weights",),
     ),
-    "a job taught by itself": (
-        JOB | UNTRAINED | taught(teacher="@three", artifact="pruned", alpha=1, temperature=100),
+    "a job distilled from itself": (
+        JOB | UNTRAINED | distilled(teacher="@three", artifact="pruned", alpha=1, temperature=100),
         (),
     ),
     "a step schedule of no training": (
