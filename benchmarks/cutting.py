@@ -64,7 +64,7 @@ def measure_here(name: str, size: int, criterion: str, scope: str) -> Row:
     precision = choose_precision(plan.spec.training, "cpu", spatial_axes=2)
     before_network = _resident()
     network = build_network(plan.baseline, seed=0).eval()
-    precision.place(network)
+    precision.to_device(network)
     context = RemovalContext(lambda: iter(()), 0, precision, plan.baseline_cost, lambda: network)
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     Path("/proc/self/clear_refs").write_text("5")  # the highest resident memory counts from here

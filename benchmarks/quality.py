@@ -41,7 +41,7 @@ from app.network.presets import preset_layers
 from app.spec.prune import Prune
 from worker.evaluation import Scores
 from worker.journal import MemoryJournal
-from worker.network import put, snapshot
+from worker.network import assign_tensors, snapshot
 from worker.pruning.schedules import retrain_schedule
 from worker.run import preparation, stages
 
@@ -168,7 +168,7 @@ class Bench:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory() as scratch:
                 job = self.prepare(setting, [], Path(scratch))
-                stages.carry_out(job)
+                stages.run_stages(job)
                 job.close()
             baseline = job.reached.record.baseline
             assert baseline is not None
@@ -222,11 +222,11 @@ def _step(setting: Setting, cell: Cell) -> dict[str, Any]:
 def _our_result(job: preparation.Job, dense: Dense) -> Row:
     """Carry out the job's stages from the trained network on."""
     reached = job.reached
-    put(reached.network, {name: tensor.to(job.precision.device) for name, tensor in dense.tensors.items()})
+    assign_tensors(reached.network, {name: tensor.to(job.precision.device) for name, tensor in dense.tensors.items()})
     reached.kept["baseline"] = snapshot(reached.network)
     reached.record.baseline = reached.record.latest = dense.scores
     reached.stage = AFTER_TRAINING
-    stages.carry_out(job)
+    stages.run_stages(job)
     after, record = job.reached.record.latest, job.reached.record.steps[-1]
     assert after is not None
     network = job.reached.network

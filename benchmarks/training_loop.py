@@ -165,7 +165,7 @@ def measure(name: str, *, images: int, rounds: int, threads: int, augment: bool)
         monitor.bare = BareLoop(job, name, augment=augment)
         monitor.bare.epoch()
         monitor.began = time.perf_counter()
-        stages.carry_out(job)
+        stages.run_stages(job)
         job.close()
     ours, theirs = monitor.ours[1:], monitor.theirs[1:]
     ratios = [one / other for one, other in zip(ours, theirs, strict=True)]

@@ -26,7 +26,7 @@ from worker.journal import Journal, MemoryJournal
 from worker.run.delivery import Delivered, Delivery, deliver
 from worker.run.monitor import Interrupted
 from worker.run.preparation import Task, prepare
-from worker.run.stages import carry_out
+from worker.run.stages import run_stages
 
 __all__ = ["Cancelled", "Delivered", "Delivery", "Outcome", "Paused", "Task", "run"]
 
@@ -53,7 +53,7 @@ def run(task: Task, journal: Journal) -> Outcome:
     """
     job = prepare(task, journal)
     try:
-        stopped_early = carry_out(job)
+        stopped_early = run_stages(job)
         return deliver(job, stopped_early=stopped_early)
     except Interrupted as told:
         return Paused() if told.wish == "pause" else Cancelled()

@@ -71,7 +71,7 @@ def loss_curves(
             if left >= (points[-1][0] if points else 1.0):
                 continue
             smaller = shrink(network, classes, removals.dropped)
-            precision.place(smaller)
+            precision.to_device(smaller)
             recalibrate_batch_norm(smaller, _images(batches), frozen=frozen)
             points.append((left, max(0.0, evaluate(smaller, batches, precision).loss - whole)))
         curves[group.index] = Curve(tuple(points))

@@ -54,7 +54,7 @@ class CheckpointWriter:
     @property
     def latest(self) -> Path | None:
         """The folder of the newest checkpoint that is on the disk; None if there is none."""
-        self.settle()
+        self.wait_for_write()
         return self._latest if (self._latest / f"{STEM}.json").exists() else None
 
     @property
@@ -68,7 +68,7 @@ class CheckpointWriter:
         Raises:
             DiskFull: the disk was full twice in a row.
         """
-        self.settle()
+        self.wait_for_write()
         if reached.step == self._last_step:
             return
         arrays, state = reached.capture()
@@ -87,7 +87,7 @@ class CheckpointWriter:
 
         self._pending = self._writer.submit(write)
 
-    def settle(self) -> None:
+    def wait_for_write(self) -> None:
         """Wait until the last checkpoint is written. If the disk was full: an event, the second time an error."""
         pending, self._pending = self._pending, None
         if pending is None:

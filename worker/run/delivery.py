@@ -14,7 +14,7 @@ from app.network.cost import cost
 from worker.evaluation import Scores, score
 from worker.export.files import export_network, file_sha256, kind_of, media_type_of, write_json, write_manifest
 from worker.latency import Latency, measure_latency
-from worker.network import Network, build_network, floating_tensors, put
+from worker.network import Network, build_network, floating_tensors, assign_tensors
 from worker.run.int8 import Int8File, int8_document, int8_measures, int8_rows, make_int8, write_int8
 from worker.run.preparation import Job
 from worker.run.report import class_rows, compressed_bytes, environment, measures, sparse_row, step_rows
@@ -76,7 +76,7 @@ def deliver(job: Job, *, stopped_early: bool) -> Delivered:
 
 def _deliver(job: Job, stopped_early: bool) -> Delivered:
     dense = build_network(job.plan.baseline)
-    put(dense, {name: tensor.cpu() for name, tensor in job.reached.kept["baseline"].items()})
+    assign_tensors(dense, {name: tensor.cpu() for name, tensor in job.reached.kept["baseline"].items()})
     pruned = on_cpu(job.reached.network)
     test = job.splits.test
     references: dict[NetworkKey, Logits] = {
@@ -96,7 +96,7 @@ def _deliver(job: Job, stopped_early: bool) -> Delivered:
         reference_logits=references,
         scheme="int8_static" if int8 is None else int8.step.scheme,
         threads=torch.get_num_threads(),
-        waiting=job.monitor.look_to_leave,
+        waiting=job.monitor.check_cancel_or_pause,
     )
     baseline_scores = score(proof.logits["baseline"], test.labels)
     final_scores = score(proof.logits["pruned"], test.labels)
@@ -105,7 +105,7 @@ def _deliver(job: Job, stopped_early: bool) -> Delivered:
     summary = {"baseline": baseline, "final": final}
     if int8 is not None and int8.met:
         summary["int8"] = int8_measures(int8, final, latency.int8)
-    job.monitor.charge()
+    job.monitor.add_elapsed()
     rows = int8_rows(job, int8, pruned, final, latency.int8)
     report = {
         "job_id": job.task.job_id,
@@ -150,7 +150,7 @@ def _measure(job: Job, dense: Network, pruned: Network, int8: Int8File | None) -
         pruned,
         int8=None if int8 is None else int8.model,
         seconds=job.task.latency_s,
-        waiting=job.monitor.look_to_leave,
+        waiting=job.monitor.check_cancel_or_pause,
     )
     if any(record.rounds for record in job.reached.record.steps):
         for sentence in latency.notes:
@@ -165,7 +165,7 @@ def _export(job: Job, dense: Network, pruned: Network, int8: Int8File | None, fo
     """The files of both networks, written into `folder`; of the 8-bit file only if it meets the wish."""
     phase = len(job.stages) + (2 if job.quantization is None else 3)
     job.monitor.enter(phase, message="exporting, and proving each file in a clean process")
-    job.monitor.look_to_leave()
+    job.monitor.check_cancel_or_pause()
     masks = job.reached.masks
     files: list[Path] = []
     for stem, network in (("pruned", pruned), ("baseline", dense)):
@@ -186,7 +186,7 @@ def _export(job: Job, dense: Network, pruned: Network, int8: Int8File | None, fo
 def on_cpu(network: Network) -> Network:
     """A copy of the network on the CPU, in torch's usual layout: what is exported, and what gives the reference."""
     copy = build_network(network.graph)
-    put(copy, {name: tensor.cpu() for name, tensor in floating_tensors(network).items()})
+    assign_tensors(copy, {name: tensor.cpu() for name, tensor in floating_tensors(network).items()})
     return copy.eval()
 
 

@@ -92,7 +92,7 @@ def make_int8(job: Job, network: Network, wanted_NK: Logits) -> Int8File | None:
     job.monitor.enter(
         len(job.stages) + 1, message="quantizing to 8 bits: ranges from training images, then a comparison"
     )
-    job.monitor.look_to_leave()
+    job.monitor.check_cancel_or_pause()
     folder = job.task.scratch / "int8"
     folder.mkdir()
     try:
@@ -115,7 +115,7 @@ def _make(job: Job, network: Network, wanted_NK: Logits, step: Quantize, began: 
         folder=job.task.scratch / "int8",
         scheme=step.scheme,
         threads=torch.get_num_threads(),
-        waiting=job.monitor.look_to_leave,
+        waiting=job.monitor.check_cancel_or_pause,
     )
     found = quantize(quantizer, chosen_on, most_drop=step.max_accuracy_drop, exclude=step.exclude)
     # batches as in the clean process of the proof

@@ -61,7 +61,7 @@ class JobMonitor:
         if not resumed:  # else the fraction would fall until its training says where it stands
             self.journal.progress(self.tracker.progress(0.0))
 
-    def look(self) -> None:
+    def check_interrupts(self) -> None:
         """Obey a wish between two phases: everything reached is in the last checkpoint.
 
         Raises:
@@ -70,25 +70,25 @@ class JobMonitor:
         wish = self.journal.wish()
         if wish == "pause":
             self.checkpoint()
-            self.checkpoints.settle()
+            self.checkpoints.wait_for_write()
         if wish is not None:
             raise Interrupted(wish)
 
-    def look_to_leave(self) -> None:
+    def check_cancel_or_pause(self) -> None:
         """Obey a wish when all training is over: only cancel and pause mean anything then. Raises Interrupted."""
         wish = self.journal.wish()
         if wish in ("cancel", "pause"):
-            self.checkpoints.settle()
+            self.checkpoints.wait_for_write()
             raise Interrupted(wish)
 
     def checkpoint(self) -> None:
         """Have a checkpoint of this moment written."""
-        self.charge()
+        self.add_elapsed()
         fit = self.reached.fit
         epoch = fit.position.epoch if fit is not None else self.tracker.part.epochs
         self.checkpoints.save(self.reached, phase=self.tracker.part.phase, epoch=epoch, metrics=self._metrics)
 
-    def charge(self) -> None:
+    def add_elapsed(self) -> None:
         """Add the seconds since the last charge to the job's, and to those of the compression under way."""
         now = time.monotonic()
         seconds, self._charged_at = now - self._charged_at, now
@@ -102,11 +102,11 @@ class JobMonitor:
         if wish is None and not self.checkpoints.due:
             return
         if wish != "cancel":
-            fit.look(self)  # a loss that is no number must not be kept
+            fit.read_losses(self)  # a loss that is no number must not be kept
             if wish != "stop":
                 self.checkpoint()
         if wish is not None:
-            self.checkpoints.settle()
+            self.checkpoints.wait_for_write()
             raise Interrupted(wish)
 
     def window(self, fit: Fit, window: Window) -> None:

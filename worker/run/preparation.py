@@ -27,7 +27,7 @@ from worker.checkpoint import CheckpointRefused, read_checkpoint, spec_digest
 from worker.data.dataset import BatchLoader, Dataset, Splits, derive_seed, measure_preprocessing, split
 from worker.evaluation import Scores, score
 from worker.journal import Journal, Phase, Progress
-from worker.network import Network, build_network, put
+from worker.network import Network, build_network, assign_tensors
 from worker.precision import Precision, choose_precision
 from worker.pruning import schedules
 from worker.run.checkpoint_writer import CheckpointWriter
@@ -114,7 +114,7 @@ class Job:
         return tuple(part for part in self.plan.spec.optimizations if isinstance(part, Regularization))
 
     @property
-    def lesson(self) -> Distillation | None:
+    def distillation_of_training(self) -> Distillation | None:
         """How the first training is taught by another job's network; None: it is not."""
         taught = [part for part in self.plan.spec.optimizations if isinstance(part, Distill)]
         return taught[0].distillation() if taught else None
@@ -195,8 +195,8 @@ class Job:
     def dense_network(self) -> Network:
         """The trained network before the first compression, on the device."""
         network = build_network(self.plan.baseline)
-        put(network, self.reached.kept["baseline"])
-        self.precision.place(network)
+        assign_tensors(network, self.reached.kept["baseline"])
+        self.precision.to_device(network)
         return network
 
     def teacher(self, distillation: Distillation) -> nn.Module:
@@ -207,7 +207,7 @@ class Job:
         source = self.sources[reference.key]
         assert source.preprocessing is not None
         network = job_network(source, reference, self.task.sources, self.plan.baseline.input_shape)
-        self.precision.place(network)
+        self.precision.to_device(network)
         own = replace(source.preprocessing, scale=self.preprocessing.scale)
         found = score(compute_logits(network, self.splits.test.images, own), self.splits.test.labels)
         self.reached.record.note(
@@ -215,7 +215,7 @@ class Job:
             f"{found.accuracy:.4f}"
         )
         teacher = Teacher(network, own=own, given=self.preprocessing)
-        self.precision.place(teacher)
+        self.precision.to_device(teacher)
         return teacher
 
     def fresh_start(self) -> Reached:
@@ -226,10 +226,10 @@ class Job:
             put_weights(network, self.plan.start.reference, self.task.sources, fresh=self.plan.start.fresh)
             for sentence in start_notes(self.plan.start, network):
                 run_record.note(sentence)
-        self.precision.place(network)
+        self.precision.to_device(network)
         return Reached(network, run_record, micro_batches=self.micro_batches)
 
-    def take_up(self, folder: Path | None) -> Reached:
+    def resume_from(self, folder: Path | None) -> Reached:
         """What the checkpoint in `folder` holds; a fresh start if there is none or, with an event, if it is refused."""
         if folder is None:
             return self.fresh_start()
@@ -299,7 +299,7 @@ def prepare(task: Task, journal: Journal) -> Job:
         monitor=monitor,
         sources=sources,
     )
-    monitor.reached = job.take_up(task.resume)
+    monitor.reached = job.resume_from(task.resume)
     monitor.keep_epochs = frozenset(
         epoch
         for step in plan.spec.optimizations

@@ -29,7 +29,7 @@ from app.spec.optimizations import Compression
 from app.spec.prune import Prune
 from app.spec.quantize import Quantize
 from worker.latency import Stopwatch
-from worker.network import Network, put
+from worker.network import Network, assign_tensors
 from worker.precision import Precision
 from worker.pruning.importance import class_scores
 from worker.pruning.latency_budget import confirm_time, removals_within_time
@@ -83,7 +83,7 @@ def cut_weights(
     """
     masks = joined_masks(network, step, stage.sparsity(step.sparsity), previous, seed=context.seed)
     if rewind is not None:
-        put(network, rewind)
+        assign_tensors(network, rewind)
     masks.apply(network)
     return masks
 
@@ -151,7 +151,7 @@ def cut_channels(
     except BudgetUnreachable as exc:
         raise BudgetMissed(str(exc)) from exc
     smaller = shrink(network, classes, removals.dropped)
-    context.precision.place(smaller)
+    context.precision.to_device(smaller)
     return smaller
 
 

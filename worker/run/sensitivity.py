@@ -46,7 +46,7 @@ def tabulate(job: Job) -> None:
         loss=cross_entropy,
     )
     for group in groups[len(rows) :]:
-        job.monitor.look()
+        job.monitor.check_interrupts()
         rows.append(_row(job, network, classes, group, scores, options))
         reached.passed += 1
         job.journal.event("sensitivity.measured", _sentence(rows[-1]), **rows[-1])
@@ -80,7 +80,7 @@ def _row(
     for kept in options.kept:
         removals = choose_removals(network.graph, classes, scores, options.step(kept), only=group.index)
         smaller = shrink(network, classes, removals.dropped)
-        job.precision.place(smaller)
+        job.precision.to_device(smaller)
         after_cut = _accuracy(job, smaller, options)
         recalibrated = recalibrate(smaller, job.removal_context)
         found = cost(smaller.graph)

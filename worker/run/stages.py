@@ -1,4 +1,4 @@
-"""What each phase of a job does: train, evaluate, prune, retrain. `carry_out` runs them from where the job stands."""
+"""What each phase of a job does: train, evaluate, prune, retrain. `run_stages` runs them from where the job stands."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from worker.training.masks import Masks
 ALLOCATION_FAILED = ("can't allocate memory", "not enough memory", "DefaultCPUAllocator")
 
 
-def carry_out(job: Job) -> bool:
+def run_stages(job: Job) -> bool:
     """Run all stages that are left; True if the user stopped the job before the last.
 
     A loss that is no number is tried once more from the last checkpoint; memory that runs out once more with half the
@@ -68,11 +68,11 @@ def _carry_out_one(job: Job) -> None:
     stage = job.stages[number]
     job.monitor.enter(number + 1, message=_announcement(job, stage), resumed=reached.suspended is not None)
     if all(later.phase == "evaluating" and not later.table for later in job.stages[number:]):
-        job.monitor.look_to_leave()
+        job.monitor.check_cancel_or_pause()
     else:
-        job.monitor.look()
+        job.monitor.check_interrupts()
     ACTIONS[stage.phase](job, stage)
-    job.monitor.charge()
+    job.monitor.add_elapsed()
     reached.finish_stage()
     job.monitor.checkpoint()
 
@@ -196,7 +196,7 @@ def _remove(job: Job, step: Compression, removal: PruningRound, record: StepReco
             reached.record.note(
                 f"/optimizations/{record.position}: no layer was replaced; the rows of its layers say why"
             )
-        job.precision.place(network)
+        job.precision.to_device(network)
         reached.network = network
 
 
@@ -264,7 +264,7 @@ def _recipe(job: Job, stage: Stage, steps_per_epoch: int) -> Recipe:
             training=job.training,
             seed=seed,
             regularizations=job.regularizations,
-            distillation=job.lesson,
+            distillation=job.distillation_of_training,
             frozen=job.plan.frozen,
             rate_factors=job.plan.rate_factors,
         )
@@ -321,7 +321,7 @@ def _sparsity(masks: Masks | None) -> float:
 def _close_record(job: Job, step: Compression, *, complete: bool) -> None:
     reached = job.reached
     record = reached.record.steps[-1]
-    job.monitor.charge()
+    job.monitor.add_elapsed()
     record.after = measures(reached.network, reached.record.latest)
     if isinstance(step, Prune):
         record.layers = layer_rows(reached.network, _start(job, record), step)
@@ -380,7 +380,7 @@ def _return_to_checkpoint(job: Job) -> None:
     gc.collect()
     if job.precision.device.type == "cuda":
         torch.cuda.empty_cache()
-    job.monitor.reached = job.take_up(job.checkpoints.latest or job.task.resume)
+    job.monitor.reached = job.resume_from(job.checkpoints.latest or job.task.resume)
 
 
 def _ran_out_of_memory(error: BaseException) -> bool:

@@ -29,7 +29,7 @@ from app.network.graph import Graph, build_graph
 from app.network.layers.registry import read_layers
 from app.network.node import Limits
 from worker.checkpoint import Arrays, CheckpointRefused, LoadedCheckpoint
-from worker.network import Network, build_network, put
+from worker.network import Network, build_network, assign_tensors
 from worker.precision import Precision
 from worker.run.record import RunRecord
 from worker.training.loop import Fit
@@ -165,11 +165,11 @@ def _network(graph: Graph, tensors: Mapping[str, Tensor], precision: Precision) 
         raise KeyError(f"tensors that are only on one side: {', '.join(sorted(foreign))}")
     if wrong := [name for name, tensor in tensors.items() if own[name].dtype != tensor.dtype]:
         raise RuntimeError(f"{wrong[0]} has type {tensors[wrong[0]].dtype}, not {own[wrong[0]].dtype}")
-    put(network, {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()})
+    assign_tensors(network, {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()})
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             own[name].copy_(tensor)
-    precision.place(network)
+    precision.to_device(network)
     return network
 
 

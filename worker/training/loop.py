@@ -28,7 +28,7 @@ from app.spec.optimizations import Regularization
 from app.spec.prune import Distillation
 from worker.evaluation import evaluate
 from worker.journal import Phase
-from worker.network import Network, put, snapshot
+from worker.network import Network, assign_tensors, snapshot
 from worker.precision import Precision
 from worker.training.averaging import Average
 from worker.training.freezing import freeze, train_mode
@@ -214,12 +214,12 @@ class Fit:
                 failpoint("step")
                 self._step(images, labels_N)
                 if self._losses.due(first=self.position.step == 1):
-                    self.look(monitor)
-            self.look(monitor)
+                    self.read_losses(monitor)
+            self.read_losses(monitor)
             result = self._end_epoch()
             monitor.epoch_finished(self, result)
 
-    def look(self, monitor: Monitor) -> None:
+    def read_losses(self, monitor: Monitor) -> None:
         """Read the losses that gathered on the device and tell the watch; raises NonFiniteLoss."""
         window = self._losses.read(self.position.step, self._rate)
         if window is not None:
@@ -235,9 +235,9 @@ class Fit:
         """
         freeze(self.network, ())
         if self.best is not None:
-            put(self.network, self.best.tensors)
+            assign_tensors(self.network, self.best.tensors)
         elif self.average is not None:
-            put(self.network, self.average.tensors)
+            assign_tensors(self.network, self.average.tensors)
         if self.masks is not None:
             self.masks.apply(self.network)
 

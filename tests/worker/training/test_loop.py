@@ -44,7 +44,7 @@ class Watching:
     def before_step(self, fit: Fit) -> None:
         """Leave if it is time."""
         if fit.position.step == self.leave_before:
-            fit.look(self)
+            fit.read_losses(self)
             raise Leave
         self.steps += 1
 
@@ -82,7 +82,7 @@ def start(
     """A fit at its first step."""
     precision = choose_precision(settings, "cpu", spatial_axes=2)
     network = network or build_network(graph or small_cnn(), seed=settings.seed)
-    precision.place(network)
+    precision.to_device(network)
     return Fit(
         network,
         batches or BlobBatches(),
@@ -347,7 +347,7 @@ def test_decoupled_decay_equals_adamws_own() -> None:
 
 def test_a_teacher_teaches_and_is_not_changed() -> None:
     teacher = build_network(small_cnn(dropout=0.5), seed=9)
-    choose_precision(training(), "cpu", spatial_axes=2).place(teacher)
+    choose_precision(training(), "cpu", spatial_axes=2).to_device(teacher)
     before = snapshot(teacher)
     monitor = Watching()
     fit = start(training(), teacher=teacher, distillation=Distillation(alpha=1.0, temperature=2.0))
@@ -361,7 +361,7 @@ def test_only_the_teacher_counts_at_alpha_one() -> None:
     twin = build_network(small_cnn(norm=False), seed=1)
     settings = training(epochs=1, optimizer=SGD | {"weight_decay": 0.0})
     for one in (network, twin):
-        choose_precision(settings, "cpu", spatial_axes=2).place(one)
+        choose_precision(settings, "cpu", spatial_axes=2).to_device(one)
     before = snapshot(network)
     trained(settings, network=network, teacher=twin, distillation=Distillation(alpha=1.0))
     for name, tensor in snapshot(network).items():  # it agrees with its teacher already
@@ -383,7 +383,7 @@ def test_fp16_scales_the_loss_and_ends_near_float32_also_after_a_resume() -> Non
 
     def make(precision: Precision = half) -> Fit:
         network = build_network(small_cnn(), seed=0)
-        precision.place(network)
+        precision.to_device(network)
         return Fit(network, BlobBatches(), recipe(settings), precision)
 
     whole, exact = make(), make(Precision(torch.device("cpu"), None, channels_last=True))
