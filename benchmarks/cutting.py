@@ -36,7 +36,7 @@ def measure_here(name: str, size: int, criterion: str, scope: str) -> Row:
     """Seconds of each part and the peak of memory, in this process, which has measured nothing before."""
     import torch
 
-    from app.planning.plan import make_plan
+    from app.planning.plan import JobLimits, make_plan
     from app.pruning.channel_classes import channel_classes
     from app.spec.data import DataFacts
     from app.spec.job import parse_job
@@ -46,7 +46,6 @@ def measure_here(name: str, size: int, criterion: str, scope: str) -> Row:
     from worker.pruning.importance import class_scores
     from worker.pruning.schedules import prune_stages
     from worker.run.removal import RemovalContext, cut_channels
-    from worker.run.state import NO_LIMITS
 
     torch.set_num_threads(1)
     shape = (3, size, size)
@@ -58,7 +57,7 @@ def measure_here(name: str, size: int, criterion: str, scope: str) -> Row:
         "model": {"preset": name, "input_shape": list(shape)},
         "optimizations": [step],
     }
-    plan = make_plan(parse_job(document), facts, limits=NO_LIMITS)
+    plan = make_plan(parse_job(document), facts, limits=JobLimits.none())
     (settled,) = plan.spec.optimizations
     assert isinstance(settled, Prune)
     precision = choose_precision(plan.spec.training, "cpu", spatial_axes=2)

@@ -24,8 +24,9 @@ from typing import Any
 from app.errors import InvalidSpec, JobError
 from worker.journal import Journal, MemoryJournal
 from worker.run.delivery import Delivered, Delivery, deliver
+from worker.run.job import Task
 from worker.run.monitor import Interrupted
-from worker.run.preparation import Task, prepare
+from worker.run.preparation import prepare
 from worker.run.stages import run_stages
 
 __all__ = ["Cancelled", "Delivered", "Delivery", "Outcome", "Paused", "Task", "run"]

@@ -14,9 +14,9 @@ from app.network.cost import cost
 from worker.evaluation import Scores, score
 from worker.export.files import export_network, file_sha256, kind_of, media_type_of, write_json, write_manifest
 from worker.latency import Latency, measure_latency
-from worker.network import Network, build_network, floating_tensors, assign_tensors
+from worker.network import Network, assign_tensors, build_network, floating_tensors
 from worker.run.int8 import Int8File, int8_document, int8_measures, int8_rows, make_int8, write_int8
-from worker.run.preparation import Job
+from worker.run.job import Job
 from worker.run.report import class_rows, compressed_bytes, environment, measures, sparse_row, step_rows
 from worker.run.sensitivity import table_document
 from worker.verification.verification import Logits, NetworkKey, compute_logits, prove
@@ -137,14 +137,13 @@ def _deliver(job: Job, stopped_early: bool) -> Delivered:
             verification=proof.document(),
         )
     )
-    job.journal.progress(job.monitor.tracker.progress(1.0))
+    job.journal.progress(job.tracker.progress(1.0))
     return Delivered([_delivery(path) for path in files], summary, report, stopped_early)
 
 
 def _measure(job: Job, dense: Network, pruned: Network, int8: Int8File | None) -> Latency:
     """The latencies of both networks and the 8-bit file; what they have to say is noted."""
-    phase = len(job.stages) + (1 if job.quantization is None else 2)
-    job.monitor.enter(phase, message="measuring latencies, dense and pruned in turns")
+    job.monitor.enter("measuring", message="measuring latencies, dense and pruned in turns")
     latency = measure_latency(
         dense,
         pruned,
@@ -163,8 +162,7 @@ def _measure(job: Job, dense: Network, pruned: Network, int8: Int8File | None) -
 
 def _export(job: Job, dense: Network, pruned: Network, int8: Int8File | None, folder: Path) -> list[Path]:
     """The files of both networks, written into `folder`; of the 8-bit file only if it meets the wish."""
-    phase = len(job.stages) + (2 if job.quantization is None else 3)
-    job.monitor.enter(phase, message="exporting, and proving each file in a clean process")
+    job.monitor.enter("exporting", message="exporting, and proving each file in a clean process")
     job.monitor.check_cancel_or_pause()
     masks = job.reached.masks
     files: list[Path] = []

@@ -33,7 +33,7 @@ from worker.data.dataset import derive_seed
 from worker.evaluation import Scores, score
 from worker.export.files import INT8_MODEL, portable_tensors, write_whole
 from worker.network import Network
-from worker.run.preparation import Job
+from worker.run.job import QUANTIZING, Job
 from worker.run.removal import layer_rows
 from worker.verification.saturation import EVERYWHERE, SATURATES_ABOVE, PairSums, read_pair_sums
 from worker.verification.verification import proof_batch_size
@@ -89,9 +89,7 @@ def make_int8(job: Job, network: Network, wanted_NK: Logits) -> Int8File | None:
         job.reached.record.note(UNPROVABLE)
         return None
     began = time.monotonic()
-    job.monitor.enter(
-        len(job.stages) + 1, message="quantizing to 8 bits: ranges from training images, then a comparison"
-    )
+    job.monitor.enter(QUANTIZING, message="quantizing to 8 bits: ranges from training images, then a comparison")
     job.monitor.check_cancel_or_pause()
     folder = job.task.scratch / "int8"
     folder.mkdir()

@@ -18,7 +18,7 @@ from worker.evaluation import score
 from worker.network import Network
 from worker.pruning.importance import class_scores
 from worker.pruning.surgery import shrink
-from worker.run.preparation import Job
+from worker.run.job import Job
 from worker.run.removal import recalibrate
 from worker.training.losses import cross_entropy
 from worker.verification.verification import compute_logits
@@ -50,7 +50,7 @@ def tabulate(job: Job) -> None:
         rows.append(_row(job, network, classes, group, scores, options))
         reached.passed += 1
         job.journal.event("sensitivity.measured", _sentence(rows[-1]), **rows[-1])
-        job.journal.progress(job.monitor.tracker.progress(len(rows) / len(groups)))
+        job.journal.progress(job.tracker.progress(len(rows) / len(groups)))
         job.monitor.checkpoint()
 
 

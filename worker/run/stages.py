@@ -20,8 +20,8 @@ from worker.data.dataset import derive_seed
 from worker.network import Network, snapshot
 from worker.pruning.schedules import PruningRound, retrain_schedule, rewind_epoch
 from worker.pruning.weight_masks import pruned_part
+from worker.run.job import Job, Stage, stage_name
 from worker.run.monitor import Interrupted
-from worker.run.preparation import Job, Stage
 from worker.run.record import StepRecord
 from worker.run.removal import check_budget, cut_channels, cut_weights, joined_masks, layer_rows, recalibrate
 from worker.run.report import measures
@@ -66,7 +66,7 @@ def run_stages(job: Job) -> bool:
 def _carry_out_one(job: Job) -> None:
     reached, number = job.reached, job.reached.stage
     stage = job.stages[number]
-    job.monitor.enter(number + 1, message=_announcement(job, stage), resumed=reached.suspended is not None)
+    job.monitor.enter(stage_name(number), message=_announcement(job, stage), resumed=reached.suspended is not None)
     if all(later.phase == "evaluating" and not later.table for later in job.stages[number:]):
         job.monitor.check_cancel_or_pause()
     else:
@@ -99,7 +99,7 @@ def _announcement(job: Job, stage: Stage) -> str:
 
 def _train(job: Job, stage: Stage) -> None:
     reached = job.reached
-    if 0 in job.monitor.keep_epochs and "rewind/0" not in reached.kept:
+    if 0 in job.rewind_epochs and "rewind/0" not in reached.kept:
         reached.kept["rewind/0"] = snapshot(reached.network)
     fit = begin_fit(job, stage)
     fit.run(job.monitor)
@@ -211,7 +211,7 @@ def _tell_removal(job: Job, record: StepRecord, step: Compression) -> None:
         **latest,
     )
     if job.reached.masks is not None:
-        step_now = job.monitor.tracker.progress(0.0).step
+        step_now = job.tracker.steps_before
         job.journal.metric("sparsity", step_now, _sparsity(job.reached.masks))
     chance = 1.5 / len(job.dataset.class_names)
     if latest["after_recalibration"] <= chance < before["accuracy"]:
@@ -249,7 +249,7 @@ def begin_fit(job: Job, stage: Stage) -> Fit:
     if reached.suspended is not None:
         fit.restore(reached.suspended.tensors, reached.suspended.state)
         reached.suspended = None
-        job.monitor.tracker.resume_at(fit.position.step / max(1, fit.steps))
+        job.tracker.resume_at(fit.position.step / max(1, fit.steps))
     reached.fit = fit
     return fit
 
@@ -380,7 +380,7 @@ def _return_to_checkpoint(job: Job) -> None:
     gc.collect()
     if job.precision.device.type == "cuda":
         torch.cuda.empty_cache()
-    job.monitor.reached = job.resume_from(job.checkpoints.latest or job.task.resume)
+    job.return_to_checkpoint()
 
 
 def _ran_out_of_memory(error: BaseException) -> bool:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,13 @@ from app.errors import EspalierError
 from app.network.graph import Graph, build_graph
 from app.network.layers.registry import read_layers
 from app.network.node import Limits
-from worker.checkpoint import Arrays, CheckpointRefused, LoadedCheckpoint
-from worker.network import Network, build_network, assign_tensors
+from app.planning.plan import Plan
+from worker.checkpoint import Arrays, CheckpointRefused, LoadedCheckpoint, read_checkpoint
+from worker.journal import Journal
+from worker.network import Network, assign_tensors, build_network
 from worker.precision import Precision
 from worker.run.record import RunRecord
+from worker.run.references import put_weights, start_notes
 from worker.training.loop import Fit
 from worker.training.masks import Masks
 
@@ -94,6 +98,47 @@ class Reached:
             "environment": environment(),
         }
         return {name: _on_host(tensor) for name, tensor in tensors.items()}, state
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a job can always begin again from: its plan, the networks that it names, and which checkpoints are its own."""
+
+    plan: Plan
+    sources: Path | None
+    precision: Precision
+    spec_sha256: str
+    data_sha256: str
+
+    def start(self, *, micro_batches: int = 1) -> Reached:
+        """Before the first step: new weights from the job's seed, or those of its source where it has one."""
+        network = build_network(self.plan.baseline, seed=self.plan.spec.training.seed)
+        record, start = RunRecord(), self.plan.start
+        if start is not None:
+            put_weights(network, start.reference, self.sources, fresh=start.fresh)
+            for sentence in start_notes(start, network):
+                record.note(sentence)
+        self.precision.to_device(network)
+        return Reached(network, record, micro_batches=micro_batches)
+
+    def resume(self, folder: Path | None, journal: Journal, *, micro_batches: int = 1) -> Reached:
+        """What the checkpoint in `folder` holds; the start if there is none or, with an event, if it is refused."""
+        if folder is None:
+            return self.start(micro_batches=micro_batches)
+        try:
+            checkpoint = read_checkpoint(folder, spec_sha256=self.spec_sha256)
+            if checkpoint.state.get("data_sha256") != self.data_sha256:
+                raise CheckpointRefused("the checkpoint was made from other data")
+            reached = restore(checkpoint, self.precision)
+        except CheckpointRefused as refused:
+            message = f"{refused.message}: the job starts from the beginning"
+            journal.event("checkpoint.corrupt", message, level="warn", code=refused.code)
+            return self.start(micro_batches=micro_batches)
+        reached.micro_batches = max(reached.micro_batches, micro_batches)
+        if reached.differs is not None:
+            message = f"this is not the machine of the last attempt ({reached.differs}): the bits will differ"
+            journal.event("warning", message, level="warn")
+        return reached
 
 
 def restore(checkpoint: LoadedCheckpoint, precision: Precision) -> Reached:

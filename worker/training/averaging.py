@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from worker.network import Network, floating_tensors, assign_tensors, snapshot
+from worker.network import Network, assign_tensors, floating_tensors, snapshot
 
 
 class Average:

@@ -11,7 +11,8 @@ from app.datasets.ingest.synthetic import ensure_synthetic
 from app.spec.data import Synthetic
 from worker.checkpoint import STEM
 from worker.journal import MemoryJournal, SavedCheckpoint
-from worker.run.preparation import Task, prepare
+from worker.run.job import Task
+from worker.run.preparation import prepare
 from worker.run.stages import run_stages
 from worker.run.state import Reached
 

@@ -210,7 +210,7 @@ def test_nothing_is_chosen_or_measured_on_the_test_part(data: Path, tmp_path: Pa
             task_of(tiny_spec(INT8, data={"synthetic": SYNTHETIC, "validation": validation}), data, tmp_path),
             MemoryJournal(),
         )
-        network = job.fresh_start().network
+        network = job.reached.network
         step = Quantize(calibration_images=50)
         calibration, chosen_on, part = int8._samples(job, step, network)
         again, _, _ = int8._samples(job, step, network)

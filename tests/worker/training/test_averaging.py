@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.jobs.blobs import small_cnn
-from worker.network import build_network, floating_tensors, assign_tensors, snapshot
+from worker.network import assign_tensors, build_network, floating_tensors, snapshot
 from worker.training.averaging import Average
 
 

@@ -18,7 +18,8 @@ from worker.data.dataset import BatchLoader, Split
 from worker.export.files import export_network
 from worker.journal import MemoryJournal
 from worker.network import Network, build_network
-from worker.run.preparation import Job, prepare
+from worker.run.job import Job
+from worker.run.preparation import prepare
 from worker.run.stages import run_stages
 from worker.training.distillation import Teacher
 
