@@ -15,9 +15,10 @@ from worker.evaluation import Scores, score
 from worker.export.files import export_network, file_sha256, kind_of, media_type_of, write_json, write_manifest
 from worker.latency import Latency, measure_latency
 from worker.network import Network, assign_tensors, build_network, floating_tensors
-from worker.run.int8 import Int8File, int8_document, int8_measures, int8_rows, make_int8, write_int8
+from worker.run.handlers import Outcome, step_rows
+from worker.run.int8 import Int8File, int8_document, int8_measures, int8_row, make_int8, write_int8
 from worker.run.job import Job
-from worker.run.report import class_rows, compressed_bytes, environment, measures, sparse_row, step_rows
+from worker.run.report import class_rows, compressed_bytes, environment, measures, sparse_row
 from worker.run.sensitivity import table_document
 from worker.verification.verification import Logits, NetworkKey, compute_logits, prove
 
@@ -106,7 +107,6 @@ def _deliver(job: Job, stopped_early: bool) -> Delivered:
     if int8 is not None and int8.met:
         summary["int8"] = int8_measures(int8, final, latency.int8)
     job.monitor.add_elapsed()
-    rows = int8_rows(job, int8, pruned, final, latency.int8)
     report = {
         "job_id": job.task.job_id,
         "attempt": job.task.attempt,
@@ -114,7 +114,7 @@ def _deliver(job: Job, stopped_early: bool) -> Delivered:
         "baseline": baseline,
         "final": final,
         **({} if int8 is None else {"int8": int8_document(int8, final, latency.int8)}),
-        "steps": step_rows(job.task.spec.get("optimizations", []), job.plan.graphs, job.reached.record, final, rows),
+        "steps": step_rows(job, Outcome(final, int8_row(job, int8, pruned, final, latency.int8))),
         "classes": class_rows(job.dataset.class_names, baseline_scores, final_scores),
         **({} if job.plan.spec.sensitivity is None else {"sensitivity": table_document(job)}),
         "verification": proof.document(),

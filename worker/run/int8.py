@@ -83,7 +83,7 @@ def make_int8(job: Job, network: Network, wanted_NK: Logits) -> Int8File | None:
     """
     if job.quantization is None:
         return None
-    _, step = job.quantization
+    step = job.quantization
     if step.scheme == "int8_vnni" and saturates():
         job.journal.event("warning", UNPROVABLE, level="warn", scheme=step.scheme)
         job.reached.record.note(UNPROVABLE)
@@ -244,17 +244,16 @@ def int8_measures(int8: Int8File, final: Mapping[str, Any], latency_ms: Mapping[
     }
 
 
-def int8_rows(
+def int8_row(
     job: Job, int8: Int8File | None, network: Network, final: Mapping[str, Any], latency_ms: Mapping[str, Any]
-) -> dict[int, dict[str, Any]]:
-    """The row of the report's `steps` (without the optimization itself), by its position; empty: none was asked for."""
+) -> dict[str, Any] | None:
+    """The row of the report's `steps` (without the optimization itself); None: no 8-bit file was asked for."""
     if job.quantization is None:
-        return {}
-    position, step = job.quantization
+        return None
     if int8 is None:
         unchanged = {"before": final, "after": final, "layers": [], "seconds": 0.0}
-        return {position: {"applied": False, **unchanged, "scheme": step.scheme, "reason": UNPROVABLE}}
-    return {position: _step(int8, network, final, latency_ms) | int8.pair_sums.document()}
+        return {"applied": False, **unchanged, "scheme": job.quantization.scheme, "reason": UNPROVABLE}
+    return _step(int8, network, final, latency_ms) | int8.pair_sums.document()
 
 
 def _step(int8: Int8File, network: Network, final: Mapping[str, Any], latency_ms: Mapping[str, Any]) -> dict[str, Any]:

@@ -122,10 +122,9 @@ class Job:
         return asked[0].distillation() if asked else None
 
     @property
-    def quantization(self) -> tuple[int, Quantize] | None:
-        """The place among the optimizations, and the wish, of an 8-bit file; None: none is asked for."""
-        wishes = [(at, part) for at, part in enumerate(self.plan.spec.optimizations) if isinstance(part, Quantize)]
-        return wishes[0] if wishes else None
+    def quantization(self) -> Quantize | None:
+        """The 8-bit file that is asked for; None: none is."""
+        return next((part for part in self.plan.spec.optimizations if isinstance(part, Quantize)), None)
 
     def compression(self, stage: Stage) -> Compression:
         """The compression that a stage belongs to."""

@@ -13,18 +13,15 @@ import numpy as np
 import torch
 
 from app.network.cost import Cost, cost
-from app.network.graph import Graph
-from app.spec.optimizations import COMPRESSIONS
 from worker.evaluation import Scores
 from worker.export.sparse_file import SPARSE_WEIGHTS
 from worker.network import Network
 from worker.precision import Precision
-from worker.run.record import RunRecord, StepRecord
 
-COMPRESSION_TYPES = frozenset(step.model_fields["type"].default for step in COMPRESSIONS)
 LARGEST_TO_COMPRESS = 64 << 20  # gzip reads about 30 MB/s
 
 Measures = dict[str, Any]
+Row = dict[str, Any]
 
 
 def measures(network: Network, scores: Scores | None, *, latency_ms: Mapping[str, Any] | None = None) -> Measures:
@@ -40,75 +37,6 @@ def measures_of_cost(found: Cost) -> Measures:
 
 def _scored(scores: Scores | None) -> Measures:
     return {"accuracy": None, "loss": None} if scores is None else {"accuracy": scores.accuracy, "loss": scores.loss}
-
-
-def step_rows(
-    sent: Sequence[Mapping[str, Any]],
-    graphs: Sequence[Graph],
-    run_record: RunRecord,
-    final: Measures,
-    at_the_end: Mapping[int, Mapping[str, Any]],
-) -> list[dict[str, Any]]:
-    """The report's `steps`, one for each optimization in order.
-
-    Args:
-        sent: the optimizations as they were sent.
-        graphs: of each optimization, the graph after it (before any pruning); the first entry is the given graph.
-        run_record: has the compressions.
-        final: measures of the delivered network, for compressions that were not reached.
-        at_the_end: rows of optimizations that come after all stages, by position.
-    """
-    records: dict[int, StepRecord] = {record.position: record for record in run_record.steps}
-    rows = []
-    for position, optimization in enumerate(sent):
-        row: dict[str, Any] = {"optimization": dict(optimization), "applied": True}
-        if position in records:
-            record = records[position]
-            row |= {
-                "before": record.before,
-                "after": record.after,
-                "layers": record.layers,
-                "seconds": round(record.seconds, 3),
-                "after_cut": _last(record.rounds, "after_cut"),
-                "after_recalibration": _last(record.rounds, "after_recalibration"),
-                "rounds": record.rounds,
-                "complete": record.complete,
-            }
-        elif position in at_the_end:
-            row |= at_the_end[position]
-        elif optimization["type"] in COMPRESSION_TYPES:
-            row |= {"applied": False, "before": final, "after": final, "layers": [], "seconds": 0.0}
-        else:
-            before, after = (measures_of_cost(cost(graph)) for graph in graphs[position : position + 2])
-            row |= {
-                "before": before,
-                "after": after,
-                "layers": _inserted(*graphs[position : position + 2]),
-                "seconds": 0.0,
-            }
-        rows.append(row)
-    return rows
-
-
-def _last(rounds: Sequence[Mapping[str, Any]], key: str) -> Any:
-    return rounds[-1].get(key) if rounds else None
-
-
-def _inserted(before: Graph, after: Graph) -> list[dict[str, Any]]:
-    """The layers that a rewrite brought or changed."""
-    return [
-        {
-            "name": node.name,
-            "type": node.type,
-            "channels_before": before[node.name].shape[0] if node.name in before else None,
-            "channels_after": node.shape[0],
-            "weights": node.params,
-            "nonzero": node.params,
-            "sparsity": 0.0,
-        }
-        for node in after.nodes
-        if node.name not in before or before[node.name].layer != node.layer
-    ]
 
 
 def class_rows(names: Sequence[str], baseline: Scores, final: Scores) -> list[dict[str, Any]]:

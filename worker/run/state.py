@@ -38,6 +38,7 @@ from worker.run.record import RunRecord
 from worker.run.references import put_weights, start_notes
 from worker.training.loop import Fit
 from worker.training.masks import Masks
+from worker.training.resume import fit_state, fit_tensors
 
 
 @dataclass
@@ -85,7 +86,7 @@ class Reached:
         if masks is not None:
             tensors |= {f"masks/{name}": mask for name, mask in masks.state().items()}
         if self.fit is not None:
-            tensors |= {f"fit/{name}": tensor for name, tensor in self.fit.tensors().items()}
+            tensors |= {f"fit/{name}": tensor for name, tensor in fit_tensors(self.fit).items()}
         state = {
             "stage": self.stage,
             "passed": self.passed,
@@ -94,7 +95,7 @@ class Reached:
             "input_shape": list(self.network.graph.input_shape),
             "layers": self.network.graph.to_layers(),
             "ledger": self.record.document(),
-            "fit": None if self.fit is None else self.fit.state(),
+            "fit": None if self.fit is None else fit_state(self.fit),
             "environment": environment(),
         }
         return {name: _on_host(tensor) for name, tensor in tensors.items()}, state

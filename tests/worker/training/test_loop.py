@@ -23,6 +23,7 @@ from worker.training.learning_rate import learning_rate
 from worker.training.loop import EpochResult, Fit, NonFiniteLoss, Recipe, Window
 from worker.training.losses import cross_entropy
 from worker.training.masks import Masks
+from worker.training.resume import fit_state, fit_tensors, restore_fit
 
 SGD = {"name": "sgd", "lr": 0.05}
 ADAMW = {"name": "adamw", "lr": 0.01}
@@ -112,15 +113,15 @@ def resumed(make: Callable[[], Fit], step: int) -> Fit:
     first = make()
     with pytest.raises(Leave):
         first.run(Watching(leave_before=step))
-    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in first.tensors().items()}
-    state = first.state()
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in fit_tensors(first).items()}
+    state = fit_state(first)
     weights = {name: tensor.clone() for name, tensor in first.network.state_dict().items()}
     torch.manual_seed(12345)  # another process stands elsewhere
     second = make()
     second.network.load_state_dict(weights)
     if first.masks is not None:
         second.masks = Masks.from_state(first.masks.state())
-    second.restore(tensors, state)
+    restore_fit(second, tensors, state)
     second.run(Watching())
     return second
 
@@ -149,8 +150,8 @@ def test_a_training_that_was_left_and_entered_again_ends_with_the_same_bits(
     whole.run(Watching())
     again = resumed(make, cut)
     assert equal(snapshot(whole.network), snapshot(again.network))
-    assert equal(whole.tensors(), again.tensors())
-    assert whole.state() == again.state()
+    assert equal(fit_tensors(whole), fit_tensors(again))
+    assert fit_state(whole) == fit_state(again)
     whole.conclude()
     again.conclude()
     assert equal(snapshot(whole.network), snapshot(again.network))
@@ -165,16 +166,16 @@ def test_a_training_that_forgets_a_part_of_its_state_ends_elsewhere(forgotten: s
     with pytest.raises(Leave):
         first.run(Watching(leave_before=4))
     second = start(settings, graph=small_cnn(dropout=0.3))
-    tensors = {name: tensor.clone() for name, tensor in first.tensors().items() if not name.startswith(forgotten)}
+    tensors = {name: tensor.clone() for name, tensor in fit_tensors(first).items() if not name.startswith(forgotten)}
     if forgotten == "rng/cpu":
         tensors["rng/cpu"] = torch.Generator().manual_seed(9).get_state()
-    state = first.state()
+    state = fit_state(first)
     if forgotten == "position":
         state["position"]["batch"] -= 1
     second.network.load_state_dict(first.network.state_dict())
-    second.restore(tensors, state)
+    restore_fit(second, tensors, state)
     second.run(Watching())
-    assert not equal(whole.tensors(), second.tensors())
+    assert not equal(fit_tensors(whole), fit_tensors(second))
 
 
 def test_a_training_with_growing_masks_resumes_to_the_same_bits() -> None:
@@ -192,7 +193,7 @@ def test_a_training_with_growing_masks_resumes_to_the_same_bits() -> None:
     for cut in (4, 7):
         again = resumed(make, cut)
         assert equal(snapshot(whole.network), snapshot(again.network))
-        assert equal(whole.tensors(), again.tensors())
+        assert equal(fit_tensors(whole), fit_tensors(again))
     assert whole.masks is not None
     assert whole.masks.zeros() == round(0.6 * whole.masks.sizes())
 
@@ -389,7 +390,7 @@ def test_fp16_scales_the_loss_and_ends_near_float32_also_after_a_resume() -> Non
     whole, exact = make(), make(Precision(torch.device("cpu"), None, channels_last=True))
     for fit in (whole, exact):
         fit.run(Watching())
-    assert whole.state()["scaler"]["scale"] >= 1024
+    assert fit_state(whole)["scaler"]["scale"] >= 1024
     assert whole.optimizer.steps == exact.optimizer.steps == 6
     for name, tensor in snapshot(whole.network).items():
         torch.testing.assert_close(tensor, snapshot(exact.network)[name], rtol=0.05, atol=0.01)
