@@ -27,7 +27,7 @@ import records
 from app.errors import InvalidSpec
 from app.network.graph import build_graph
 from app.network.layers.registry import read_layers
-from app.network.presets import preset_layers
+from app.network.presets.registry import preset_layers
 from app.planning.plan import Plan, make_plan
 from app.spec.data import synthetic_facts
 from app.spec.job import parse_job

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from app.errors import EspalierError
 from app.network.cost import cost
-from app.network.presets import preset_layers
+from app.network.presets.registry import preset_layers
 from app.spec.prune import Prune
 from worker.evaluation import Scores
 from worker.journal import MemoryJournal

@@ -11,8 +11,8 @@ from pathlib import Path
 from app.network.cost import Cost, cost
 from app.network.graph import build_graph
 from app.network.layers.registry import read_layers
-from app.network.presets import preset_layers
 from app.network.presets.published import PUBLISHED, UNPUBLISHED, Published
+from app.network.presets.registry import preset_layers
 from app.settings import Settings
 from app.spec.catalogue import preset_catalogue
 

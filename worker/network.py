@@ -1,26 +1,32 @@
 """Graph -> torch network. Axes: N batch, C channels, x spatial (one to three), K classes.
 
 Every node becomes a sub-module of its own name, so that state_dict keys are `<node>.weight` and hooks can be set by
-name; a node that shares the parameters of another has none, the other's module is called again in its place
-(`Node.home`). Convolutions, linear layers and norms are torch.nn modules.
+name; a node that shares the parameters of another has none, the other's module is called again instead
+(`Node.home`). What a layer becomes stands in `worker/layers`. Convolutions, linear layers and norms are torch.nn modules.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from app.network.graph import Graph, Node
-from app.network.layers import registry as spec
+from app.network.blocks import NORMS
+from app.network.graph import Graph
+from app.network.layers.activations import Sigmoid
 from app.network.layers.names import INPUT
+from app.network.layers.pooling import MaxPool
+from app.network.node import Node
+from worker.layers.registry import rule_of
+
+INEXACT = (Sigmoid,)
+"""Layers of whose results the last bit depends on whether torch computes an element in a vector or alone."""
 
 
 class ForwardStep(NamedTuple):
-    """One line of the forward pass: a chain of sub-modules on earlier outputs, and which outputs nobody needs then.
+    """One line of the forward pass: a chain of sub-modules on earlier outputs, and which outputs nobody needs after it.
 
     `calls` are the nodes whose modules they are, in the same order.
     """
@@ -40,7 +46,7 @@ class Network(nn.Module):
         self.graph = graph
         for node in graph.nodes:
             if node.shares is None:
-                self.add_module(node.name, build_module(node))
+                self.add_module(node.name, rule_of(node).module(node.layer, node))
         self._steps = forward_steps(graph)
 
     def forward(self, images_NCx: Tensor) -> Tensor:
@@ -71,8 +77,8 @@ def calls_of(network: Network, name: str) -> tuple[str, ...]:
 def build_network(graph: Graph, *, seed: int | None = None) -> Network:
     """The network of a graph with fresh weights, float32 on the CPU, in training mode.
 
-    The weights are drawn from a generator of their own when `seed` is given (torch's global one is left alone), else
-    from torch's.
+    With `seed` the weights are drawn from a generator of their own, and torch's global one does not change; else from
+    torch's.
     """
     with torch.device("meta"):
         network = Network(graph)
@@ -82,7 +88,7 @@ def build_network(graph: Graph, *, seed: int | None = None) -> Network:
 
 
 def _allocate(network: Network) -> None:
-    """Gives every tensor memory on the CPU. `to_empty` does too, but imports sympy for it: 2 s for a first network."""
+    """Give every tensor memory on the CPU. `to_empty` does too, but imports sympy for it: 2 s for a first network."""
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype)))
@@ -90,12 +96,8 @@ def _allocate(network: Network) -> None:
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-INEXACT = (spec.Sigmoid,)
-"""torch computes most elements in vectors and the rest one by one: of these, with another last bit."""
-
-
 def forward_steps(graph: Graph) -> tuple[ForwardStep, ...]:
-    """The order in which a forward pass runs, and what it may forget when.
+    """The order in which a forward pass runs, and after which step it may forget an output.
 
     Max pooling runs before the monotone activation (relu and its like) that only it reads: the result is the same,
     since a function that never falls may be exchanged with a maximum, and the activation then touches a quarter of
@@ -103,12 +105,7 @@ def forward_steps(graph: Graph) -> tuple[ForwardStep, ...]:
     export and the report keep the written order. Not before sigmoid: the last bit of its results depends on where an
     element stands in memory (`INEXACT`), and delivered source, in the written order, has to give every bit.
     """
-    early: dict[str, Node] = {}  # pooling -> the activation that comes after it
-    for node in graph.nodes:
-        readers = graph.consumers(node.name)
-        exact = node.layer.is_monotone() and not isinstance(node.layer, INEXACT)
-        if exact and len(readers) == 1 and isinstance(readers[0].layer, spec.MaxPool):
-            early[readers[0].name] = node
+    early = _pooled_activations(graph)
     late = {node.name for node in early.values()}
     order: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
     for node in graph.nodes:
@@ -127,11 +124,22 @@ def forward_steps(graph: Graph) -> tuple[ForwardStep, ...]:
     )
 
 
+def _pooled_activations(graph: Graph) -> dict[str, Node]:
+    """By the name of each max pooling that runs before the activation it reads: that activation."""
+    found: dict[str, Node] = {}
+    for node in graph.nodes:
+        readers = graph.consumers(node.name)
+        exact = node.layer.is_monotone() and not isinstance(node.layer, INEXACT)
+        if exact and len(readers) == 1 and isinstance(readers[0].layer, MaxPool):
+            found[readers[0].name] = node
+    return found
+
+
 # --- weights ---
 
 
 def initialise(network: Network, generator: torch.Generator | None) -> None:
-    """Draws the weights of every layer: normal, mean 0, standard deviation `gain / sqrt(fan_in)`.
+    """Draw the weights of every layer: normal, mean 0, standard deviation `gain / sqrt(fan_in)`.
 
     After He et al. 2015, arXiv 1502.01852, equation 10; `gain` is `weight_gain`. Biases are 0, norms start as the
     identity, prelu with slope 0.25.
@@ -142,41 +150,14 @@ def initialise(network: Network, generator: torch.Generator | None) -> None:
             if node.shares is not None:
                 continue
             module: Any = network.get_submodule(node.name)
-            if isinstance(node.layer, spec.Conv | spec.ConvTranspose | spec.Linear):
-                deviation = weight_gain(network.graph, node, adds) / math.sqrt(_fan_in(node))
+            fan_in = rule_of(node).fan_in
+            if fan_in is not None:
+                deviation = weight_gain(network.graph, node, adds) / math.sqrt(fan_in(node.layer, node))
                 module.weight.normal_(0.0, deviation, generator=generator)
                 if module.bias is not None:
                     module.bias.zero_()
             elif node.tensors:
                 module.reset_parameters()
-
-
-def _fan_in(node: Node) -> float:
-    """How many products one output element sums, on average; those with padding are zero and not counted.
-
-    On small maps that matters: a 3 x 3 window on 2 x 2 positions meets 4 of its 9.
-    """
-    weight = node.tensors["weight"].shape
-    if isinstance(node.layer, spec.ConvTranspose):
-        channels, axes = node.input_shapes[0][0], len(node.shape) - 1
-        taps = math.prod(weight[2:]) / math.prod(node.layer.strides(axes))
-        return max(1.0, channels / node.layer.group_count(channels) * taps)
-    if not isinstance(node.layer, spec.Conv):
-        return weight[1]
-    axes = len(node.shape) - 1
-    geometry = (node.layer.strides(axes), node.layer.dilations(axes), node.layer.paddings(axes))
-    met = 1.0
-    for size, given, kernel, stride, dilation, (before, _) in zip(
-        node.input_shapes[0][1:], node.shape[1:], weight[2:], *geometry, strict=True
-    ):
-        meetings = 0
-        for tap in range(kernel):
-            offset = tap * dilation - before  # output o meets position o * stride + offset
-            first = max(0, -(offset // stride))
-            last = min(given - 1, (size - 1 - offset) // stride)
-            meetings += max(0, last - first + 1)
-        met *= meetings / given
-    return weight[1] * met
 
 
 _THROUGH = (
@@ -191,12 +172,12 @@ _THROUGH = (
     "channel_shuffle",
     "concat",
 )
+"""Layers that pass values on much as they are: what reads their output decides the gain."""
 _LINEAR_UNITS = ("relu", "relu6", "leaky_relu", "prelu", "silu", "gelu", "hardswish")
-_NORMS = ("batch_norm", "group_norm", "layer_norm")
 
 
 def weight_gain(graph: Graph, node: Node, adds: int) -> float:
-    """The gain of a layer's weights, by what its output goes into.
+    """The gain of a layer's weights, by the layer that reads its output.
 
     sqrt(2) before rectifiers (which halve the mean square) and norms (which do not mind), 1 before other layers, 5/3
     before tanh; 1 / sqrt(adds) where it enters one of `adds` sums without a norm, so that a sum of many branches
@@ -209,202 +190,14 @@ def weight_gain(graph: Graph, node: Node, adds: int) -> float:
     if not following:
         return 1 / math.sqrt(3)
     kind = following[0].type
-    if kind in _LINEAR_UNITS or kind in _NORMS:
+    if kind in _LINEAR_UNITS or kind in NORMS:
         return math.sqrt(2)
     if kind == "add":
         return 1 / math.sqrt(adds)
     return 5 / 3 if kind == "tanh" else 1.0
 
 
-# --- modules ---
-
-
-class Sum(nn.Module):
-    """The sum of its inputs."""
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Inputs of one shape -> the same shape."""
-        total = inputs[0] + inputs[1]
-        for value in inputs[2:]:
-            total = total + value
-        return total
-
-
-class Product(nn.Module):
-    """The product of its inputs; axes of size 1 are stretched."""
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Inputs that broadcast -> their common shape."""
-        product = inputs[0] * inputs[1]
-        for value in inputs[2:]:
-            product = product * value
-        return product
-
-
-class Join(nn.Module):
-    """Its inputs one behind the other along the channels."""
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """N x Ci x ... -> N x (sum of Ci) x ..."""
-        return torch.cat(inputs, dim=1)
-
-
-class Channels(nn.Module):
-    """The channels [start, stop)."""
-
-    def __init__(self, start: int, stop: int) -> None:
-        super().__init__()
-        self.start = start
-        self.stop = stop
-
-    def forward(self, value_NCx: Tensor) -> Tensor:
-        """N x C x ... -> N x (stop - start) x ..."""
-        return value_NCx[:, self.start : self.stop]
-
-
-class Shuffle(nn.Module):
-    """Channel a * (C / groups) + j goes to j * groups + a (torch.nn.ChannelShuffle, which refuses flat inputs)."""
-
-    def __init__(self, groups: int) -> None:
-        super().__init__()
-        self.groups = groups
-
-    def forward(self, value_NCx: Tensor) -> Tensor:
-        """N x C x ... -> the same shape."""
-        batch, channels, *sizes = value_NCx.shape
-        blocks = value_NCx.reshape(batch, self.groups, channels // self.groups, *sizes)
-        return blocks.transpose(1, 2).flatten(1, 2)
-
-
-class Padding(nn.Module):
-    """torch.nn.functional.pad with `amounts` in its order."""
-
-    def __init__(self, amounts: tuple[int, ...], mode: str, value: float) -> None:
-        super().__init__()
-        self.amounts = amounts
-        self.mode = mode
-        self.value = value
-
-    def forward(self, value_NCx: Tensor) -> Tensor:
-        """Every axis longer by its amounts."""
-        return nn.functional.pad(
-            value_NCx, self.amounts, mode=self.mode, value=self.value if self.mode == "constant" else None
-        )
-
-
-class Subsample(nn.Module):
-    """Every stride-th position: pooling with a window of one, as a view."""
-
-    def __init__(self, strides: tuple[int, ...]) -> None:
-        super().__init__()
-        self.index = (slice(None), slice(None), *(slice(None, None, stride) for stride in strides))
-
-    def forward(self, value_NCx: Tensor) -> Tensor:
-        """N x C x ... -> N x C x ceil(size / stride)."""
-        return value_NCx[self.index]
-
-
-class ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels at each position."""
-
-    def forward(self, value_NCx: Tensor) -> Tensor:
-        """N x C x ... -> the same shape."""
-        return super().forward(value_NCx.movedim(1, -1)).movedim(-1, 1)
-
-
-_BY_AXES: dict[str, tuple[type[nn.Module], ...]] = {
-    "conv": (nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    "conv_transpose": (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-    "batch_norm": (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
-    "max_pool": (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
-    "avg_pool": (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
-    "global_avg_pool": (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
-    "spatial_dropout": (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-}
-_WITHOUT_FIELDS: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "relu6": nn.ReLU6,
-    "silu": nn.SiLU,
-    "gelu": nn.GELU,
-    "hardswish": nn.Hardswish,
-    "hardsigmoid": nn.Hardsigmoid,
-    "sigmoid": nn.Sigmoid,
-    "tanh": nn.Tanh,
-    "softmax": lambda: nn.Softmax(dim=1),
-    "flatten": nn.Flatten,
-    "add": Sum,
-    "multiply": Product,
-    "concat": Join,
-}
-
-
-def build_module(node: Node) -> nn.Module:
-    """The torch module of one node, on torch's present default device, with torch's own start values."""
-    layer: Any = node.layer
-    shape = node.input_shapes[0]
-    axes = len(shape) - 1
-    if layer.type in _WITHOUT_FIELDS:
-        return _WITHOUT_FIELDS[layer.type]()
-    if layer.type in _BY_AXES:
-        kind: Any = _BY_AXES[layer.type][max(1, axes) - 1]
-        return _windowed(kind, layer, shape, axes)
-    match layer:
-        case spec.Linear():
-            return nn.Linear(shape[0], layer.out_features, bias=layer.bias)
-        case spec.GroupNorm():
-            return nn.GroupNorm(layer.num_groups, shape[0], eps=layer.eps)
-        case spec.LayerNorm():
-            return ChannelNorm(shape[0], eps=layer.eps)
-        case spec.LeakyReLU():
-            return nn.LeakyReLU(layer.negative_slope)
-        case spec.PReLU():
-            return nn.PReLU(shape[0])
-        case spec.Dropout():
-            return nn.Dropout(layer.p)
-        case spec.Upsample():
-            return nn.Upsample(scale_factor=tuple(map(float, layer.factors(axes))), mode=layer.mode)
-        case spec.Slice():
-            return Channels(layer.start, layer.stop)
-        case spec.ChannelShuffle():
-            return Shuffle(layer.groups)
-        case spec.Pad():
-            amounts = [amount for pair in reversed(layer.amounts(shape)) for amount in pair]
-            return Padding(tuple(amounts if layer.mode == "constant" else amounts[: 2 * axes]), layer.mode, layer.value)
-    raise AssertionError(f"no torch module for a layer of type {layer.type}")
-
-
-def _windowed(kind: Any, layer: Any, shape: spec.Shape, axes: int) -> nn.Module:
-    """The module of a layer that torch has in one kind per number of axes."""
-    match layer:
-        case spec.Conv() | spec.ConvTranspose():
-            more: dict[str, Any] = {}
-            if isinstance(layer, spec.ConvTranspose):
-                more = {"padding": layer.paddings(axes), "output_padding": layer.output_paddings(axes)}
-            elif layer.padding == "same":
-                more = {"padding": "same"}
-            else:
-                more = {"padding": tuple(before for before, _ in layer.paddings(axes))}
-            return kind(  # type: ignore[no-any-return]
-                shape[0],
-                layer.out_channels,
-                layer.kernel(axes),
-                stride=layer.strides(axes),
-                dilation=layer.dilations(axes),
-                groups=layer.group_count(shape[0]),
-                bias=layer.bias,
-                **more,
-            )
-        case spec.MaxPool() | spec.AvgPool() if set(layer.kernel(axes)) == {1} and not any(layer.paddings(axes)):
-            return Subsample(tuple(layer.strides(axes)))
-        case spec.MaxPool() | spec.AvgPool():
-            more = {} if isinstance(layer, spec.MaxPool) else {"count_include_pad": layer.count_include_pad}
-            where = {"stride": layer.strides(axes), "padding": layer.paddings(axes), "ceil_mode": layer.ceil_mode}
-            return kind(layer.kernel(axes), **where, **more)  # type: ignore[no-any-return]
-        case spec.BatchNorm():
-            return kind(shape[0], eps=layer.eps, momentum=layer.momentum)  # type: ignore[no-any-return]
-        case spec.SpatialDropout():
-            return kind(layer.p)  # type: ignore[no-any-return]
-    return kind(1)  # type: ignore[no-any-return]
+# --- values ---
 
 
 def floating_tensors(network: Network) -> dict[str, Tensor]:

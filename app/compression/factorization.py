@@ -22,13 +22,13 @@ from typing import Any, Literal
 
 from app.network.blocks import WEIGHTED
 from app.network.editor import GraphEditor
-from app.network.graph import Graph, Node
+from app.network.graph import Graph
 from app.network.layers.convolutions import Conv, ConvTranspose, Linear
 from app.network.layers.layer import Layer
 from app.network.layers.names import LONGEST_NAME
 from app.network.layers.shapes import Shape
 from app.network.layers.sharing import unshared
-from app.network.node import Limits
+from app.network.node import Limits, Node
 from app.pruning.channel_rules import IntArray
 
 Role = Literal["reduce", "core", "depthwise", "expand"]

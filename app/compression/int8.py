@@ -5,18 +5,19 @@ The table was found by trying: a test quantizes every layer of the job language 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from app.compression.norm_folding import folded_norms
 from app.network.blocks import WEIGHTED
-from app.network.graph import Graph, Node
+from app.network.graph import Graph
 from app.network.layers.pooling import Upsample
+from app.network.node import Node
 
 INTEGER = frozenset({"conv", "linear"})
 """Layers whose multiply-accumulates are done with integers of 8 bits; they decide whether there is a gain at all."""
 EXCLUDED = "excluded"
 _NO_KERNEL = "ONNX Runtime has no 8-bit kernel for it"
-_FLOAT = {
+FLOAT_REASONS: Mapping[str, str | None] = {
     "conv_transpose": _NO_KERNEL,
     "batch_norm": f"{_NO_KERNEL}, and it cannot be folded into the layer before it",
     "group_norm": _NO_KERNEL,
@@ -28,7 +29,15 @@ _FLOAT = {
     "tanh": _NO_KERNEL,
     "upsample": _NO_KERNEL,
     "pad": _NO_KERNEL,
+    # Computed with integers.
+    **dict.fromkeys(INTEGER),
+    # Computed with 8 bits where the layers around them are.
+    **dict.fromkeys(("relu", "relu6", "leaky_relu", "sigmoid", "silu", "softmax", "channel_shuffle", "slice")),
+    **dict.fromkeys(("max_pool", "avg_pool", "global_avg_pool", "flatten", "add", "multiply", "concat")),
+    # Not in the file.
+    **dict.fromkeys(("dropout", "spatial_dropout")),
 }
+"""Of every type of layer why it stays in float32, or None where it does not or where that costs nothing."""
 
 
 def integer_layers(graph: Graph, exclude: Collection[str] = ()) -> tuple[Node, ...]:
@@ -43,8 +52,8 @@ def float_layers(graph: Graph, exclude: Collection[str] = ()) -> dict[str, str]:
     for node in graph.nodes:
         if node.type in WEIGHTED and node.home in exclude:
             left[node.name] = EXCLUDED
-        elif node.type in _FLOAT and node.name not in folded and not _copies(node):
-            left[node.name] = _FLOAT[node.type]
+        elif (reason := FLOAT_REASONS[node.type]) is not None and node.name not in folded and not _copies(node):
+            left[node.name] = reason
     return left
 
 

@@ -1,4 +1,4 @@
-"""`architecture.json`: a network as data, with what its pictures have to go through before they enter it."""
+"""`architecture.json`: a network as data, with the preprocessing of its images."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.errors import JsonValue
-from app.network.graph import Graph, Limits, build_graph
+from app.network.graph import Graph, build_graph
 from app.network.layers.registry import read_layers
+from app.network.node import Limits
 
 FORMAT_VERSION = 1
-_ANY_SIZE = Limits(layers=1 << 62, params=1 << 62, input_elements=1 << 62, activations=1 << 62)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def architecture_document(graph: Graph, class_names: Sequence[str], preprocessin
 def read_architecture(document: Mapping[str, Any]) -> tuple[Graph, tuple[str, ...], Preprocessing]:
     """(graph, class names, preprocessing) of the content of an `architecture.json` that `architecture_document` made.
 
-    It was checked when its job came in: this machine's limits on the size of networks do not count again.
+    It was checked when its job was submitted: the limits on the size of networks are not checked again.
 
     Raises:
         pydantic.ValidationError, InvalidSpec: its layers are not a network. KeyError: something is missing.
@@ -68,5 +68,5 @@ def read_architecture(document: Mapping[str, Any]) -> tuple[Graph, tuple[str, ..
     preprocessing = Preprocessing(
         float(stated["scale"]), tuple(map(float, stated["mean"])), tuple(map(float, stated["std"]))
     )
-    graph = build_graph(read_layers(document["layers"]), tuple(document["input_shape"]), limits=_ANY_SIZE)
+    graph = build_graph(read_layers(document["layers"]), tuple(document["input_shape"]), limits=Limits.none())
     return graph, tuple(document["classes"]), preprocessing

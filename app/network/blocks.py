@@ -1,19 +1,18 @@
-"""Convolutions with what belongs to them: the blocks of a graph, and its layers with weights."""
+"""What belongs together in a graph: a convolution with its norm and activation, and the layers that end the network."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from app.network.graph import Graph, Node
+from app.network.graph import Graph
+from app.network.layers.activations import Activation
 from app.network.layers.names import INPUT
-from app.network.layers.registry import Activation
+from app.network.node import Node
 
 CONVOLUTIONS = frozenset({"conv", "conv_transpose"})
-
-
 WEIGHTED = CONVOLUTIONS | {"linear"}
-
-
+"""Layers that multiply their input with weights."""
 NORMS = frozenset({"batch_norm", "group_norm", "layer_norm"})
 
 
@@ -49,15 +48,26 @@ def convolutions(graph: Graph) -> list[Node]:
 
 
 def last_layers(graph: Graph) -> frozenset[str]:
-    """Names of the layers with weights behind which there is no other one: usually the linear layer of the logits."""
-    found, seen, waiting = set(), {INPUT}, [graph.output]
+    """Names of the layers that multiply and are not followed by another one: usually the linear layer of the logits."""
+    return frozenset(node.name for node in _output_side(graph) if node.type in WEIGHTED)
+
+
+def head_layers(graph: Graph) -> frozenset[str]:
+    """Names of the layers with tensors that give the class scores: the `last_layers`, and the norms after them.
+
+    Of one that shares its parameters: the name under which they are stored.
+    """
+    return frozenset(node.home for node in _output_side(graph) if node.uses)
+
+
+def _output_side(graph: Graph) -> Iterator[Node]:
+    """The nodes from the output back to the first layers that multiply, those included."""
+    seen, waiting = {INPUT}, [graph.output]
     while waiting:
         name = waiting.pop()
         if name in seen:
             continue
         seen.add(name)
-        if graph[name].type in WEIGHTED:
-            found.add(name)
-        else:
+        yield graph[name]
+        if graph[name].type not in WEIGHTED:
             waiting.extend(graph[name].inputs)
-    return frozenset(found)

@@ -124,8 +124,8 @@ def activation_elements(graph: Graph) -> int:
     """Float32 numbers that one example's forward pass keeps for the backward pass; 8-byte indices count twice.
 
     Counts as autograd keeps: convolutions, linear and normalisation layers, pools and most activations their input;
-    relu, sigmoid, tanh and softmax their output; max pooling its indices and dropout its mask besides. A tensor that
-    two keep counts once.
+    relu, sigmoid, tanh and softmax their output; max pooling also its indices, dropout its mask. A tensor that two
+    layers keep counts once.
     """
     kept: dict[str, int] = {}
     besides = 0

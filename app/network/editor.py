@@ -1,13 +1,16 @@
-"""A graph that is being rewritten: layers come in, change and get other inputs; `graph()` checks the result."""
+"""A graph that is being rewritten: layers are added, changed and get other inputs; `graph()` checks the result."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from app.network.graph import Graph, Limits, build_graph
+from app.network.graph import Graph, build_graph
+from app.network.layers.layer import Layer
 from app.network.layers.names import INPUT, LONGEST_NAME, why_refused
-from app.network.layers.registry import Layer
+from app.network.node import Limits
+
+_LONGEST_NUMBER = 6  # digits that a fresh name may get at its end
 
 
 class GraphEditor:
@@ -21,14 +24,14 @@ class GraphEditor:
         for node in graph.nodes:
             for name in dict.fromkeys(node.inputs):
                 self._readers[name].append(node.name)
-        # each layer of the old graph with what was put before and behind it: inserting looks at one short list only
-        self._places = {node.name: [node.name] for node in graph.nodes}
-        self._place_of = {node.name: node.name for node in graph.nodes}
+        # Each layer of the old graph with what was put before and after it: inserting searches one short list only.
+        self._runs = {node.name: [node.name] for node in graph.nodes}
+        self._run_of = {node.name: node.name for node in graph.nodes}
         self.changed = False
 
-    def fresh_name(self, wish: str) -> str:
-        """`wish`, or `wish2`, `wish3`, ... : the first that is free and may be a layer's name."""
-        stem, number = wish[: LONGEST_NAME - 6], 1
+    def fresh_name(self, wanted: str) -> str:
+        """`wanted`, or `wanted2`, `wanted3`, ... : the first that is free and may be a layer's name."""
+        stem, number = wanted[: LONGEST_NAME - _LONGEST_NUMBER], 1
         name = stem
         while name in self._layers or why_refused(name) is not None:
             number += 1
@@ -36,34 +39,34 @@ class GraphEditor:
         return name
 
     def update(self, name: str, **fields: Any) -> None:
-        """Gives layer `name` other values of some fields."""
+        """Give layer `name` other values of some fields."""
         self._layers[name] = self._layers[name].model_copy(update=fields)
         self.changed = True
 
     def replace_layer(self, name: str, layer: Layer) -> None:
-        """Puts another layer, perhaps of another type, in the place of layer `name`."""
+        """Put another layer, perhaps of another type, where layer `name` is; name and inputs stay."""
         self._layers[name] = layer
         self.changed = True
 
-    def add_behind(self, place: str, layer: Layer, name: str, inputs: Sequence[str]) -> str:
-        """The name that `layer` got, near `name`: it stands behind `place` and reads `inputs`; nothing reads it yet."""
-        return self._add(place, 1, layer, name, inputs)
+    def add_after(self, place: str, layer: Layer, wanted: str, inputs: Sequence[str]) -> str:
+        """Add `layer` after layer `place`; it reads `inputs`, and nothing reads it yet. Its name, near `wanted`."""
+        return self._add(place, 1, layer, wanted, inputs)
 
-    def add_before(self, place: str, layer: Layer, name: str, inputs: Sequence[str]) -> str:
-        """As `add_behind`, before layer `place`."""
-        return self._add(place, 0, layer, name, inputs)
+    def add_before(self, place: str, layer: Layer, wanted: str, inputs: Sequence[str]) -> str:
+        """Add `layer` before layer `place`; it reads `inputs`, and nothing reads it yet. Its name, near `wanted`."""
+        return self._add(place, 0, layer, wanted, inputs)
 
-    def insert_behind(self, name: str, chain: Iterable[tuple[Layer, str]]) -> str:
-        """Lays a chain of (layer, name) between `name` and all that read it; the name of the chain's last layer."""
+    def insert_after(self, name: str, chain: Iterable[tuple[Layer, str]]) -> str:
+        """Insert a chain of (layer, name) between `name` and all that read it; the name of the chain's last layer."""
         readers, last = list(self._readers[name]), name
-        for layer, wish in chain:
-            last = self.add_behind(last, layer, wish, [last])
+        for layer, wanted in chain:
+            last = self.add_after(last, layer, wanted, [last])
         for reader in readers:
             self.redirect(reader, name, last)
         return last
 
     def redirect(self, reader: str, old: str, new: str) -> None:
-        """Lets `reader` read `new` wherever it read `old`."""
+        """Let `reader` read `new` wherever it read `old`."""
         self._inputs[reader] = [new if name == old else name for name in self._inputs[reader]]
         self._readers[old].remove(reader)
         if reader not in self._readers[new]:
@@ -73,20 +76,21 @@ class GraphEditor:
     def graph(self, limits: Limits) -> Graph:
         """The graph of the layers as they are now.
 
-        Raises InvalidSpec if they go beyond `limits`.
+        Raises:
+            InvalidSpec: they exceed `limits`, or do not fit one another.
         """
         layers = [
             self._layers[name].model_copy(update={"name": name, "inputs": tuple(self._inputs[name])})
-            for place in self._places.values()
-            for name in place
+            for run in self._runs.values()
+            for name in run
         ]
         return build_graph(layers, self._input_shape, limits=limits)
 
-    def _add(self, place: str, offset: int, layer: Layer, wish: str, inputs: Sequence[str]) -> str:
-        name = self.fresh_name(wish)
-        home = self._place_of[place]
-        self._places[home].insert(self._places[home].index(place) + offset, name)
-        self._place_of[name] = home
+    def _add(self, place: str, offset: int, layer: Layer, wanted: str, inputs: Sequence[str]) -> str:
+        name = self.fresh_name(wanted)
+        old = self._run_of[place]
+        self._runs[old].insert(self._runs[old].index(place) + offset, name)
+        self._run_of[name] = old
         self._layers[name] = layer
         self._inputs[name] = list(inputs)
         self._readers[name] = []

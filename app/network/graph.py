@@ -9,13 +9,12 @@ from typing import Any
 
 from app.errors import Fault, InvalidSpec
 from app.network import checks
-from app.network.builder import MOST_FAULTS, GraphBuilder
+from app.network.builder import GraphBuilder
+from app.network.graph_faults import MOST_FAULTS
 from app.network.layers.layer import Layer
 from app.network.layers.names import INPUT
 from app.network.layers.shapes import MOST_SPATIAL_AXES, LayerTensor, Shape, written
 from app.network.node import Limits, Node
-
-__all__ = ["DEFAULT_LIMITS", "Graph", "Limits", "Node", "build_graph"]
 
 DEFAULT_LIMITS = Limits()
 
@@ -40,7 +39,8 @@ class Graph:
         return {node.name: node for node in self.nodes}
 
     @cached_property
-    def _consumers(self) -> dict[str, tuple[Node, ...]]:
+    def consumers_by_name(self) -> Mapping[str, tuple[Node, ...]]:
+        """For every node, and for "input": the nodes that take its output, in order."""
         found: dict[str, list[Node]] = {name: [] for name in (INPUT, *self._by_name)}
         for node in self.nodes:
             for name in dict.fromkeys(node.inputs):
@@ -71,12 +71,12 @@ class Graph:
         return name in self._by_name
 
     def consumers(self, name: str) -> tuple[Node, ...]:
-        """The nodes that take the output of node `name` (or "input"), in order; a node that takes it twice comes once.
+        """The nodes that take the output of node `name` (or "input"), in order; a node that takes it twice is listed once.
 
         Raises:
             KeyError: there is no such node.
         """
-        return self._consumers[name]
+        return self.consumers_by_name[name]
 
     def places(self, name: str) -> tuple[Node, ...]:
         """The nodes that use the tensors stored under the name of a node: itself and those that share them, in order.
@@ -144,13 +144,16 @@ def build_graph(
     if faults:
         raise InvalidSpec(faults)
     builder = GraphBuilder(input_shape, limits)
-    builder.run(layers, pointer)
+    builder.write_network(layers, pointer)
     if builder.faults:
         raise InvalidSpec(builder.faults)
     graph = Graph(tuple(input_shape), tuple(builder.nodes))
-    faults = [*checks.unused(graph), *checks.sizes(graph, limits, pointer)]
+    faults = [
+        *checks.unused_layer_faults(graph.nodes, graph.consumers_by_name),
+        *checks.size_faults(graph.nodes, limits, pointer),
+    ]
     if classes is not None:
-        faults += checks.class_scores(graph, classes)
+        faults += checks.class_score_faults(graph.nodes, classes)
     if faults:
         raise InvalidSpec(list({fault.pointer: fault for fault in reversed(faults)}.values())[::-1][:MOST_FAULTS])
     return graph

@@ -15,7 +15,7 @@ from app.network.layers.sharing import Shareable
 
 @dataclass(frozen=True)
 class Limits:
-    """How large a network may be. (Limits of single fields, such as a kernel's size, stand at the fields.)"""
+    """How large a network may be. Limits of single fields, such as a kernel's size, are stated with the fields."""
 
     layers: int = 10_000
     """Layers after the containers are written out."""
@@ -52,6 +52,16 @@ class Node:
     def type(self) -> str:
         """The layer's type."""
         return self.layer.type
+
+    @property
+    def axes(self) -> int:
+        """Spatial axes of its first input; 0 where that is flat."""
+        return len(self.input_shapes[0]) - 1
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of its first input, features where that is flat."""
+        return self.input_shapes[0][0]
 
     @property
     def shares(self) -> str | None:

@@ -20,7 +20,8 @@ from app.compression.replacement import (
 from app.errors import Fault, InvalidSpec, JsonValue
 from app.network.blocks import WEIGHTED, last_layers
 from app.network.cost import Cost, cost
-from app.network.graph import Graph, Node
+from app.network.graph import Graph
+from app.network.node import Node
 from app.pruning.budget import BudgetUnreachable, Removals, choose_block, choose_removals, prunable_groups, why_kept
 from app.pruning.channel_classes import Classes, TooManyChannels, channel_classes, shrink_graph
 from app.pruning.zeros import dense_layers, planned_zeros

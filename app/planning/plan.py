@@ -9,9 +9,10 @@ from typing import Any, Self
 from app.errors import Fault, InvalidSpec, JsonValue
 from app.network.blocks import WEIGHTED
 from app.network.cost import Cost, Memory, cost, layer_rows, training_memory
-from app.network.graph import Graph, Limits, build_graph
+from app.network.graph import Graph, build_graph
 from app.network.layers.registry import read_layers
-from app.network.presets import preset_layers
+from app.network.node import Limits
+from app.network.presets.registry import preset_layers
 from app.planning import checks, warm_start
 from app.planning.dry_run import DryRun, LayerPlan
 from app.planning.fine_tuning import fine_tuning_faults, fine_tuning_warnings, frozen_layers, rate_factors

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.errors import Fault, InvalidSpec, JsonValue
-from app.network.blocks import WEIGHTED
-from app.network.graph import Graph, Limits, build_graph
-from app.network.layers.names import INPUT
+from app.network.blocks import head_layers
+from app.network.graph import Graph, build_graph
 from app.network.layers.registry import read_layers
 from app.network.layers.shapes import Shape, written
+from app.network.node import Limits
 from app.spec.data import DataFacts
 from app.spec.job import JobSpec
 from app.spec.model import JobModel
@@ -65,25 +65,6 @@ def source_faults(
         source = sources[reference.key]
         yield from weights_faults(given, source, new_head(spec, given, source, classes), reference.pointer)
     yield from teacher_faults(spec, given.input_shape, classes, sources, limits)
-
-
-def head_layers(graph: Graph) -> frozenset[str]:
-    """Names of the layers with tensors that give the class scores: the last layer with weights, and norms behind it.
-
-    Of one that shares its parameters: the name under which they are stored.
-    """
-    found: set[str] = set()
-    seen, waiting = {INPUT}, [graph.output]
-    while waiting:
-        name = waiting.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        if graph[name].uses:
-            found.add(graph[name].home)
-        if graph[name].type not in WEIGHTED:
-            waiting.extend(graph[name].inputs)
-    return frozenset(found)
 
 
 def new_head(spec: JobSpec, given: Graph, source: Source | None, classes: int) -> frozenset[str]:

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from app.network.graph import Graph, Limits
+from app.network.graph import Graph
 from app.network.layers.layer import Layer
 from app.network.layers.names import INPUT
+from app.network.node import Limits
 from app.pruning.channel_rules import RULES, IntArray, Kept, OwnedAxis, Slots, Ties, as_at_start
 
 MOST_POSITIONS = 4_000_000  # in the outputs of all nodes: ResNet-152 has 500,000, and each takes about a microsecond

@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from app.network.layers.registry import Conv, ConvTranspose
+from app.network.layers.convolutions import Conv, ConvTranspose
 from app.network.node import Node
 from app.spec.prune import Prune, kept_of
 

@@ -12,9 +12,13 @@ from typing import Any
 from app.errors import Fault, InvalidSpec
 from app.network.blocks import CONVOLUTIONS, NORMS, Block, block_of, convolutions, last_layers
 from app.network.editor import GraphEditor
-from app.network.graph import DEFAULT_LIMITS, Graph, Limits, Node
-from app.network.layers.registry import BatchNorm, Conv, ConvTranspose, Dropout, Layer, SpatialDropout
+from app.network.graph import DEFAULT_LIMITS, Graph
+from app.network.layers.activations import Dropout, SpatialDropout
+from app.network.layers.convolutions import Conv, ConvTranspose
+from app.network.layers.layer import Layer
+from app.network.layers.normalization import BatchNorm
 from app.network.layers.sharing import unshared
+from app.network.node import Limits, Node
 from app.rewrites.shortcuts import add_shortcuts
 from app.rewrites.small_kernels import stack
 from app.spec.optimizations import (
@@ -115,7 +119,7 @@ def _batch_norm(graph: Graph, editor: GraphEditor, optimization: InsertBatchNorm
     for conv in chosen:
         if all(place.name in normed for place in graph.places(conv.home)):
             editor.update(conv.name, bias=False)
-        editor.insert_behind(conv.name, [(BatchNorm(), f"{conv.name}_bn")])
+        editor.insert_after(conv.name, [(BatchNorm(), f"{conv.name}_bn")])
 
 
 def _spatial_dropout(
@@ -137,7 +141,7 @@ def _spatial_dropout(
 
     for conv in narrowed.choose(graph.nodes, why_not):
         activation = block_of(graph, conv).end
-        editor.insert_behind(activation.name, [(SpatialDropout(p=optimization.p), f"{conv.name}_dropout")])
+        editor.insert_after(activation.name, [(SpatialDropout(p=optimization.p), f"{conv.name}_dropout")])
 
 
 def _feeds_dropout(graph: Graph, node: Node) -> bool:
@@ -246,7 +250,7 @@ def _deeper(graph: Graph, editor: GraphEditor, optimization: Deeper, narrowed: _
             bias = block.norm is None
             layer = Conv(out_channels=node.shape[0], kernel_size=3, padding="same", groups=conv.groups, bias=bias)
             chain += [(layer, stem), *_copies(block, stem, width=node.shape[0])]
-        editor.insert_behind(block.end.name, chain)
+        editor.insert_after(block.end.name, chain)
 
 
 def _residual(graph: Graph, editor: GraphEditor, optimization: InsertShortcuts, narrowed: _Narrowed) -> None:

@@ -7,10 +7,13 @@ from collections.abc import Collection, Sequence
 
 from app.network.blocks import Block, block_of
 from app.network.editor import GraphEditor
-from app.network.graph import Graph, Node
+from app.network.graph import Graph
+from app.network.layers.convolutions import Conv
+from app.network.layers.joins_and_views import Add
 from app.network.layers.names import INPUT
-from app.network.layers.registry import Add, BatchNorm, Conv
+from app.network.layers.normalization import BatchNorm
 from app.network.layers.shapes import LARGEST_KERNEL, Shape
+from app.network.node import Node
 
 BLOCKS_PER_SHORTCUT = 2  # as in the paper's basic block
 

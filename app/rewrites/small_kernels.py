@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from app.network.layers.registry import Conv, Shape
-from app.network.layers.shapes import per_axis
+from app.network.layers.convolutions import Conv
+from app.network.layers.shapes import Shape, per_axis
 
 Word = Literal["same", "valid"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from app.network.cost import cost
 from app.network.graph import build_graph
 from app.network.layers.registry import read_layers
-from app.network.presets import PRESETS, preset_layers
+from app.network.presets.registry import PRESETS, preset_layers
 from app.spec.optimizations import OPTIMIZATIONS
 
 _TITLES = {

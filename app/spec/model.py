@@ -15,7 +15,7 @@ from pydantic import (
 from pydantic.functional_validators import AfterValidator
 
 from app.network.layers.registry import AnyLayer
-from app.network.presets import PRESETS
+from app.network.presets.registry import PRESETS
 from app.spec.prune import Artifact
 from app.validation.strict import JobId, Shape, Strict, Text, fault
 

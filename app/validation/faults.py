@@ -76,7 +76,7 @@ def echo(value: object) -> JsonValue:
 def bulk_fault(document: object) -> Fault | None:
     """What is wrong if lists and objects are nested deeper than 64 or hold more than 10,000 entries, else None.
 
-    Looked at first, since a checker that lists every mistake would list half a million.
+    Checked first, since a checker that lists every mistake would list half a million.
     """
     level: list[tuple[tuple[str | int, ...], Any]] = [((), document)]
     for _ in range(DEEPEST):
@@ -202,7 +202,7 @@ def _at(document: object, path: Sequence[str | int]) -> object:
 
 
 def _merge(located: Sequence[_Located]) -> list[Fault]:
-    """One fault for each place: of a union's arms what says more than "another type", else all types in one."""
+    """One fault for each place: of a union's arms the fault that says more than "another type", else one with all types."""
     deeper = {entry.path[:length] for entry in located for length in range(len(entry.path))}
     kept: dict[tuple[str | int, ...], _Located] = {}
     for entry in located:

@@ -1,10 +1,10 @@
-"""Uploaded weights: what a safetensors file must be before it is taken. Read without torch, a megabyte at a time.
+"""Uploaded weights: what a safetensors file must be to be accepted. Read without torch, a megabyte at a time.
 
     8 bytes     length of the header, little endian
     header      JSON: {"<tensor>": {"dtype": "F32", "shape": [...], "data_offsets": [begin, end]}, ...}; `__metadata__` is text
-    data        the tensors, one behind the other without gaps
+    data        the tensors, one after the other without gaps
 
-Nothing in the file is believed. Pointers of faults lead into the header: `/conv1.weight/dtype`.
+Nothing in the file is trusted. Pointers of faults lead into the header: `/conv1.weight/dtype`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from app.errors import Fault, InvalidWeights
 FLOATS = ("F32", "F16", "BF16", "F64")
 """safetensors' names of the types that weights may have; they become float32."""
 COUNTER = "num_batches_tracked"
+"""The tensor in which PyTorch counts the batches of a batch norm: accepted as int64, and not read."""
 VARIANCE = "running_var"
-"""How batch norm's tensors are called that weights may have besides: the one is not read, the other is not below 0."""
+"""The running variance of a batch norm: not below 0."""
 
 NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I64": "int64"}
-"""PyTorch's names of the types that are taken; int64 only for the counters of batch norm, which nothing reads."""
+"""PyTorch's names of the accepted types; int64 only for `COUNTER`."""
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8}
 MOST_HEADER_BYTES = 8 << 20  # 80 bytes a tensor; as Python objects it is some ten times larger
 MOST_TENSORS = 50_000  # 10,000 layers with five each
@@ -53,7 +54,7 @@ Read = Callable[[int, int], bytes]
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a file: `kind` by safetensors' names (`F32`), its bytes [begin, end) behind the header."""
+    """One tensor of a file: `kind` by safetensors' names (`F32`), its bytes [begin, end) after the header."""
 
     name: str
     kind: str
@@ -80,7 +81,7 @@ def check_weights(path: Path, size_bytes: int) -> tuple[TensorEntry, ...]:
     if broken:
         faults = [Fault(_pointer(name), f"{name} has {what}") for name, what in broken.items()]
         raise InvalidWeights(faults[:MOST_FAULTS])
-    _agree_with_library(path, entries)
+    _compare_with_library(path, entries)
     return entries
 
 
@@ -94,7 +95,7 @@ def read_entries(read: Read, size_bytes: int) -> tuple[tuple[TensorEntry, ...], 
     if len(first) < 9 or first[8:9] != b"{" or not 2 <= length <= size_bytes - 8:
         raise InvalidWeights([_foreign(first, length, size_bytes)])
     if length > MOST_HEADER_BYTES:
-        message = f"the header has {length} bytes; at most {MOST_HEADER_BYTES} are taken"
+        message = f"the header has {length} bytes; at most {MOST_HEADER_BYTES} are allowed"
         raise InvalidWeights([Fault("", message, limit=MOST_HEADER_BYTES, value=length)])
     header = first[8 : 8 + length]
     if len(header) < length:
@@ -140,7 +141,7 @@ def _parse(header: bytes) -> dict[str, Any]:
     if header.count(b"{") + header.count(b"[") > 4 * MOST_TENSORS:
         raise InvalidWeights([Fault("", f"the header has more than {MOST_TENSORS} tensors", limit=MOST_TENSORS)])
     try:
-        document = json.loads(header.decode("utf-8"), object_pairs_hook=_without_twins)
+        document = json.loads(header.decode("utf-8"), object_pairs_hook=_object_without_duplicates)
     except (ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else str(error)[:200]
         raise InvalidWeights([Fault("", f"the header is not JSON: {reason}")]) from error
@@ -149,7 +150,7 @@ def _parse(header: bytes) -> dict[str, Any]:
     return document
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for name, value in pairs:
         if name in made:
@@ -188,7 +189,7 @@ def _are_sizes(numbers: Any) -> bool:
 
 
 def _layout_faults(entries: Sequence[TensorEntry], data_bytes: int) -> Iterator[Fault]:
-    """Where tensors overlap, leave gaps, or are more or less than the file has behind its header."""
+    """Where tensors overlap, leave gaps, or are more or less than the file has after its header."""
     present, before = 0, None
     for entry in entries:
         at = f"{_pointer(entry.name)}/data_offsets"
@@ -199,10 +200,10 @@ def _layout_faults(entries: Sequence[TensorEntry], data_bytes: int) -> Iterator[
             yield Fault(at, message, limit=present, value=entry.begin)
         present, before = max(present, entry.end), entry.name
     if present > data_bytes:
-        message = f"the file is cut off: its tensors need {present} bytes behind the header, it has {data_bytes}"
+        message = f"the file is cut off: its tensors need {present} bytes after the header, it has {data_bytes}"
         yield Fault("", message, limit=present, value=data_bytes)
     elif present < data_bytes:
-        message = f"{data_bytes - present} bytes lie behind the last tensor"
+        message = f"{data_bytes - present} bytes follow the last tensor"
         yield Fault("", message, limit=present, value=data_bytes)
 
 
@@ -232,8 +233,11 @@ def _as_float32(piece: bytes, kind: str) -> npt.NDArray[np.float32]:
         return values.astype(np.float32, copy=False)
 
 
-def _agree_with_library(path: Path, entries: Sequence[TensorEntry]) -> None:
-    """Raise InvalidWeights if the library with which the worker reads takes the file for something else."""
+def _compare_with_library(path: Path, entries: Sequence[TensorEntry]) -> None:
+    """Compare our reading of the header with that of the library with which the worker reads.
+
+    Raises InvalidWeights: the library refuses the file, or finds other tensors.
+    """
     try:
         with safe_open(path, "numpy") as file:
             names = set(file.keys())

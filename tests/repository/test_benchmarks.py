@@ -13,7 +13,7 @@ from app.network.architecture import Preprocessing
 from app.network.cost import cost
 from app.network.graph import build_graph
 from app.network.layers.registry import read_layers
-from app.network.presets import preset_layers
+from app.network.presets.registry import preset_layers
 from tests.support.checkout import ROOT
 from worker.export.pytorch_source import model_source
 from worker.network import build_network

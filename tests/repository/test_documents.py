@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from app.network.presets import PRESETS
+from app.network.presets.registry import PRESETS
 from app.settings import Settings
 from tests.support.checkout import ROOT
 

@@ -12,7 +12,7 @@ from app.datasets.ingest.builtin import BUILTIN
 from app.network.architecture import Preprocessing, architecture_document
 from app.network.graph import build_graph
 from app.network.layers.registry import read_layers
-from app.network.presets import preset_layers
+from app.network.presets.registry import preset_layers
 from app.planning.plan import make_plan
 from app.spec.data import DataFacts, DataSpec, synthetic_facts
 from app.spec.job import parse_job

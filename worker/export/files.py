@@ -64,7 +64,7 @@ def export_network(
     formats: Collection[str] = ("safetensors", "onnx", "pytorch"),
     sparse: bool = False,
 ) -> list[Path]:
-    """The files written for one network, in the order in which they are listed.
+    """Write the files of one network; their paths, in the order in which they are listed.
 
     `<stem>.safetensors` and its architecture are always written: they are the result, and other jobs start from them.
     The pruned network also gets `model.py` (format "pytorch") and `pruned.onnx` (format "onnx"); with `sparse` the file
@@ -104,7 +104,7 @@ def portable_tensors(network: Network) -> dict[str, Tensor]:
 
 
 def portable_network(network: Network) -> Network:
-    """A copy of the network in eval mode, float32 on the CPU, as whoever loads its file has it."""
+    """A copy of the network in eval mode, float32 on the CPU, as one gets it by loading its file."""
     copy = build_network(network.graph)
     copy.load_state_dict(portable_tensors(network))
     return copy.eval()
@@ -124,11 +124,10 @@ def write_manifest(
     files: Sequence[Path],
     verification: Mapping[str, JsonValue] | None = None,
 ) -> Path:
-    """`manifest.json` in `folder`: job, attempt, and of each file name, kind, size in bytes, sha256 and proof, if any.
+    """Write `manifest.json`: job, attempt, and of each file name, kind, size in bytes, sha256, verification if any.
 
-    The entry of the 8-bit file states its scheme too.
-
-    It is written last: a folder that has a manifest is complete.
+    The entry of the 8-bit file states its scheme too. The manifest is written last: a folder that has one is complete.
+    Its path.
     """
     entries: list[JsonValue] = []
     for path in files:
@@ -141,10 +140,10 @@ def write_manifest(
             "sha256": file_sha256(path),
         }
         if verification and path.name in verification:
-            proof = verification[path.name]
-            entry["verification"] = proof
-            if isinstance(proof, dict) and "scheme" in proof:
-                entry["scheme"] = proof["scheme"]
+            verified = verification[path.name]
+            entry["verification"] = verified
+            if isinstance(verified, dict) and "scheme" in verified:
+                entry["scheme"] = verified["scheme"]
         entries.append(entry)
     manifest = folder / "manifest.json"
     write_json(manifest, {"format_version": MANIFEST_VERSION, "job_id": job_id, "attempt": attempt, "files": entries})
@@ -158,9 +157,9 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary sibling, force it to the disk and put it in the place of `path` in one step.
+    """Let `write` fill a temporary sibling, force it to the disk and replace `path` with it in one step.
 
-    Raises what `write` raises; then `path` is as it was, and nothing is left behind.
+    Raises what `write` raises; then `path` is as it was, and no temporary file remains.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

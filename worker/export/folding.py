@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.compression.norm_folding import folded_norms
-from app.network.graph import Graph, Node
-from app.network.layers.registry import BatchNorm, ConvTranspose
+from app.network.graph import Graph
+from app.network.layers.convolutions import ConvTranspose
+from app.network.layers.normalization import BatchNorm
+from app.network.node import Node
 
 Tensors = Mapping[str, NDArray[np.float32]]
 
@@ -24,7 +26,7 @@ def fold_batch_norms(graph: Graph, tensors: Tensors) -> tuple[Graph, dict[str, N
     With running statistics, y = (x - mean) * a + beta, a = gamma / sqrt(var + eps): the layer's weights are multiplied
     by `a` on their output axis and its bias becomes (b - mean) * a + beta, computed in float64 (the result differs from
     two steps by float32's rounding, 5e-7 measured). Others stay: before a convolution (padding and activations are
-    between), behind a concat, and behind a layer whose parameters are used at another place too. The folded layer keeps
+    between), after a concat, and after a layer whose parameters are used at another place too. The folded layer keeps
     its name. Neither argument is changed.
     """
     folded = dict(tensors)

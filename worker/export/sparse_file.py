@@ -1,6 +1,6 @@
 """`pruned.sparse.safetensors`: the weights of a network with many zeros, stored without them.
 
-A tensor stands there as it is, or, where that is smaller, as two:
+A tensor is stored as it is, or, where that is smaller, as two:
 
     <key>.mask     uint8: one bit for each element in row-major order, the lowest bit of a byte first; 1: it is stored
     <key>.values   float32: the stored elements in the same order; all others are +0.0

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from app.errors import BudgetMissed
 from app.network.cost import Cost, cost
-from app.network.graph import Graph, Node
+from app.network.graph import Graph
+from app.network.node import Node
 from app.pruning.budget import (
     BLOCKS,
     CLOSE_ENOUGH,

@@ -1,0 +1,1 @@
+"""One class per layer of the job language: shapes, tensors, cost; imports only `app.errors` and `app.validation`."""

@@ -1,4 +1,4 @@
-"""The layers that keep a shape: normalisation, activations, dropout."""
+"""Activations and dropout: layers whose output has the shape of their input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Activation(Layer):
     """A function of each element (softmax: of the channels at each position)."""
 
     monotone: ClassVar[bool] = False
-    behind_logits: ClassVar[str | None] = (
+    why_not_after_logits: ClassVar[str | None] = (
         "class scores are unbounded numbers: the loss and the export apply softmax themselves"
     )
 
@@ -122,7 +122,7 @@ class Dropout(Layer):
     """`dropout`: torch.nn.Dropout, single elements."""
 
     saved_bytes: ClassVar[int] = 4
-    behind_logits: ClassVar[str | None] = (
+    why_not_after_logits: ClassVar[str | None] = (
         "in training it would set class scores to zero: put it before the last linear layer"
     )
 
@@ -133,7 +133,7 @@ class Dropout(Layer):
 class SpatialDropout(Layer):
     """`spatial_dropout`: torch.nn.Dropout1d, 2d or 3d, whole channels."""
 
-    behind_logits: ClassVar[str | None] = (
+    why_not_after_logits: ClassVar[str | None] = (
         "in training it would set class scores to zero: put it before the last linear layer"
     )
 

@@ -1,4 +1,4 @@
-"""The layers that hold layers. Graphs have none of them: `builder.py` writes them out."""
+"""The layers that hold layers. Graphs have none of them: `app/network/builder.py` writes them out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from app.network.layers.convolutions import Width
 from app.network.layers.layer import Layer
 from app.validation.strict import fault
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the one circle: containers hold every layer, and are layers themselves
     from app.network.layers.registry import AnyLayer
 
 MOST_LAYERS = 10_000

@@ -48,7 +48,7 @@ class _Convolution(Shareable):
     in_channels: StatedWidth | None = Field(default=None, description="Checked against the input when stated.")
 
     def group_count(self, in_channels: int) -> int:
-        """The number of groups, also when it is said as "depthwise"."""
+        """The number of groups, also where `groups` is "depthwise"."""
         return in_channels if self.groups == "depthwise" else int(self.groups)
 
     def kernel(self, axes: int) -> tuple[int, ...]:
@@ -72,7 +72,7 @@ class _Convolution(Shareable):
         return {"in_channels": inputs[0][0]}
 
     def check_channels(self, in_channels: int) -> None:
-        """Checks the stated input width, and that the groups divide both widths.
+        """Check the stated input width, and that the groups divide both widths.
 
         Raises:
             LayerFault: a stated width is wrong, or the groups do not divide.
@@ -99,7 +99,7 @@ class Conv(_Convolution):
     type: Literal["conv"] = "conv"
 
     def paddings(self, axes: int) -> tuple[tuple[int, int], ...]:
-        """Zeros before and behind on each spatial axis; "same" puts the odd one behind, as PyTorch does."""
+        """Zeros before and after the input on each spatial axis; "same" puts the odd one after it, as PyTorch does."""
         if self.padding == "valid":
             return ((0, 0),) * axes
         if self.padding == "same":
@@ -112,8 +112,7 @@ class Conv(_Convolution):
 
         Raises:
             LayerFault: flat input, groups that do not divide, a stated width that is wrong, "same" with a stride, a
-            window
-                larger than its padded input.
+                window larger than its padded input.
         """
         shape = inputs[0]
         axes = spatial_axes(shape, "a convolution")
@@ -124,7 +123,7 @@ class Conv(_Convolution):
                 f'"same" keeps the size, so the stride must be 1, not {max(strides)}: state the padding as a number'
             )
             raise LayerFault("padding", message, value="same")
-        padded = [size + before + behind for size, (before, behind) in zip(shape[1:], self.paddings(axes), strict=True)]
+        padded = [size + before + after for size, (before, after) in zip(shape[1:], self.paddings(axes), strict=True)]
         windows("kernel_size", shape[1:], reaches, padded)
         return (self.out_channels, *((p - r) // s + 1 for p, r, s in zip(padded, reaches, strides, strict=True)))
 
@@ -155,7 +154,7 @@ class ConvTranspose(_Convolution):
         return per_axis("padding", self.padding, axes)
 
     def output_paddings(self, axes: int) -> tuple[int, ...]:
-        """What is added behind each spatial axis."""
+        """What is added after each spatial axis."""
         return per_axis("output_padding", self.output_padding, axes)
 
     def output_shape(self, inputs: Sequence[Shape]) -> Shape:
@@ -163,8 +162,7 @@ class ConvTranspose(_Convolution):
 
         Raises:
             LayerFault: flat input, groups that do not divide, a stated width that is wrong, output_padding that is
-            not smaller
-                than stride or dilation, a size below 1.
+                not smaller than stride or dilation, a size below 1.
         """
         shape = inputs[0]
         axes = spatial_axes(shape, "a transposed convolution")

@@ -1,4 +1,4 @@
-"""The layers that arrange what is there: joining branches, flattening, padding, choosing and shuffling channels."""
+"""The layers that join branches or arrange channels and positions: flattening, padding, slicing, shuffling."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Multiply(_Merge):
 
 
 class Concat(_Merge):
-    """`concat`: inputs one behind the other along the channels."""
+    """`concat`: inputs one after the other along the channels."""
 
     type: Literal["concat"] = "concat"
 
@@ -134,7 +134,7 @@ class ChannelShuffle(Layer):
 class Pad(Layer):
     """`pad`: torch.nn.functional.pad. One number pads every side of every spatial axis; a list is in PyTorch's order.
 
-    PyTorch's order is (before, behind) of the last axis, then of the one before it, and so on; with one pair more
+    PyTorch's order is (before, after) of the last axis, then of the one before it, and so on; with one pair more
     than there are spatial axes the last pair pads the channels.
     """
 
@@ -144,7 +144,7 @@ class Pad(Layer):
     value: Annotated[float, Field(ge=-1e6, le=1e6)] = 0.0
 
     def amounts(self, shape: Shape) -> tuple[tuple[int, int], ...]:
-        """(before, behind) of each axis of `shape`, channels first.
+        """(before, after) of each axis of `shape`, channels first.
 
         Raises:
             LayerFault: the list is odd or longer than the axes.
@@ -155,18 +155,18 @@ class Pad(Layer):
         count = len(self.padding)
         if count % 2 or count > 2 * len(shape):
             most = 2 * len(shape)
-            message = f"a list holds (before, behind) of the last axes: up to {most} numbers for {written(shape)}"
+            message = f"a list holds (before, after) of the last axes: up to {most} numbers for {written(shape)}"
             raise LayerFault("padding", f"{message}, not {count}", limit=most, value=count)
         pairs = [(self.padding[i], self.padding[i + 1]) for i in range(0, count, 2)]
         pairs += [(0, 0)] * (len(shape) - len(pairs))
         return tuple(reversed(pairs))
 
     def output_shape(self, inputs: Sequence[Shape]) -> Shape:
-        """Every axis longer by what is put before and behind it.
+        """Every axis longer by what is put before and after it.
 
         Raises:
             LayerFault: a list of the wrong length; another mode than constant on channels, or reaching beyond the
-            input.
+                input.
         """
         shape = inputs[0]
         amounts = self.amounts(shape)
@@ -184,4 +184,4 @@ class Pad(Layer):
                 if max(pair) > room:
                     message = f'"{self.mode}" padding of {max(pair)} needs more than the {size} positions of its input'
                     raise LayerFault("padding", message, limit=room, value=max(pair))
-        return tuple(size + before + behind for size, (before, behind) in zip(shape, amounts, strict=True))
+        return tuple(size + before + after for size, (before, after) in zip(shape, amounts, strict=True))

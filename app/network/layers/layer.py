@@ -1,4 +1,4 @@
-"""What every layer of the job language has: type, name, inputs; and shape, tensors, cost that follow from these."""
+"""What every layer of the job language has: type, name and inputs, and the shape, tensors and cost that follow."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Layer(Strict):
 
     least_inputs: ClassVar[int] = 1
     most_inputs: ClassVar[int] = 1
-    behind_logits: ClassVar[str | None] = None
+    why_not_after_logits: ClassVar[str | None] = None
     """Why it must not be the last layer, or None."""
     saves_inputs: ClassVar[bool] = False
     """Keeps its inputs for the backward pass (what autograd does; `cost.training_memory` counts it)."""
     saves_output: ClassVar[bool] = False
     saved_bytes: ClassVar[int] = 0
-    """Bytes it keeps besides, per element of its output: indices, masks."""
+    """Further bytes that it keeps, per element of its output: indices, masks."""
     is_view: ClassVar[bool] = False
     """Its output shares its input's memory."""
 
@@ -69,7 +69,7 @@ class Layer(Strict):
 
 
 def check_stated(field: str, stated: int | None, right: int, meaning: str) -> None:
-    """Compares a width that was stated with the one that follows from the input.
+    """Compare a width that was stated with the one that follows from the input.
 
     Raises:
         LayerFault: they differ; value is what was stated, limit the right one.
@@ -79,7 +79,7 @@ def check_stated(field: str, stated: int | None, right: int, meaning: str) -> No
 
 
 def check_equal(shapes: Sequence[Shape], what: str) -> None:
-    """Compares the shapes of inputs that must be equal.
+    """Compare the shapes of inputs that must be equal.
 
     Raises:
         LayerFault: two differ; both are named.

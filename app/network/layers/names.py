@@ -15,7 +15,7 @@ from app.validation.strict import fault
 INPUT = "input"
 LONGEST_NAME = 200
 
-# Attributes of `torch.nn.Module` without a leading underscore (torch is not here to ask; a test compares). A
+# Attributes of `torch.nn.Module` without a leading underscore (torch cannot be imported here; a test compares). A
 # sub-module of such a name is refused by `add_module`, or worse: `setattr` leaves the method in place.
 MODULE_ATTRIBUTES = frozenset(
     {
@@ -75,7 +75,7 @@ MODULE_ATTRIBUTES = frozenset(
         "zero_grad",
     }
 )
-# Names of tensors inside a layer: `weight.weight` would be a key nobody can read.
+# Names of tensors inside a layer: `weight.weight` would be a confusing key.
 TENSOR_NAMES = frozenset({"weight", "bias", "running_mean", "running_var", "num_batches_tracked"})
 # What our own network and the generated source call their parts.
 OWN_WORDS = frozenset({INPUT, "graph", "self"})

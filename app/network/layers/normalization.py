@@ -15,15 +15,14 @@ from app.validation.strict import fault
 
 Epsilon = Annotated[float, Field(gt=0, le=1)]
 
-
-_NORM_LAST = "it would move the class scores of one example by those of others"
+_MIXES_EXAMPLES = "it would move the class scores of one example by those of others"
 
 
 class BatchNorm(Layer):
     """`batch_norm`: torch.nn.BatchNorm1d, 2d or 3d, with weight and bias and running statistics."""
 
     saves_inputs: ClassVar[bool] = True
-    behind_logits: ClassVar[str | None] = _NORM_LAST
+    why_not_after_logits: ClassVar[str | None] = _MIXES_EXAMPLES
 
     type: Literal["batch_norm"] = "batch_norm"
     eps: Epsilon = 1e-5
@@ -53,7 +52,7 @@ class GroupNorm(Shareable):
     """`group_norm`: torch.nn.GroupNorm."""
 
     saves_inputs: ClassVar[bool] = True
-    behind_logits: ClassVar[str | None] = "it would take the scale out of the class scores"
+    why_not_after_logits: ClassVar[str | None] = "it would take the scale out of the class scores"
 
     type: Literal["group_norm"] = "group_norm"
     num_groups: Annotated[int, Field(ge=1, le=LARGEST_WIDTH), UNLESS_SHARED] = required_unless_shared()
@@ -71,7 +70,7 @@ class GroupNorm(Shareable):
             raise LayerFault("num_groups", message, limit=channels, value=self.num_groups)
         if elements == self.num_groups:
             each = "its one group holds" if elements == 1 else f"each of the {elements} groups holds"
-            message = f"{each} one number, of which normalising leaves nothing: use fewer groups, or leave it out"
+            message = f"{each} one number, which normalising would make 0: use fewer groups, or leave the layer out"
             raise LayerFault("num_groups", message, limit=elements // 2, value=self.num_groups)
         return inputs[0]
 
@@ -84,7 +83,7 @@ class LayerNorm(Shareable):
     """`layer_norm`: over the channel axis at each position, weight and bias one per channel."""
 
     saves_inputs: ClassVar[bool] = True
-    behind_logits: ClassVar[str | None] = "it would take the scale out of the class scores"
+    why_not_after_logits: ClassVar[str | None] = "it would take the scale out of the class scores"
 
     type: Literal["layer_norm"] = "layer_norm"
     eps: Epsilon = 1e-5

@@ -1,14 +1,13 @@
-"""All layers of the job language, and how to read them."""
+"""All layers of the job language, by type, and how to read them."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, get_args
 
 from pydantic import Field, TypeAdapter
 
 from app.network.layers.activations import (
     GELU,
-    Activation,
     Dropout,
     Hardsigmoid,
     Hardswish,
@@ -28,53 +27,8 @@ from app.network.layers.joins_and_views import Add, ChannelShuffle, Concat, Flat
 from app.network.layers.layer import Layer
 from app.network.layers.normalization import BatchNorm, GroupNorm, LayerNorm
 from app.network.layers.pooling import AvgPool, GlobalAvgPool, MaxPool, Upsample
-from app.network.layers.shapes import LayerFault, Shape
 
-__all__ = [
-    "CONTAINERS",
-    "GELU",
-    "LAYERS",
-    "Activation",
-    "Add",
-    "AnyLayer",
-    "AvgPool",
-    "BatchNorm",
-    "ChannelShuffle",
-    "Concat",
-    "Conv",
-    "ConvTranspose",
-    "Dropout",
-    "Flatten",
-    "GlobalAvgPool",
-    "GroupNorm",
-    "Hardsigmoid",
-    "Hardswish",
-    "Layer",
-    "LayerFault",
-    "LayerNorm",
-    "LeakyReLU",
-    "Linear",
-    "MaxPool",
-    "Multiply",
-    "PReLU",
-    "Pad",
-    "ReLU",
-    "ReLU6",
-    "Repeat",
-    "Residual",
-    "Shape",
-    "SiLU",
-    "Sigmoid",
-    "Slice",
-    "Softmax",
-    "SpatialDropout",
-    "SqueezeExcite",
-    "Tanh",
-    "Upsample",
-    "read_layers",
-]
-
-AnyLayer = Annotated[
+Computed = (
     Conv
     | ConvTranspose
     | Linear
@@ -105,20 +59,20 @@ AnyLayer = Annotated[
     | Add
     | Multiply
     | Concat
-    | Residual
-    | SqueezeExcite
-    | Repeat,
-    Field(discriminator="type"),
-]
+)
+"""The layers that a graph has as nodes."""
+Container = Residual | SqueezeExcite | Repeat
+"""The layers that the graph builder writes out as others."""
+AnyLayer = Annotated[Computed | Container, Field(discriminator="type")]
 
-CONTAINERS: tuple[type[Layer], ...] = (Residual, SqueezeExcite, Repeat)
+COMPUTED: tuple[type[Layer], ...] = get_args(Computed)
+CONTAINERS: tuple[type[Layer], ...] = get_args(Container)
+# The language is recursive: containers hold every layer and are layers themselves, so that the two modules need each
+# other; the fields `layers` get their type here.
 for _container in CONTAINERS:
     _container.model_rebuild(_types_namespace={"AnyLayer": AnyLayer})
 
-LAYERS: dict[str, type[Layer]] = {
-    kind.model_fields["type"].default: kind
-    for kind in AnyLayer.__origin__.__args__  # type: ignore[attr-defined]
-}
+LAYERS: dict[str, type[Layer]] = {kind.model_fields["type"].default: kind for kind in (*COMPUTED, *CONTAINERS)}
 """Every layer's class by its type, as it stands in a job."""
 
 _LIST: TypeAdapter[tuple[Layer, ...]] = TypeAdapter(Annotated[tuple[AnyLayer, ...], Field(strict=False)])

@@ -135,7 +135,7 @@ def per_axis(name: str, value: Sizes, axes: int) -> tuple[int, ...]:
 
 
 def windows(name: str, sizes: Sequence[int], reaches: Sequence[int], padded: Sequence[int]) -> None:
-    """Checks that windows that reach over `reaches` positions fit into inputs of `padded` positions on each axis.
+    """Check that windows that reach over `reaches` positions fit into inputs of `padded` positions on each axis.
 
     Raises:
         LayerFault: one does not; both sizes are named. `name` is the field, `sizes` the input without padding.

@@ -9,8 +9,7 @@ they are left out or stated. Its tensors are stored once, under the name of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import (
     Field,
@@ -26,13 +25,6 @@ from pydantic_core.core_schema import ValidationInfo, ValidatorFunctionWrapHandl
 
 from app.network.layers.layer import Layer
 from app.network.layers.names import Reference
-from app.network.layers.shapes import LayerFault, Shape
-
-if TYPE_CHECKING:
-    from app.network.node import Node
-
-_OF_A_PLACE = frozenset({"type", "name", "inputs", "shares"})
-"""Fields that say where a layer stands, not what it is."""
 
 
 class _LeftOut(int):
@@ -98,49 +90,3 @@ class Shareable(Layer):
 def unshared(layer: Layer) -> Layer:
     """`layer` with parameters of its own."""
     return layer.model_copy(update={"shares": None}) if isinstance(layer, Shareable) else layer
-
-
-def as_at(layer: Shareable, owner: Node) -> Shareable:
-    """`layer` with the fields of the layer whose parameters it uses."""
-    taken = {name: getattr(owner.layer, name) for name in _fields(layer)}
-    return layer.model_copy(update=taken | {"shares": owner.home})
-
-
-def disagreements(layer: Shareable, owner: Node, shape: Shape | None) -> Iterator[LayerFault]:
-    """What keeps `layer`, whose input has this shape (None: not known), from using the parameters of `owner`."""
-    if owner.type != layer.type:
-        message = f"names an earlier {layer.type} layer, but '{layer.shares}' is of type {owner.type}"
-        yield LayerFault("shares", message, limit=layer.type, value=owner.type)
-        return
-    both = f"'{owner.home}', whose parameters it shares,"
-    for name in _fields(layer):
-        stated, right = getattr(layer, name), getattr(owner.layer, name)
-        if name in layer.model_fields_set and stated != right:
-            message = f"is {_written(stated)} here, but {_written(right)} at {both[:-1]}: leave it out"
-            yield LayerFault(name, message, limit=_plain(right), value=_plain(stated))
-    known = owner.input_shapes[0]
-    if shape is None:
-        return
-    what = "features" if len(known) == len(shape) == 1 else "channels"
-    if shape[0] != known[0]:
-        message = f"{both} takes {known[0]} {what}, but {shape[0]} arrive here"
-        yield LayerFault("shares", message, limit=known[0], value=shape[0])
-    elif len(shape) != len(known):
-        message = f"{both} takes inputs with {len(known) - 1} spatial axes, but {len(shape) - 1} arrive here"
-        yield LayerFault("shares", message, limit=len(known) - 1, value=len(shape) - 1)
-
-
-def _fields(layer: Shareable) -> list[str]:
-    """The fields that say what the layer is; the stated width of its input is checked where the input is known."""
-    stated = {"in_channels", "in_features"}
-    return [name for name in type(layer).model_fields if name not in _OF_A_PLACE | stated]
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return str(_plain(value))

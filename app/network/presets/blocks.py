@@ -1,4 +1,4 @@
-"""What networks are put together from, in the job language: scaled widths, stems, pools, classifiers."""
+"""Pieces of networks in the job language: scaled widths, stems, pools, classifiers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def normed(channels: int, kernel_size: int = 3, *, activation: str | None = "rel
 
 
 def pool(size: list[int], factor: Sequence[int], kind: str = "max_pool") -> Layers:
-    """Pooling by `factor` that leaves alone the axes of `size` it would empty; `size` becomes the pooled size."""
+    """Pooling by `factor`, but not of the axes of `size` that it would empty; `size` becomes the pooled size."""
     kernel = [by if axis >= by else 1 for axis, by in zip(size, factor, strict=True)]
     if max(kernel) == 1:
         return []

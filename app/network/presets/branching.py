@@ -125,7 +125,7 @@ def _squeezenet(input_shape: tuple[int, ...], classes: int, width: float) -> Lay
 
 
 def _fire(name: str, squeeze: int, expand: int) -> Layers:
-    """A narrow 1 x 1 convolution, and behind it a 1 x 1 and a 3 x 3 one side by side."""
+    """A narrow 1 x 1 convolution, and after it a 1 x 1 and a 3 x 3 one side by side."""
     one, three, narrow = f"{name}_1x1", f"{name}_3x3", f"{name}_narrow"
     return [
         conv(squeeze, 1),

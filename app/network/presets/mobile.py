@@ -29,9 +29,9 @@ def _separable(before: int, channels: int, stride: int) -> Layers:
 
 
 class _Stage(NamedTuple):
-    """`blocks` inverted residuals of `channels`, each `builder` times as wide inside; the first has the stride."""
+    """`blocks` inverted residuals of `channels`, each `expansion` times as wide inside; the first has the stride."""
 
-    builder: int
+    expansion: int
     channels: int
     blocks: int
     stride: int
@@ -59,8 +59,8 @@ def _inverted(*stages: _Stage) -> Callable[[tuple[int, ...], int, float], Layers
 
 
 def _inverted_branch(before: int, channels: int, stage: _Stage, stride: int) -> Layers:
-    inside = before * stage.builder
-    wider = normed(inside, 1, activation="relu6") if stage.builder > 1 else []
+    inside = before * stage.expansion
+    wider = normed(inside, 1, activation="relu6") if stage.expansion > 1 else []
     return wider + _depthwise(inside, stage.kernel_size, stride, "relu6") + normed(channels, 1, activation=None)
 
 

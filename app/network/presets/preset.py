@@ -17,8 +17,8 @@ IMAGENET = (3, 224, 224)
 class Preset:
     """A network by name: what it takes, where it comes from, and the function that lists its layers.
 
-    `axes` are the numbers of spatial axes it takes, `smallest` the least size of each of them, `usual_shape` the `(C,
-    *spatial)` and `usual_classes` of the data it is known for, at which the catalogue states its cost.
+    `axes` are the numbers of spatial axes that it takes, `smallest` the least size of each of them. `usual_shape`,
+    as `(C, *spatial)`, and `usual_classes` are those of the data it is known for: the catalogue states its cost there.
     """
 
     name: str

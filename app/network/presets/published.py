@@ -1,13 +1,10 @@
-"""What papers and libraries print of the presets' size and work, for docs/zoo.md; tests hold our own figures to it."""
+"""The size and work of the presets that papers and libraries print, for docs/zoo.md; tests compare our own figures."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from decimal import Decimal
 
 from app.network.presets.preset import CIFAR, IMAGENET
-
-_UNITS = {"k": 1_000, "M": 1_000_000, "G": 1_000_000_000}
 
 
 @dataclass(frozen=True)
@@ -29,25 +26,11 @@ class Published:
     more_macs: int = 0
 
 
-def as_printed(count: int, printed: str) -> str:
-    """`count` rounded to the digits of `printed`, written the same way."""
-    if printed[-1] in _UNITS:
-        number, unit = printed.split(" ")
-        _, _, decimals = number.partition(".")
-        return f"{Decimal(count) / _UNITS[unit]:.{len(decimals)}f} {unit}"
-    mantissa, power, _ = printed.partition("e")
-    if power:
-        _, _, decimals = mantissa.partition(".")
-        rounded, exponent = f"{Decimal(count):.{len(decimals)}e}".split("e")
-        return f"{rounded}e{int(exponent)}"
-    return f"{count:,}"
-
-
 _HE = "He et al. 2015, arXiv 1512.03385, table 6"
 _HRANK = "MACs: Lin et al. 2020 (HRank, arXiv 2002.10179), named FLOPs"
 _TORCHVISION = "torchvision 0.28, metadata of its pre-trained weights"
 _DA2LITE = "model zoo of DA2Lite (github.com/da2so/DA2Lite)"
-_BIASES = "torchvision's convolutions have biases, which the batch norm behind them takes out again"
+_BIASES = "torchvision's convolutions have biases, which the batch norm after them removes again"
 
 PUBLISHED = (
     Published("resnet20", CIFAR, 10, "0.27 M", None, _HE),

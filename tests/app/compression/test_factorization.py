@@ -14,7 +14,7 @@ from app.errors import Fault
 from app.network.cost import cost
 from app.network.graph import Graph, build_graph
 from app.network.layers.registry import read_layers
-from app.network.presets import PRESETS
+from app.network.presets.registry import PRESETS
 from app.pruning.budget import BudgetUnreachable
 from app.pruning.channel_classes import channel_classes, shrink_graph
 from app.pruning.channel_rules import FloatArray

@@ -8,7 +8,7 @@ import pytest
 
 from app.compression.int8 import float_layers, integer_layers
 from app.compression.norm_folding import folded_norms
-from app.network.presets import PRESETS
+from app.network.presets.registry import PRESETS
 from app.planning.plan import Plan
 from tests.support.jobs.specs import COLOUR, job, misplanned, plan, preset_graph, refused
 from tests.support.networks.topologies import HEAD, conv, layer

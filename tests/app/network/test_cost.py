@@ -22,7 +22,7 @@ from app.network.cost import (
 )
 from app.network.graph import build_graph
 from app.network.layers.registry import read_layers
-from app.network.presets import preset_layers
+from app.network.presets.registry import preset_layers
 from tests.support.networks.layer_samples import LayerList, conv, layer
 from worker.network import build_network
 

@@ -12,7 +12,10 @@ from torch import nn
 
 from app.errors import InvalidSpec
 from app.network.graph import Graph, build_graph
-from app.network.layers.registry import Conv, ConvTranspose, LayerFault, MaxPool, read_layers
+from app.network.layers.convolutions import Conv, ConvTranspose
+from app.network.layers.pooling import MaxPool
+from app.network.layers.registry import read_layers
+from app.network.layers.shapes import LayerFault
 from tests.support.networks.layer_samples import LayerList, conv, layer
 
 PICTURE = (3, 16, 16)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from app.network.cost import SAFETENSORS_METADATA, cost, layer_rows
 from app.network.graph import Graph, build_graph
 from app.network.layers.registry import LAYERS, read_layers
-from app.network.presets import PRESETS, preset_layers
+from app.network.presets.registry import PRESETS, preset_layers
 from tests.support.networks.layer_samples import SAMPLES, LayerList, input_shape
 from worker.network import Network, build_network
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from app.network.architecture import Preprocessing
+from app.network.blocks import head_layers
 from app.planning.plan import make_plan
-from app.planning.warm_start import head_layers
 from app.spec.data import DataFacts
 from app.spec.job import parse_job
 from app.spec.references import Reference, Source, references_in

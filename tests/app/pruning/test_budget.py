@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from app.network.cost import Cost, cost
 from app.network.graph import Graph, build_graph
 from app.network.layers.registry import read_layers
-from app.network.presets import preset_layers
+from app.network.presets.registry import preset_layers
 from app.pruning.budget import BudgetUnreachable, Removals, choose_removals, why_kept
 from app.pruning.channel_classes import Classes, channel_classes, shrink_graph
 from app.spec.prune import Prune, PruneOverride

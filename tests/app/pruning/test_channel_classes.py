@@ -6,7 +6,7 @@ import pytest
 
 from app.network.graph import Graph, build_graph
 from app.network.layers.registry import CONTAINERS, LAYERS, read_layers
-from app.network.presets import PRESETS, preset_layers
+from app.network.presets.registry import PRESETS, preset_layers
 from app.pruning.channel_classes import Classes, TooManyChannels, channel_classes, shrink_graph
 from app.pruning.channel_rules import RULES
 from tests.support.networks.dags import random_drop

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.network.layers.registry import Conv
+from app.network.layers.convolutions import Conv
 from app.rewrites.small_kernels import factors, stack
 
 Seen = list[set[int]]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from app.network.cost import cost
-from app.network.presets import PRESETS
+from app.network.presets.registry import PRESETS
 from app.spec.catalogue import optimization_catalogue, preset_catalogue
 from app.spec.data import DataFacts
 from app.spec.optimizations import OPTIMIZATIONS

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from app.errors import Fault, InvalidSpec
-from app.network.graph import Graph, Limits, build_graph
+from app.network.graph import Graph, build_graph
 from app.network.layers.registry import read_layers
-from app.network.presets import PRESETS, preset_layers
+from app.network.node import Limits
+from app.network.presets.registry import PRESETS, preset_layers
 from app.planning.plan import Plan, make_plan
 from app.spec.data import DataFacts
 from app.spec.job import JobSpec, parse_job

@@ -38,7 +38,7 @@ class Owner(NamedTuple):
 
 
 class _Draw:
-    """Collects layers. Only the last few outputs are read again, so that networks are deep; what nobody reads is joined
+    """Collects layers. Only the last few outputs are read again, so that networks are deep; what no layer reads is joined
     at the end."""
 
     def __init__(self, seed: int) -> None:
@@ -169,7 +169,7 @@ class _Draw:
             self.add(kind, [source.name], source.channels, smaller, kernel_size=2)
 
     def pad(self, source: Made) -> None:
-        """Of channels in front and behind, or of positions; with a value that is not always zero."""
+        """Of channels before and after, or of positions; with a value that is not always zero."""
         front, back = self.random.randrange(3), self.random.randrange(3)
         value = self.choice(0.0, 0.5, -1.0)
         if self.choice(True, False) or not source.size or math.prod(source.size) > MOST_POSITIONS // 2:
@@ -231,7 +231,7 @@ class _Draw:
             self.add("flatten", [source.name], features, ())
 
     def step(self) -> None:
-        """Adds up to six layers behind one or more of the last ones."""
+        """Adds up to six layers after one or more of the last ones."""
         source = self.choice(*self.made[-4:])
         steps = [self.join, self.join, self.concat, self.concat, self.normalise, self.shuffle, self.pad, self.share]
         steps += [self.shortcut]
@@ -253,7 +253,7 @@ class _Draw:
             self.same(self.choice(*ACTIVATIONS), self.made[-1])
 
     def finish(self) -> None:
-        """Joins all that nobody has read yet, flattened whole or pooled first, in one of three ways."""
+        """Joins all that no layer has read yet, flattened whole or pooled first, in one of three ways."""
         ends = [made for made in self.made if made.name not in self.used and made.name != "input"]
         if len(ends) == 1 and ends[0].size and self.choice(True, False):
             last = self.conv(ends[0], CLASSES, 1)

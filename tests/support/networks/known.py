@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from app.network.graph import Graph
-from app.network.presets import PRESETS, preset_layers
+from app.network.presets.registry import PRESETS, preset_layers
 from tests.support.jobs.specs import graph_of
 from tests.support.networks.topologies import CLASSES, TOPOLOGIES, topology
 from tests.support.networks.traps import TRAPS, trap

@@ -95,7 +95,7 @@ def _pools(kind: str, axes: int) -> list[LayerList]:
 
 
 def _same(kind: str, **fields: Any) -> Callable[[int], list[LayerList]]:
-    """Samples of a layer that takes any shape: behind a convolution, and on flat features."""
+    """Samples of a layer that takes any shape: after a convolution, and on flat features."""
     return lambda axes: [
         [conv(6), layer(kind, **fields)],
         [layer("flatten"), layer("linear", out_features=6), layer(kind, **fields)],

@@ -107,7 +107,7 @@ class Machine:
         return logits_NK
 
     def logits(self, images_NCx: Array, *, saturating: bool) -> tuple[Array, int]:
-        """(logits `N x K`, how many sums of two were cut off); layers behind see what saturation did before them."""
+        """(logits `N x K`, how many sums of two were cut off); later layers see what saturation did before them."""
         names = [layer.output for layer in self.layers]
         values = dict(zip(names, self._whole.run(names, {"images": images_NCx}), strict=True))
         cut = 0

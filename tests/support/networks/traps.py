@@ -26,7 +26,7 @@ def concat(*names: str, **more: object) -> dict[str, object]:
 
 
 def padded(front: int, back: int, axes: int = 2, **more: object) -> dict[str, object]:
-    """Channels of a number in front and behind."""
+    """Channels of one value before and after the others."""
     return layer("pad", padding=[0, 0] * axes + [front, back], **more)
 
 
@@ -64,7 +64,7 @@ TRAPS: dict[str, tuple[tuple[int, ...], Layers]] = {
             *[layer("prelu"), conv(4, groups=2), layer("sigmoid"), *HEAD],
         ],
     ),
-    "groups behind a slice": (
+    "groups after a slice": (
         SMALL,
         [conv(8, name="a"), layer("slice", start=1, stop=7), conv(6, groups=3, name="b"), concat("b", "a"), *HEAD],
     ),
@@ -91,7 +91,7 @@ TRAPS: dict[str, tuple[tuple[int, ...], Layers]] = {
             *[layer("sigmoid", name="right"), layer("add", inputs=["left", "right"]), layer("batch_norm"), *HEAD],
         ],
     ),
-    "flat features of two sizes, one behind the other": (
+    "flat features of two sizes, one after the other": (
         SMALL,
         [
             *[conv(3, name="a"), flat("wide"), conv(4, inputs=["a"]), HALF, flat("narrow")],
@@ -157,7 +157,7 @@ TRAPS: dict[str, tuple[tuple[int, ...], Layers]] = {
             *[layer("group_norm", num_groups=4), layer("sigmoid"), conv(4), *HEAD],
         ],
     ),
-    "norm groups behind a shuffle": (
+    "norm groups after a shuffle": (
         SMALL,
         [conv(12), layer("channel_shuffle", groups=2), layer("group_norm", num_groups=3), layer("relu"), *HEAD],
     ),
@@ -165,7 +165,7 @@ TRAPS: dict[str, tuple[tuple[int, ...], Layers]] = {
         SMALL,
         [conv(6), padded(2, 1, value=0.5), layer("group_norm", num_groups=3), layer("sigmoid"), conv(4), *HEAD],
     ),
-    "channels put in front and behind, then added": (
+    "channels put before and after, then added": (
         SMALL,
         [
             *[conv(3, name="a"), padded(2, 1, name="p", value=-0.5), conv(6, inputs=["a"], name="b")],
@@ -198,11 +198,11 @@ TRAPS: dict[str, tuple[tuple[int, ...], Layers]] = {
             *[layer("batch_norm"), up(12, groups=6, bias=False), layer("prelu"), up(4), *HEAD],
         ],
     ),
-    "slopes behind a shuffle": (
+    "slopes after a shuffle": (
         SMALL,
         [conv(8), layer("channel_shuffle", groups=4), layer("prelu"), conv(3, bias=False), *HEAD],
     ),
-    "a norm behind a concat behind a shuffle": (
+    "a norm after a concat after a shuffle": (
         SMALL,
         [
             *[conv(6, name="a"), layer("channel_shuffle", groups=2, name="s"), conv(3, name="b")],
@@ -269,7 +269,7 @@ TRAPS: dict[str, tuple[tuple[int, ...], Layers]] = {
             *[concat("d", "c"), layer("channel_shuffle", groups=3), layer("batch_norm"), *HEAD],
         ],
     ),
-    "one depthwise convolution behind a layer and behind the shuffle of another": (
+    "one depthwise convolution after a layer and after the shuffle of another": (
         SMALL,
         [
             *[

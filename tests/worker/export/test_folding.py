@@ -53,13 +53,13 @@ def test_a_convolution_that_something_else_reads_keeps_its_batch_norm() -> None:
     assert [node.type for node in folded(network).graph.nodes] == ["conv", "batch_norm", "add", "flatten"]
 
 
-def test_a_convolution_that_is_used_twice_keeps_the_batch_norms_behind_it() -> None:
+def test_a_convolution_that_is_used_twice_keeps_the_batch_norms_after_it() -> None:
     layers = [conv(2, name="a"), layer("batch_norm"), layer("conv", shares="a"), layer("batch_norm"), layer("flatten")]
     network = trained(build_graph(read_layers(layers), (2, 4, 4)))
     assert folded(network).graph == network.graph
 
 
-def test_the_arguments_are_left_alone_and_the_folded_layer_keeps_its_name_and_gains_a_bias() -> None:
+def test_the_arguments_do_not_change_and_the_folded_layer_keeps_its_name_and_gains_a_bias() -> None:
     network = trained(topology("chain"))
     tensors = {name: tensor.numpy().copy() for name, tensor in portable_tensors(network).items()}
     before = {name: array.copy() for name, array in tensors.items()}

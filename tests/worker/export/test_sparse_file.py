@@ -109,7 +109,7 @@ def test_the_file_is_smaller_by_what_the_zeros_take(tmp_path: Path) -> None:
     assert (tmp_path / "a").stat().st_size < (0.1 + 1 / 32 + 0.01) * 3 * 4 * 36_864
 
 
-def test_only_a_pruned_network_of_whom_it_is_asked_gets_the_file_and_others_stay_as_they_were(tmp_path: Path) -> None:
+def test_only_a_pruned_network_for_which_it_is_asked_gets_the_file_and_others_stay_as_they_were(tmp_path: Path) -> None:
     network = pruned("residual", STEPS["weights"])
     about = {"class_names": ("a", "b", "c"), "preprocessing": Preprocessing(1.0, (0.0,) * 3, (1.0,) * 3)}
 

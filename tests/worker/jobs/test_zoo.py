@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from app.network.architecture import Preprocessing, read_architecture
 from app.network.cost import cost
 from app.network.graph import Graph
-from app.network.presets import PRESETS, preset_layers
+from app.network.presets.registry import PRESETS, preset_layers
 from app.pruning.budget import choose_removals
 from app.pruning.channel_classes import channel_classes
 from app.spec.prune import Prune

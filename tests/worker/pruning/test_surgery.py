@@ -17,7 +17,7 @@ from torch import Tensor
 from app.network.cost import cost
 from app.network.graph import Graph, build_graph
 from app.network.layers.registry import read_layers
-from app.network.presets import PRESETS
+from app.network.presets.registry import PRESETS
 from app.pruning.budget import choose_removals
 from app.pruning.channel_classes import Classes, channel_classes
 from app.spec.prune import Prune

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import pytest
 
 from app.errors import Fault, InvalidSpec
-from app.network.graph import Limits, build_graph
-from app.network.layers.registry import LAYERS, Activation, read_layers
+from app.network.graph import build_graph
+from app.network.layers.activations import Activation
+from app.network.layers.registry import LAYERS, read_layers
+from app.network.node import Limits
 from tests.support.networks.layer_samples import LayerList, conv, layer
 
 
@@ -155,13 +157,13 @@ WINDOWS = {
 }
 
 ORDER = {
-    "convolution behind flatten": Mistake([FLATTEN, conv(8)], "/model/layers/1", ("before flatten", "3072")),
+    "convolution after flatten": Mistake([FLATTEN, conv(8)], "/model/layers/1", ("before flatten", "3072")),
     "linear without flatten": Mistake([conv(8), linear(10)], "/model/layers/1", ("flatten", "8 x 32 x 32"), 3, 1),
-    "pool behind flatten": Mistake([FLATTEN, POOL], "/model/layers/1", ("before flatten",)),
-    "spatial dropout behind flatten": Mistake(
+    "pool after flatten": Mistake([FLATTEN, POOL], "/model/layers/1", ("before flatten",)),
+    "spatial dropout after flatten": Mistake(
         [FLATTEN, layer("spatial_dropout")], "/model/layers/1", ("before flatten",)
     ),
-    "squeeze and excite behind flatten": Mistake(
+    "squeeze and excite after flatten": Mistake(
         [FLATTEN, layer("squeeze_excite")], "/model/layers/1", ("before flatten",)
     ),
     "dropout on the logits": Mistake(
@@ -173,7 +175,7 @@ ORDER = {
     "dropout on the logits, disguised": Mistake(
         [*SHORT, layer("dropout"), FLATTEN], "/model/layers/5", ("dropout after the logits",), classes=10
     ),
-    "dropout on the logits, behind an average": Mistake(
+    "dropout on the logits, after an average": Mistake(
         [conv(10), GAP, layer("spatial_dropout"), FLATTEN],
         "/model/layers/2",
         ("spatial_dropout after the logits",),
@@ -438,7 +440,7 @@ LAST_FORBIDDEN = sorted(
 
 
 @pytest.mark.parametrize("kind", [kind for kind in LAST_FORBIDDEN if kind != "spatial_dropout"])
-def test_nothing_that_changes_class_scores_may_stand_behind_them(kind: str) -> None:
+def test_nothing_that_changes_class_scores_may_follow_them(kind: str) -> None:
     fields = {"num_groups": 2} if kind == "group_norm" else {}
     faults = faults_of([*SHORT, layer(kind, **fields)], (3, 8, 8), 10)
     assert [(fault.pointer, f"{kind} after the logits" in fault.message) for fault in faults] == [
@@ -446,7 +448,7 @@ def test_nothing_that_changes_class_scores_may_stand_behind_them(kind: str) -> N
     ]
 
 
-def test_several_mistakes_are_told_at_once() -> None:
+def test_several_mistakes_are_reported_at_once() -> None:
     layers = [
         conv(8, groups=2),
         conv(8, name="b", inputs=["input"], in_channels=4),
@@ -456,7 +458,7 @@ def test_several_mistakes_are_told_at_once() -> None:
     assert pointers == ["/model/layers/0/groups", "/model/layers/1/in_channels", "/model/layers/2/inputs/1"]
 
 
-def test_a_mistake_inside_a_repeat_is_told_once() -> None:
+def test_a_mistake_inside_a_repeat_is_reported_once() -> None:
     block = [conv(3), layer("relu", name="dead"), layer("relu", inputs=["conv1"])]
     faults = faults_of([layer("repeat", times=50, layers=block)], (3, 8, 8))
     assert [fault.pointer for fault in faults] == ["/model/layers/0/layers/1"]
@@ -469,12 +471,12 @@ def test_ten_thousand_wrong_references_are_refused_quickly() -> None:
     assert time.process_time() - started < 1
 
 
-def test_at_most_a_hundred_mistakes_are_told() -> None:
+def test_at_most_a_hundred_mistakes_are_reported() -> None:
     assert len(faults_of([layer("relu", inputs=["nowhere"])] * 300, (3, 8, 8))) == 100
     assert len(faults_of([layer("relu", inputs=["input"])] * 300, (3, 8, 8))) == 100
 
 
-def test_a_network_that_pools_behind_its_activation_may_end_with_an_average() -> None:
+def test_a_network_that_pools_after_its_activation_may_end_with_an_average() -> None:
     """SqueezeNet's head: the last convolution's scores go through relu before they are averaged."""
     graph = build_graph(read_layers([conv(10), RELU, GAP, FLATTEN]), (3, 8, 8), classes=10)
     assert graph["flatten1"].shape == (10,)

@@ -57,7 +57,7 @@ def test_a_name_that_cannot_be_an_attribute_a_key_or_a_word_is_refused_at_its_fi
 
 
 @pytest.mark.parametrize("name", ["a", "conv1", "Stem", "block_2_b", "match", "case", "logits", "a" * 200])
-def test_other_names_are_taken(name: str) -> None:
+def test_other_names_are_accepted(name: str) -> None:
     assert why_refused(name) is None
 
 

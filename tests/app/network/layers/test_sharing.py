@@ -201,7 +201,7 @@ def test_each_mistake_is_one_fault_with_its_place_and_both_numbers(name: str) ->
         assert (fault.limit, fault.value) == (mistake.limit, mistake.value)
 
 
-def test_every_field_that_disagrees_is_told_and_faults_of_the_shared_layer_are_told_once() -> None:
+def test_every_field_that_disagrees_is_reported_and_faults_of_the_shared_layer_only_once() -> None:
     pointers = [fault.pointer for fault in faults_of([A, conv(5, 1, name="b", shares="a"), layer("conv", shares="b")])]
     assert pointers == ["/model/layers/1/out_channels", "/model/layers/1/kernel_size"]
 
@@ -273,7 +273,7 @@ def rewritten(layers: Layers, step: Rewrite) -> Graph:
     return rewrite(graph_of(layers, PICTURE), step)
 
 
-def test_batch_norm_is_inserted_at_each_place_and_the_bias_goes_where_all_have_one() -> None:
+def test_batch_norm_is_inserted_at_each_place_and_the_bias_is_removed_where_all_have_one() -> None:
     layers = [conv(3, name="a"), layer("relu"), layer("conv", shares="a", name="b"), layer("relu"), *HEAD]
     graph = rewritten(layers, InsertBatchNorm())
     assert [node.name for node in graph.nodes if node.type == "batch_norm"] == ["a_bn", "b_bn"]
@@ -341,9 +341,7 @@ def test_the_plan_of_channels_narrows_both_places_and_the_budget_is_met() -> Non
 @pytest.mark.parametrize(
     ("part", "at"), [({"exclude": ["b"]}, "/exclude/0"), ({"overrides": {"b": {"sparsity": 0.1}}}, "/overrides/b")]
 )
-def test_pruning_speaks_of_shared_weights_by_the_name_of_their_layer(
-    structure: str, part: dict[str, Any], at: str
-) -> None:
+def test_pruning_names_shared_weights_by_the_layer_that_has_them(structure: str, part: dict[str, Any], at: str) -> None:
     step = {"type": "prune", "structure": structure, "sparsity": 0.5, **part}
     (fault,) = misplanned(model=model(with_classes(TWICE)), optimizations=[step])
     assert fault.pointer == "/optimizations/0" + at

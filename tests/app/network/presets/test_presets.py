@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from decimal import Decimal
 from itertools import pairwise
 
 import pytest
@@ -12,10 +13,27 @@ from hypothesis import strategies as st
 
 from app.errors import InvalidSpec
 from app.network.cost import cost
-from app.network.presets import PRESETS, preset_layers, scaled
-from app.network.presets.published import PUBLISHED, UNPUBLISHED, Published, as_printed
+from app.network.presets.blocks import scaled
+from app.network.presets.published import PUBLISHED, UNPUBLISHED, Published
+from app.network.presets.registry import PRESETS, preset_layers
 from app.spec.data import DataFacts
 from tests.support.jobs.specs import graph_of, plan, preset_graph
+
+UNITS = {"k": 1_000, "M": 1_000_000, "G": 1_000_000_000}
+
+
+def as_printed(count: int, printed: str) -> str:
+    """`count` rounded to the digits of `printed`, written the same way."""
+    if printed[-1] in UNITS:
+        number, unit = printed.split(" ")
+        _, _, decimals = number.partition(".")
+        return f"{Decimal(count) / UNITS[unit]:.{len(decimals)}f} {unit}"
+    mantissa, power, _ = printed.partition("e")
+    if power:
+        _, _, decimals = mantissa.partition(".")
+        rounded, exponent = f"{Decimal(count):.{len(decimals)}e}".split("e")
+        return f"{rounded}e{int(exponent)}"
+    return f"{count:,}"
 
 
 def test_simple_cnn_is_the_one_of_the_contract() -> None:
@@ -113,7 +131,7 @@ def test_networks_for_imagenet_leave_out_two_halvings_where_the_input_is_small(n
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("narrow", [False, True])
-def test_half_of_the_macs_can_go_with_default_settings(name: str, narrow: bool) -> None:
+def test_half_of_the_macs_can_be_removed_with_default_settings(name: str, narrow: bool) -> None:
     preset = PRESETS[name]
     shape, classes = preset.usual_shape, preset.usual_classes
     facts = DataFacts("usual", shape, classes, tuple(map(str, range(classes))), 10_000, 1_000, "float32")
@@ -177,7 +195,7 @@ def test_a_shape_that_does_not_fit_is_a_fault_with_both_sizes(
     assert name in fault.message
 
 
-def test_pools_leave_alone_what_they_would_empty() -> None:
+def test_pools_do_not_shrink_an_axis_that_they_would_empty() -> None:
     graph = preset_graph("deep_cnn", (1, 3, 40))
     assert [node.shape[1:] for node in graph.nodes if node.type == "max_pool"] == [(1, 20), (1, 10), (1, 5), (1, 2)]
     assert not [node for node in preset_graph("deep_cnn", (1, 1, 1)).nodes if node.type == "max_pool"]
@@ -187,7 +205,7 @@ def test_lenet_pads_small_digits_only() -> None:
     assert preset_graph("lenet5", (1, 28, 28))["conv1"].shape == preset_graph("lenet5", (1, 32, 32))["conv1"].shape
 
 
-def test_widths_are_scaled_to_multiples_of_eight_and_never_to_nothing() -> None:
+def test_widths_are_scaled_to_multiples_of_eight_and_never_to_zero() -> None:
     assert [scaled(64, width) for width in (1.0, 0.5, 0.25, 0.1, 0.01, 2.0)] == [64, 32, 16, 6, 1, 128]
     assert [scaled(channels, 0.75) for channels in (32, 128)] == [24, 96]
     for channels in range(1, 600, 7):
