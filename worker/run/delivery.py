@@ -11,6 +11,7 @@ import torch
 
 from app.errors import DiskFull, JsonValue
 from app.network.cost import cost
+from app.schemas.report import ReportFileSchema
 from worker.evaluation import Scores, score
 from worker.export.files import export_network, file_sha256, kind_of, media_type_of, write_json, write_manifest
 from worker.latency import Latency, measure_latency
@@ -18,7 +19,7 @@ from worker.network import Network, assign_tensors, build_network, floating_tens
 from worker.run.handlers import Outcome, step_rows
 from worker.run.int8 import Int8File, int8_document, int8_measures, int8_row, make_int8, write_int8
 from worker.run.job import Job
-from worker.run.report import class_rows, compressed_bytes, environment, measures, sparse_row
+from worker.run.report import class_rows, compressed_bytes, environment, measures, sparse_file
 from worker.run.sensitivity import table_document
 from worker.verification.verification import Logits, NetworkKey, compute_logits, prove
 
@@ -107,25 +108,27 @@ def _deliver(job: Job, stopped_early: bool) -> Delivered:
     if int8 is not None and int8.met:
         summary["int8"] = int8_measures(int8, final, latency.int8)
     job.monitor.add_elapsed()
-    report = {
+    parts: dict[str, Any] = {
         "job_id": job.task.job_id,
         "attempt": job.task.attempt,
         "stopped_early": stopped_early,
         "baseline": baseline,
         "final": final,
-        **({} if int8 is None else {"int8": int8_document(int8, final, latency.int8)}),
+        "int8": None if int8 is None else int8_document(int8, final, latency.int8),
         "steps": step_rows(job, Outcome(final, int8_row(job, int8, pruned, final, latency.int8))),
         "classes": class_rows(job.dataset.class_names, baseline_scores, final_scores),
-        **({} if job.plan.spec.sensitivity is None else {"sensitivity": table_document(job)}),
+        "sensitivity": None if job.plan.spec.sensitivity is None else table_document(job),
         "verification": proof.document(),
         "latency": dict(latency.conditions),
         "compressed_bytes": compressed_bytes([path for path in files if path.suffix == ".safetensors"]),
-        **sparse_row(folder),
+        "sparse": sparse_file(folder),
         "data": _data(job),
         "environment": environment(job.precision) | {"seed": job.training.seed},
         "seconds": round(job.reached.record.seconds, 3),
         "notes": _notes(job),
     }
+    stated = {name: part for name, part in parts.items() if part is not None}
+    report = ReportFileSchema.model_validate(stated).model_dump(exclude_unset=True)
     write_json(folder / REPORT, report)
     files.append(folder / REPORT)
     files.append(

@@ -6,6 +6,7 @@ import gzip
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 
 from app.network.cost import Cost, cost
+from app.schemas.answer import MeasuresSchema
+from app.schemas.report import ClassRowSchema, SparseFileSchema
 from worker.evaluation import Scores
 from worker.export.sparse_file import SPARSE_WEIGHTS
 from worker.network import Network
@@ -27,32 +30,38 @@ Row = dict[str, Any]
 def measures(network: Network, scores: Scores | None, *, latency_ms: Mapping[str, Any] | None = None) -> Measures:
     """`M` of a network: accuracy and loss on the test part, parameters, non-zero ones, MACs, bytes, latency."""
     nonzero = sum(int(torch.count_nonzero(parameter)) for parameter in network.parameters())
-    return {**_scored(scores), **cost(network.graph).document(), "nonzero_params": nonzero, "latency_ms": latency_ms}
+    return _measures(replace(cost(network.graph), nonzero_params=nonzero), scores, latency_ms)
 
 
 def measures_of_cost(found: Cost) -> Measures:
     """`M` of a network that was never trained: cost only."""
-    return {**_scored(None), **found.document(), "latency_ms": None}
+    return _measures(found, None, None)
 
 
-def _scored(scores: Scores | None) -> Measures:
-    return {"accuracy": None, "loss": None} if scores is None else {"accuracy": scores.accuracy, "loss": scores.loss}
+def _measures(found: Cost, scores: Scores | None, latency_ms: Mapping[str, Any] | None) -> Measures:
+    return MeasuresSchema(
+        accuracy=None if scores is None else scores.accuracy,
+        loss=None if scores is None else scores.loss,
+        params=found.params,
+        nonzero_params=found.nonzero_params,
+        macs=found.macs,
+        bytes=found.bytes,
+        latency_ms=None if latency_ms is None else dict(latency_ms),
+    ).model_dump()
 
 
-def class_rows(names: Sequence[str], baseline: Scores, final: Scores) -> list[dict[str, Any]]:
+def class_rows(names: Sequence[str], baseline: Scores, final: Scores) -> list[ClassRowSchema]:
     """The report's `classes`: what pruning did to each; accuracies are None where the test part has no example."""
-    rows = []
-    for name, before, after, examples in zip(names, baseline.correct, final.correct, final.examples, strict=True):
-        rows.append(
-            {
-                "name": name,
-                "baseline_accuracy": before / examples if examples else None,
-                "final_accuracy": after / examples if examples else None,
-                "change": (after - before) / examples if examples else None,
-                "examples": examples,
-            }
+    return [
+        ClassRowSchema(
+            name=name,
+            baseline_accuracy=before / examples if examples else None,
+            final_accuracy=after / examples if examples else None,
+            change=(after - before) / examples if examples else None,
+            examples=examples,
         )
-    return rows
+        for name, before, after, examples in zip(names, baseline.correct, final.correct, final.examples, strict=True)
+    ]
 
 
 def compressed_bytes(files: Sequence[Path]) -> dict[str, int]:
@@ -64,13 +73,13 @@ def compressed_bytes(files: Sequence[Path]) -> dict[str, int]:
     return sizes
 
 
-def sparse_row(folder: Path) -> dict[str, Any]:
-    """`{"sparse": ...}` with the size of the file without zeros beside that of the same weights with them; or nothing."""
+def sparse_file(folder: Path) -> SparseFileSchema | None:
+    """The size of the file without zeros beside that of the same weights with them; None: there is no such file."""
     sparse = folder / SPARSE_WEIGHTS
     if not sparse.is_file():
-        return {}
-    sizes = {"size_bytes": sparse.stat().st_size, "dense_bytes": (folder / "pruned.safetensors").stat().st_size}
-    return {"sparse": {"name": sparse.name, **sizes}}
+        return None
+    dense_bytes = (folder / "pruned.safetensors").stat().st_size
+    return SparseFileSchema(name=sparse.name, size_bytes=sparse.stat().st_size, dense_bytes=dense_bytes)
 
 
 def environment(precision: Precision) -> dict[str, Any]:
