@@ -1,12 +1,11 @@
 """A job from its description to its files: the run's table of contents.
 
-prepare     plan, data, network, and where an earlier attempt left it            preparation.py
-carry_out   train; for each pruning step score, choose, mask or remove,          stages.py, training.py,
-compressing.py
-            recalibrate, retrain; evaluate after each
-deliver     measure latencies, export, prove each file, report                   delivery.py
+prepare       plan, data, network, and where an earlier attempt left it     run/preparation.py
+run_stages    train; for each compression score, choose, mask or remove,    run/stages.py, run/handlers.py,
+              recalibrate, retrain; evaluate after each                     training/loop.py
+deliver       measure latencies, export, verify each file, report           run/delivery.py
 
-python -m worker.pipeline SPEC.json DATA_FOLDER OUT_FOLDER       runs one job alone, without the service
+python -m worker.pipeline SPEC.json DATA_FOLDER OUT_FOLDER      runs one job alone, without the service
 """
 
 from __future__ import annotations
@@ -105,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             advice = f" ({error.advice})" if isinstance(error, JobError) else ""
             print(f"{error.code}: {error.message}{advice}", file=sys.stderr)
             return 1
-        assert isinstance(outcome, Delivered), "nobody wished otherwise"
+        assert isinstance(outcome, Delivered), "without a service nobody can ask for a pause or a cancel"
         for delivery in outcome.artifacts:
             shutil.move(delivery.path, options.out / delivery.name)
     print(table(outcome.summary))

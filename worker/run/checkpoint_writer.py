@@ -1,4 +1,4 @@
-"""Writes checkpoints beside the training."""
+"""Checkpoints of a run: tensors are copied at once, and written while the training goes on."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from worker.checkpoint import STEM, write_checkpoint
 from worker.journal import Journal, Phase, SavedCheckpoint
 from worker.run.state import Reached
 
-REST_FACTOR = (
-    20  # a checkpoint at most every 20 times as long as the last one took to write: 5 % of the time at the most
-)
+# A checkpoint inside an epoch comes at most every 20 times as long as the last one took to write: 5 % of the time.
+REST_FACTOR = 20
 
 
 class CheckpointWriter:
@@ -63,7 +62,7 @@ class CheckpointWriter:
         return time.monotonic() - self._last_at >= max(self._interval_s, REST_FACTOR * self._last_took_s)
 
     def save(self, reached: Reached, *, phase: Phase, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Copy what was reached and have it written. Nothing happens if this step has its checkpoint already.
+        """Copy what was reached and have it written, unless this step has its checkpoint already.
 
         Raises:
             DiskFull: the disk was full twice in a row.
@@ -81,7 +80,7 @@ class CheckpointWriter:
             failpoint("checkpoint_write")
             tensors = self._write(self._folder, f"{step:012d}", arrays, state)
             document = tensors.with_suffix(".json")
-            self._keep(tensors, document)
+            self._link_latest(tensors, document)
             self._last_took_s = time.monotonic() - began
             self._journal.checkpoint(SavedCheckpoint(step, epoch, phase, tensors, document, metrics))
 
@@ -110,7 +109,7 @@ class CheckpointWriter:
         """End the thread; a checkpoint that is being written is finished."""
         self._writer.shutdown(wait=True)
 
-    def _keep(self, tensors: Path, document: Path) -> None:
+    def _link_latest(self, tensors: Path, document: Path) -> None:
         self._latest.mkdir(exist_ok=True)
         for source, ending in ((tensors, "safetensors"), (document, "json")):
             sibling = self._latest / f".{STEM}.{ending}"

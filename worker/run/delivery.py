@@ -1,4 +1,4 @@
-"""The end of a job: latencies, files, the proof of each in a clean process, the report. Nothing leaves unproven."""
+"""The end of a job: latencies, files, the verification of each in a clean process, the report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from worker.evaluation import Scores, score
 from worker.export.files import export_network, file_sha256, kind_of, media_type_of, write_json, write_manifest
 from worker.latency import Latency, measure_latency
 from worker.network import Network, assign_tensors, build_network, floating_tensors
-from worker.run.handlers import Outcome, step_rows
+from worker.run.handlers import Ending, step_rows
 from worker.run.int8 import Int8File, int8_document, int8_measures, int8_row, make_int8, write_int8
 from worker.run.job import Job
 from worker.run.report import class_rows, compressed_bytes, environment, measures, sparse_file
@@ -115,7 +115,7 @@ def _deliver(job: Job, stopped_early: bool) -> Delivered:
         "baseline": baseline,
         "final": final,
         "int8": None if int8 is None else int8_document(int8, final, latency.int8),
-        "steps": step_rows(job, Outcome(final, int8_row(job, int8, pruned, final, latency.int8))),
+        "steps": step_rows(job, Ending(final, int8_row(job, int8, pruned, final, latency.int8))),
         "classes": class_rows(job.dataset.class_names, baseline_scores, final_scores),
         "sensitivity": None if job.plan.spec.sensitivity is None else table_document(job),
         "verification": proof.document(),
@@ -145,7 +145,7 @@ def _deliver(job: Job, stopped_early: bool) -> Delivered:
 
 
 def _measure(job: Job, dense: Network, pruned: Network, int8: Int8File | None) -> Latency:
-    """The latencies of both networks and the 8-bit file; what they have to say is noted."""
+    """The latencies of both networks and the 8-bit file; what they show is noted."""
     job.monitor.enter("measuring", message="measuring latencies, dense and pruned in turns")
     latency = measure_latency(
         dense,
@@ -164,7 +164,7 @@ def _measure(job: Job, dense: Network, pruned: Network, int8: Int8File | None) -
 
 
 def _export(job: Job, dense: Network, pruned: Network, int8: Int8File | None, folder: Path) -> list[Path]:
-    """The files of both networks, written into `folder`; of the 8-bit file only if it meets the wish."""
+    """The files of both networks, written into `folder`; the 8-bit file only if it keeps to max_accuracy_drop."""
     job.monitor.enter("exporting", message="exporting, and proving each file in a clean process")
     job.monitor.check_cancel_or_pause()
     masks = job.reached.masks
@@ -211,7 +211,7 @@ def _data(job: Job) -> dict[str, Any]:
 
 
 def _notes(job: Job) -> list[str]:
-    """What was noted on the way, and what the data and the device have to say."""
+    """What was noted on the way, and what the data and the device add."""
     notes = [*job.reached.record.notes, *job.dataset.notes, *job.precision.notes]
     if job.validation is None:
         notes.append("nothing was held out for validation: the last weights were taken, not the best epoch's")

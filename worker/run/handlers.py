@@ -40,7 +40,7 @@ from worker.run.report import Measures, Row, measures_of_cost
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Ending:
     """What is known after all stages: measures of the delivered network, and the row of the 8-bit file if one was asked
     for."""
 
@@ -52,14 +52,14 @@ class OptimizationHandler(ABC):
     """What a run does for one kind of optimization."""
 
     @abstractmethod
-    def row(self, job: Job, position: int, outcome: Outcome) -> Row:
+    def row(self, job: Job, position: int, ending: Ending) -> Row:
         """The entry in the report's `steps` for the optimization at `position`, without the optimization itself."""
 
 
 class RewriteHandler(OptimizationHandler):
     """A rewrite: the plan has carried it out; its row has the cost before and after, and the layers that it brought."""
 
-    def row(self, job: Job, position: int, outcome: Outcome) -> Row:
+    def row(self, job: Job, position: int, ending: Ending) -> Row:
         """Costs, and the layers that were inserted or changed."""
         before, after = job.plan.graphs[position : position + 2]
         return _cost_row(before, after) | {"layers": changed_layers(before, after)}
@@ -68,7 +68,7 @@ class RewriteHandler(OptimizationHandler):
 class TrainingTermHandler(OptimizationHandler):
     """A term of the trainings: they read it from the job; the network stays as it is."""
 
-    def row(self, job: Job, position: int, outcome: Outcome) -> Row:
+    def row(self, job: Job, position: int, ending: Ending) -> Row:
         """The cost, which is the same before and after."""
         before, after = job.plan.graphs[position : position + 2]
         return _cost_row(before, after)
@@ -77,10 +77,10 @@ class TrainingTermHandler(OptimizationHandler):
 class Int8Handler(OptimizationHandler):
     """The 8-bit file, which is made after all stages (`int8.py`)."""
 
-    def row(self, job: Job, position: int, outcome: Outcome) -> Row:
+    def row(self, job: Job, position: int, ending: Ending) -> Row:
         """What the file gave."""
-        assert outcome.int8_row is not None, "an 8-bit file that was asked for has a row, delivered or not"
-        return outcome.int8_row
+        assert ending.int8_row is not None, "an 8-bit file that was asked for has a row, delivered or not"
+        return ending.int8_row
 
 
 class CompressionHandler(OptimizationHandler):
@@ -106,11 +106,11 @@ class CompressionHandler(OptimizationHandler):
     def layers(self, job: Job, step: Any, record: StepRecord) -> list[Row]:
         """The report's rows of layers; notes of the report are added."""
 
-    def row(self, job: Job, position: int, outcome: Outcome) -> Row:
+    def row(self, job: Job, position: int, ending: Ending) -> Row:
         """What its record says; of a step that was not reached, that it was not applied."""
         records = {record.position: record for record in job.reached.record.steps}
         if position not in records:
-            unchanged = {"before": outcome.final, "after": outcome.final, "layers": [], "seconds": 0.0}
+            unchanged = {"before": ending.final, "after": ending.final, "layers": [], "seconds": 0.0}
             return {"applied": False, **unchanged}
         record = records[position]
         return {
@@ -220,11 +220,11 @@ def compression_handler(step: Compression) -> CompressionHandler:
     return handler
 
 
-def step_rows(job: Job, outcome: Outcome) -> list[Row]:
+def step_rows(job: Job, ending: Ending) -> list[Row]:
     """The report's `steps`, one for each optimization in order, as it was sent."""
     sent = job.task.spec.get("optimizations", [])
     return [
-        {"optimization": dict(document), "applied": True} | HANDLERS[type(step)].row(job, position, outcome)
+        {"optimization": dict(document), "applied": True} | HANDLERS[type(step)].row(job, position, ending)
         for position, (document, step) in enumerate(zip(sent, job.plan.spec.optimizations, strict=True))
     ]
 

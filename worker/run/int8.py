@@ -50,7 +50,7 @@ USUAL_AGREEMENT, USUAL_RMSE_RATIO = 0.97, 0.05  # what is worse is said in the r
 
 @dataclass(frozen=True)
 class Int8File:
-    """The 8-bit file: its bytes, logits `N x K` and scores on the test part, and whether it meets the wish.
+    """The 8-bit file: its bytes, logits `N x K` and scores on the test part, and whether it keeps to max_accuracy_drop.
 
     `agreement` and `rmse_ratio` are against float32; `left` has every layer in float32 with the reason; `chosen_on`
     says on what it was chosen, `pair_sums` on which processors it is right.
@@ -97,7 +97,7 @@ def make_int8(job: Job, network: Network, wanted_NK: Logits) -> Int8File | None:
         int8 = _make(job, network, wanted_NK, step, began)
     finally:
         shutil.rmtree(folder)
-    _tell(job, int8, network)
+    _report_int8(job, int8, network)
     return int8
 
 
@@ -166,8 +166,8 @@ def _samples(job: Job, step: Quantize, network: Network) -> tuple[Sample, Sample
     return calibration, Sample(train.take(remaining), job.preprocessing, size), "train"
 
 
-def _tell(job: Job, int8: Int8File, network: Network) -> None:
-    """The event, and the sentences of the report."""
+def _report_int8(job: Job, int8: Int8File, network: Network) -> None:
+    """Write the event, and the sentences of the report."""
     quantized = [node.name for node in network.graph.nodes if node.type in INTEGER and node.name not in int8.left]
     left = [node.name for node in network.graph.nodes if node.home in int8.found.in_float]
     job.journal.event(

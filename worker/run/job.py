@@ -212,7 +212,7 @@ class Job:
         own = replace(source.preprocessing, scale=self.preprocessing.scale)
         found = score(compute_logits(network, self.splits.test.images, own), self.splits.test.labels)
         self.reached.record.note(
-            f"job {reference.id} ({reference.artifact}) taught: its accuracy on this job's test images is "
+            f"job {reference.id} ({reference.artifact}) was the teacher: its accuracy on this job's test images is "
             f"{found.accuracy:.4f}"
         )
         teacher = Teacher(network, own=own, given=self.preprocessing)

@@ -1,4 +1,4 @@
-"""Monitors the trainings of a job: writes metrics and events, saves checkpoints, obeys the user's wishes."""
+"""The monitor of a job's trainings: it writes metrics and events, has checkpoints saved, and obeys wishes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Interrupted(EspalierError):
     code = "interrupted"
 
     def __init__(self, wish: Wish) -> None:
-        super().__init__(f"the user wishes: {wish}")
+        super().__init__(f"the user asked for: {wish}")
         self.wish: Wish = wish
 
 

@@ -17,7 +17,7 @@ from app.spec.optimizations import Compression
 from app.spec.quantize import Quantize
 from app.spec.references import Source, references_in
 from worker.checkpoint import spec_digest
-from worker.data.dataset import Dataset, Splits, measure_preprocessing, split
+from worker.data.dataset import Dataset, Splits, measure_preprocessing, split_dataset
 from worker.journal import Journal, Progress
 from worker.precision import choose_precision
 from worker.pruning import schedules
@@ -56,7 +56,7 @@ def prepare(task: Task, journal: Journal) -> Job:
     if precision.device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes do not change from step to step
     dataset = Dataset.open(task.data, plan.baseline.input_shape)
-    splits = split(dataset, plan.spec.data, training.seed)
+    splits = split_dataset(dataset, plan.spec.data, training.seed)
     stages = lay_out(plan)
     digest = spec_digest(task.spec)
     origin = Origin(plan, task.sources, precision, digest, dataset.sha256)

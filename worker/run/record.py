@@ -1,4 +1,4 @@
-"""What a job writes down on its way for its report: it survives in checkpoints, so it is made of JSON values."""
+"""What a job notes for its report. It is kept in checkpoints, so it is made of JSON values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class StepRecord:
     `start` is the network before its first removal (as `model.layers`), `sparsity_before` the part of what
     it prunes that earlier steps had pruned. `after` is None while the step is under way. `rounds` has one entry for each
     removal, with the accuracy on the test part right after the cut and after batch norm was recalibrated. `fates` says
-    of a step that replaces layers what became of each.
+    what became of each layer in a step that replaces layers (the name in checkpoints).
     """
 
     position: int
@@ -34,7 +34,7 @@ class StepRecord:
 class RunRecord:
     """The report so far: `seconds` of all attempts, scores of the dense network and of the latest one.
 
-    `sensitivity` has a row for each group of channels that a job of this kind has looked at.
+    `sensitivity` has a row for each group of channels that a job of this kind has measured.
     """
 
     baseline: Scores | None = None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from app.errors import BudgetMissed
+from app.network.blocks import WEIGHTED
 from app.network.cost import Cost, cost
 from app.network.graph import Graph
 from app.network.node import Node
@@ -42,7 +43,6 @@ from worker.pruning.weight_masks import weight_masks
 from worker.training.losses import cross_entropy
 from worker.training.masks import Masks
 
-LARGE = ("conv", "conv_transpose", "linear")
 RECALIBRATION_IMAGES = 4096
 
 Pairs = Iterator[tuple[Tensor, Tensor]]
@@ -50,7 +50,7 @@ Pairs = Iterator[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class RemovalContext:
-    """What a removal needs beside the network: images of the training part without augmentation, seeds, the dense cost.
+    """What a removal needs besides the network: images of the training part without augmentation, seeds, the dense cost.
 
     `plain` gives batches of images and labels, the same at each call; `seed` is the job's; `dense_network` gives the
     trained network before the first compression; `images` is how many the training part has; `frozen` are the layers
@@ -76,7 +76,7 @@ def cut_weights(
 ) -> Masks:
     """The masks after this removal; the network's pruned weights are zero.
 
-    `rewind` are the weights of an earlier epoch: they take the place of the trained ones, on which the choice is made.
+    `rewind` are the weights of an earlier epoch: they replace the trained ones after the choice, which is made on the trained ones.
 
     Raises:
         LayerEmptied: a threshold leaves nothing of a layer.
@@ -180,7 +180,7 @@ def recalibrate(network: Network, context: RemovalContext) -> bool:
 
 
 def check_budget(network: Network, step: Compression, context: RemovalContext) -> None:
-    """Nothing, if the network is within the step's budget; a latency is measured once more.
+    """Check that the network is within the step's budget; a latency is measured once more.
 
     Raises:
         BudgetMissed: it is not; the message has both numbers.
@@ -206,7 +206,7 @@ def layer_rows(network: Network, before: Graph, step: Compression | Quantize) ->
     parameters = dict(network.named_parameters())
     rows = []
     for node in network.graph.nodes:
-        if node.type not in LARGE:
+        if node.type not in WEIGHTED:
             continue
         weight = parameters[f"{node.home}.weight"]
         count, nonzero = (weight.numel(), int(torch.count_nonzero(weight))) if node.shares is None else (0, 0)

@@ -83,7 +83,7 @@ def sparse_file(folder: Path) -> SparseFileSchema | None:
 
 
 def environment(precision: Precision) -> dict[str, Any]:
-    """Where the job ran: versions, device, threads, number format, layout. Nothing that names the machine."""
+    """Where the job ran: versions, device, threads, number format, layout; not the name of the machine."""
     import onnxruntime
 
     device = torch.cuda.get_device_name(precision.device) if precision.device.type == "cuda" else _processor()

@@ -28,7 +28,7 @@ def tabulate(job: Job) -> None:
     """Fill `run_record.sensitivity`, a row for each group, from where an earlier attempt left it; a checkpoint after each.
 
     Raises:
-        Interrupted: the user wishes something; the rows so far stay.
+        Interrupted: the user asked for something; the rows so far stay.
         Diverged: a weight is not finite.
     """
     options = job.plan.spec.sensitivity
@@ -107,7 +107,7 @@ def _accuracy(job: Job, network: Network, options: Sensitivity) -> float:
 
 
 def _test_positions(job: Job, options: Sensitivity) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Which test images are looked at: all, or so many at equal distances."""
+    """Which test images are used: all, or so many at equal distances."""
     count = len(job.splits.test.labels)
     return np.linspace(0, count - 1, min(count, options.images or count)).round().astype(np.int64)
 

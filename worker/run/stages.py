@@ -231,7 +231,7 @@ def _recipe(job: Job, stage: Stage, steps_per_epoch: int) -> Recipe:
         )
     step = job.compression(stage)
     record = job.reached.record.steps[-1]
-    # what stands in the place of a layer is new and trains like any other: it has to make good what the product lost
+    # what replaces a layer is new and trains like any other: it has to recover what the product lost
     new = {name for past in job.reached.record.steps for name, fate in past.fates.items() if "parts" in fate}
 
     def regrow(network: Network, sparsity: float, previous: Masks | None) -> Masks:

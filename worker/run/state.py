@@ -43,7 +43,7 @@ from worker.training.resume import fit_state, fit_tensors
 
 @dataclass
 class Suspended:
-    """A training in progress as a checkpoint has it: for the phase that goes on with it."""
+    """A training in progress as a checkpoint has it: for the stage that goes on with it."""
 
     tensors: dict[str, Tensor]
     state: dict[str, Any]
@@ -78,7 +78,7 @@ class Reached:
         self.stage += 1
 
     def capture(self) -> tuple[Arrays, dict[str, Any]]:
-        """Copies of all tensors, on the host, and the JSON beside them. The fit's losses have been looked at."""
+        """Copies of all tensors, on the host, and the JSON beside them. The fit's losses have been read."""
         tensors = {f"network/{name}": tensor for name, tensor in self.network.state_dict().items()}
         for what, weights in self.kept.items():
             tensors |= {f"kept/{what}/{name}": tensor for name, tensor in weights.items()}

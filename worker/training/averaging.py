@@ -31,7 +31,7 @@ class Average:
 
     @contextmanager
     def inside(self, network: Network) -> Iterator[None]:
-        """The network has the average's values inside the block, and its own again behind it."""
+        """The network has the average's values inside the block, and its own again after it."""
         own = snapshot(network)
         assign_tensors(network, self.tensors)
         try:

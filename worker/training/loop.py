@@ -236,7 +236,7 @@ class Fit:
     def conclude(self) -> None:
         """Give the network the weights that are kept: the best epoch's, else the average's, else the last.
 
-        Nothing of it is frozen any more: criteria need gradients of all layers.
+        All layers train again after it: criteria need gradients of all of them.
         """
         freeze(self.network, ())
         if self.best is not None:
@@ -312,8 +312,8 @@ class Fit:
             teacher_NK = self._teacher(images)
         alpha = recipe.distillation.alpha
         own = cross_entropy(logits_NK, labels_N)
-        taught = distillation(logits_NK, teacher_NK, temperature=recipe.distillation.temperature)
-        return (1 - alpha) * own + alpha * taught, {"loss": own.detach(), "distillation": taught.detach()}
+        distance = distillation(logits_NK, teacher_NK, temperature=recipe.distillation.temperature)
+        return (1 - alpha) * own + alpha * distance, {"loss": own.detach(), "distillation": distance.detach()}
 
     def _grow_masks(self, sparsity: float) -> None:
         assert self.recipe.regrow is not None

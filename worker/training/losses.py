@@ -1,4 +1,4 @@
-"""What a training makes small: cross-entropy, the terms of the mission's regularization, and a teacher's opinion.
+"""What a training makes small: cross-entropy, the terms of the mission's regularization, and the distance to a teacher's logits.
 
 Axes: N batch, K classes.
 """
