@@ -1,4 +1,4 @@
-"""Channels leave until the network answers in time, as measured on this machine in onnxruntime.
+"""Which channels are removed until the network answers in time, as measured on this machine in onnxruntime.
 
 Latency is a staircase over widths (kernels work on blocks of 8 or 16 channels), which no count predicts: so the network
 of each candidate is built and timed, in turns with the dense one. Candidates are those of a budget of MACs, of which
@@ -13,8 +13,9 @@ import torch
 
 from app.errors import BudgetMissed
 from app.network.cost import cost
-from app.pruning.budget import BLOCKS, BudgetUnreachable, Removals
+from app.pruning.budget import BudgetUnreachable, Removals
 from app.pruning.channel_classes import Classes
+from app.pruning.group_limits import BLOCKS
 from app.spec.prune import Budget, Prune
 from worker.latency import Stopwatch
 from worker.network import Network
@@ -24,7 +25,7 @@ MARGIN = 0.97  # of the time allowed is aimed at: two measurements of one networ
 SEARCH_ROUNDS = 8  # each halves what is left between too slow and fast enough
 CONFIRMATIONS = 3  # measurements before a network counts as too slow
 
-Choose = Callable[[Prune, float], Removals]
+Choose = Callable[[Prune], Removals]
 
 
 def alignments(step: Prune) -> tuple[int, ...]:
@@ -47,7 +48,7 @@ def removals_within_time(
         network: As it is now.
         classes: Of its graph.
         step: Has a budget of latency; of the `alignments` the first with which the time can be reached counts.
-        choose: (a step with a budget of MACs, part of the way) -> removals.
+        choose: A step with a budget of MACs -> the removals that meet it.
         stopwatch: Of the dense network.
         fraction: Part of the way in (0, 1]: a stage keeps the same part of the time as each other.
 
@@ -74,7 +75,7 @@ def _removals(
     now = cost(network.graph).macs
 
     def within(macs: int) -> Removals:
-        return choose(step.model_copy(update={"budget": Budget(macs=max(2, macs))}), 1.0)
+        return choose(step.model_copy(update={"budget": Budget(macs=max(2, macs))}))
 
     def time_ms(removals: Removals) -> float:
         return stopwatch.time_ms(shrink(network, classes, removals.dropped) if removals.dropped else network)

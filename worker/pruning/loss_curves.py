@@ -10,8 +10,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from torch import Tensor
 
-from app.pruning.budget import Curve, choose_removals, prunable_groups
+from app.pruning.budget import Curve, choose_removals
 from app.pruning.channel_classes import Classes
+from app.pruning.group_limits import prunable_groups
 from app.spec.prune import Prune
 from worker.evaluation import evaluate
 from worker.network import Network

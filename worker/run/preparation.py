@@ -16,8 +16,8 @@ from app.datasets.packed.packed import read_manifest
 from app.errors import DataInvalid, InvalidSpec, SourceUnavailable
 from app.network.architecture import Preprocessing
 from app.planning.plan import JobLimits, Plan, make_plan
-from app.pruning.budget import prunable_groups
 from app.pruning.channel_classes import channel_classes
+from app.pruning.group_limits import prunable_groups
 from app.spec.job import JobSpec, Training, parse_job
 from app.spec.optimizations import Compression, Distill, Regularization
 from app.spec.prune import Distillation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,17 +13,9 @@ from torch import Tensor
 from app.errors import BudgetMissed
 from app.network.cost import Cost, cost
 from app.network.graph import Graph, Node
-from app.pruning.budget import (
-    BLOCKS,
-    CLOSE_ENOUGH,
-    BudgetUnreachable,
-    Removals,
-    allowed_cost,
-    choose_block,
-    choose_removals,
-    why_kept,
-)
+from app.pruning.budget import BudgetUnreachable, choose_removals, choose_removals_in_blocks
 from app.pruning.channel_classes import channel_classes
+from app.pruning.group_limits import why_kept
 from app.pruning.weight_matrix import why_dense
 from app.spec.low_rank import Separable
 from app.spec.optimizations import Compression
@@ -123,45 +116,29 @@ def cut_channels(
             frozen=context.frozen,
         )
 
-    def choose(wanted: Prune, fraction: float) -> Removals:
-        return choose_removals(
-            network.graph,
-            classes,
-            scores,
-            wanted,
-            start=start,
-            baseline=context.baseline,
-            fraction=fraction,
-            losses=losses,
-            block=block,
-        )
-
+    choose = partial(
+        choose_removals, network.graph, classes, scores, start=start, baseline=context.baseline, losses=losses
+    )
     try:
         if step.budget is not None and step.budget.latency_ms is not None:
-            block = BLOCKS[0]  # round_to is stated whenever it chooses
             stopwatch = Stopwatch(context.dense_network())
             removals = removals_within_time(network, classes, step, choose, stopwatch, fraction=stage.fraction)
         else:
-            block, _ = choose_block(start, channel_classes(start), step, baseline=context.baseline)
-            removals = choose(step, stage.fraction)
-            while block > 1 and not _comes_near(removals, network.graph, step, context.baseline, stage.fraction):
-                block //= 2  # shares that are not equal may miss in blocks with which equal ones come near
-                finer = choose(step, stage.fraction)
-                removals = max(removals, finer, key=lambda found: found.cost.macs)
+            removals = choose_removals_in_blocks(
+                network.graph,
+                classes,
+                scores,
+                step,
+                start=start,
+                baseline=context.baseline,
+                fraction=stage.fraction,
+                losses=losses,
+            )
     except BudgetUnreachable as exc:
         raise BudgetMissed(str(exc)) from exc
     smaller = shrink(network, classes, removals.dropped)
     context.precision.place(smaller)
     return smaller
-
-
-def _comes_near(removals: Removals, graph: Graph, step: Prune, baseline: Cost, fraction: float) -> bool:
-    """Whether at least nine tenths of the budget are used, or nothing finer was asked for."""
-    if step.budget is None or step.round_to is not None:
-        return True
-    measure = step.budget.measure
-    most = min(allowed_cost(step, baseline, fraction), getattr(cost(graph), measure))
-    return bool(getattr(removals.cost, measure) >= CLOSE_ENOUGH * most)
 
 
 def recalibrate(network: Network, context: RemovalContext) -> bool:

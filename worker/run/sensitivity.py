@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from app.network.cost import cost
-from app.pruning.budget import choose_removals, prunable_groups, why_kept
+from app.pruning.budget import choose_removals
 from app.pruning.channel_classes import Classes, Group, channel_classes
+from app.pruning.group_limits import prunable_groups, why_kept
 from app.spec.sensitivity import Sensitivity
 from worker.evaluation import score
 from worker.network import Network

@@ -56,8 +56,8 @@ def searched(network: Network, step: Prune, stopwatch: Stopwatch, fraction: floa
     classes = channel_classes(network.graph)
     scores = class_scores(network, classes, "l2", seed=0)
 
-    def choose(wanted: Prune, part: float) -> Removals:
-        return choose_removals(network.graph, classes, scores, wanted, fraction=part)
+    def choose(wanted: Prune) -> Removals:
+        return choose_removals(network.graph, classes, scores, wanted)
 
     return removals_within_time(network, classes, step, choose, stopwatch, fraction=fraction)
 
