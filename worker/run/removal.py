@@ -24,13 +24,13 @@ from app.spec.quantize import Quantize
 from worker.latency import Stopwatch
 from worker.network import Network, put
 from worker.precision import Precision
-from worker.pruning.importance import class_scores
+from worker.pruning.importance import channel_scores
 from worker.pruning.latency_budget import confirm_time, removals_within_time
 from worker.pruning.loss_curves import loss_curves
 from worker.pruning.recalibration import recalibrate_batch_norm
 from worker.pruning.schedules import PruningRound
 from worker.pruning.surgery import shrink
-from worker.pruning.weight_masks import weight_masks
+from worker.pruning.weight_masks import joined_masks
 from worker.training.losses import cross_entropy
 from worker.training.masks import Masks
 
@@ -81,16 +81,6 @@ def cut_weights(
     return masks
 
 
-def joined_masks(network: Network, step: Prune, sparsity: float | None, previous: Masks | None, *, seed: int) -> Masks:
-    """The masks of `step` at this sparsity, and those of earlier steps for layers that it leaves alone."""
-    new = weight_masks(network, step, sparsity, seed=seed, previous=previous)
-    if previous is None:
-        return new
-    names = [name for name, _ in network.named_parameters()]
-    held = {name: previous[name] for name in names if name in previous and name not in new}
-    return Masks(held | {name: new[name] for name in names if name in new})
-
-
 def cut_channels(
     network: Network, step: Prune, stage: PruningRound, context: RemovalContext, *, start: Graph
 ) -> Network:
@@ -100,7 +90,7 @@ def cut_channels(
         BudgetMissed: the budget is below what the floors allow, or what this machine can reach.
     """
     classes = channel_classes(network.graph, start)
-    scores = class_scores(
+    scores = channel_scores(
         network, classes, step.criterion, seed=context.seed, batches=context.plain(), loss=cross_entropy
     )
     losses = None

@@ -17,7 +17,7 @@ from app.pruning.group_limits import prunable_groups, why_kept
 from app.spec.sensitivity import Sensitivity
 from worker.evaluation import score
 from worker.network import Network
-from worker.pruning.importance import class_scores
+from worker.pruning.importance import channel_scores
 from worker.pruning.surgery import shrink
 from worker.run.preparation import Job
 from worker.run.removal import recalibrate
@@ -38,7 +38,7 @@ def tabulate(job: Job) -> None:
     network = reached.network
     classes = channel_classes(network.graph)
     groups = prunable_groups(network.graph, classes, options.step(options.kept[-1]))
-    scores = class_scores(
+    scores = channel_scores(
         network,
         classes,
         options.criterion,

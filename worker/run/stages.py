@@ -19,11 +19,11 @@ from worker.compression.low_rank import loss_note, replace_trained_layers, repla
 from worker.data.dataset import derive_seed
 from worker.network import Network, snapshot
 from worker.pruning.schedules import PruningRound, retrain_schedule, rewind_epoch
-from worker.pruning.weight_masks import pruned_part
+from worker.pruning.weight_masks import joined_masks, pruned_part
 from worker.run.monitor import Interrupted
 from worker.run.preparation import Job, Stage
 from worker.run.record import StepRecord
-from worker.run.removal import check_budget, cut_channels, cut_weights, joined_masks, layer_rows, recalibrate
+from worker.run.removal import check_budget, cut_channels, cut_weights, layer_rows, recalibrate
 from worker.run.report import measures
 from worker.run.sensitivity import tabulate
 from worker.training.learning_rate import learning_rate

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -66,15 +66,15 @@ class Masks:
     @torch.no_grad()
     def apply(self, network: Network) -> None:
         """Set every pruned weight to +0.0. A weight that is not finite stays visible: zero times NaN is NaN."""
-        parameters, masks = self._bound(network)
+        parameters, masks = self._pairs_of(network)
         if parameters:
             torch._foreach_mul_(parameters, masks)
             torch._foreach_add_(parameters, 0.0)  # -0.0 + 0.0 = +0.0: the same bytes whatever sign the weight had
 
     @torch.no_grad()
     def mask_gradients(self, network: Network) -> None:
-        """Set the gradients of pruned weights to zero. To be called before clipping."""
-        parameters, masks = self._bound(network)
+        """Set the gradients of pruned weights to zero; call it before clipping."""
+        parameters, masks = self._pairs_of(network)
         pairs = [(p.grad, mask) for p, mask in zip(parameters, masks, strict=True) if p.grad is not None]
         if pairs:
             torch._foreach_mul_([grad for grad, _ in pairs], [mask for _, mask in pairs])
@@ -82,7 +82,7 @@ class Masks:
     @torch.no_grad()
     def mask_optimizer(self, optimizer: Remembering, network: Network) -> None:
         """Set the optimizer's memory of pruned weights (momentum, averages of gradients and squares) to zero."""
-        for parameter, mask in zip(*self._bound(network), strict=True):
+        for parameter, mask in zip(*self._pairs_of(network), strict=True):
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == mask.shape:
                     value.copy_(torch.where(mask.to(value.device) != 0, value, torch.zeros_like(value)))
@@ -99,12 +99,8 @@ class Masks:
         """The masks as bool tensors on the CPU, by parameter name: one byte a weight in a checkpoint."""
         return {name: (mask != 0).cpu() for name, mask in self._masks.items()}
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Self:
-        """The masks that `state()` wrote, on `device`."""
-        return cls({name: mask.to(device=device, dtype=torch.float32) for name, mask in state.items()})
-
-    def _bound(self, network: Network) -> tuple[list[Tensor], list[Tensor]]:
+    def _pairs_of(self, network: Network) -> tuple[list[Tensor], list[Tensor]]:
+        """(the masked parameters of the network, their masks)."""
         if self._seen is None or self._seen() is not network:
             parameters = dict(network.named_parameters())
             self._pairs = ([parameters[name] for name in self._masks], list(self._masks.values()))
