@@ -26,7 +26,7 @@ BATCH_SIZES = (1, 32)
 MOST_RUNS = 200
 FEWEST_RUNS = 5
 WARM_UP_RUNS = 20
-PATIENCE = 4  # times a measurement's share of the time, then one run has to do: a large network on one thread
+PATIENCE = 4  # times a measurement's share of the time, then one run is enough: a large network on one thread
 NO_GAIN = 0.95  # a ratio of medians above this is within the noise of a busy machine
 
 Timings = dict[str, dict[str, dict[str, float]]]
@@ -64,10 +64,10 @@ def measure_latency(
 
     Args:
         dense, pruned: networks of the same input shape; they are copied, not touched.
-        threads: of either runtime; torch's own setting is put back afterwards.
-        int8: the 8-bit ONNX file of the pruned network, which takes turns with the two in onnxruntime.
-        seconds: of measuring in total, shared by all runtimes and batch sizes. A large network is given up to four
-            times that for five runs, and at least one.
+        threads: of either runtime; torch's own setting is restored afterwards.
+        int8: the 8-bit ONNX file of the pruned network, which takes turns with the two networks in onnxruntime.
+        seconds: of measuring in total, shared by all runtimes and batch sizes. A large network may take up to four
+            times that for five runs, and has at least one.
         batch_sizes: examples per run.
         waiting: called between the measurements; may raise to give up.
     """
@@ -101,7 +101,7 @@ class Stopwatch:
 
     `dense_ms` is the median of the dense network. A time is the dense network's times the ratio of the medians of one
     measurement, so that a machine that is busy for a while slows both. `clock` counts seconds; `time.thread_time`
-    leaves out those in which others had the processor.
+    does not count those in which others had the processor.
     """
 
     def __init__(
@@ -267,7 +267,7 @@ def _noise(shape: tuple[int, ...]) -> NDArray[np.float32]:
 
 @contextmanager
 def _torch_threads(threads: int) -> Iterator[None]:
-    """torch with this many threads inside, and as before after it."""
+    """Set the number of torch's threads, and set it back at the end."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

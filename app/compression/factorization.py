@@ -57,7 +57,7 @@ class ProductPart:
 
 
 Product = tuple[tuple[str, ProductPart], ...]
-"""The layers that stand in the place of one, with their names; the last one has the name of the layer."""
+"""The layers that replace one, with their names; the last one has the name of the layer."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def separable_parts(layer: Factorable) -> tuple[ProductPart, ...]:
 
 
 def part_names(graph: Graph) -> dict[str, dict[Role, str]]:
-    """For each convolution and linear layer the names of what could stand in its place, by role.
+    """For each convolution and linear layer the names of the layers that could replace it, by role.
 
     Unique and free, and the same whichever layers are replaced; "expand" is the layer's own name.
     """

@@ -225,7 +225,7 @@ class _Search:
         return FLOAT_BYTES if self._measure == "bytes" else 1
 
     def _room(self) -> int:
-        """What the budget leaves over."""
+        """How much more the budget allows."""
         if self._measure != "bytes":
             return self._allowed - self.total
         return self._allowed - safetensors_bytes(self._shapes(self.ranks))
@@ -282,7 +282,7 @@ class _Search:
         )
         for _, name, _, ranks in cuts[:needed]:
             self._move(name, ranks)
-        for name, choices in self._tools.items():  # what thinned grids have left out
+        for name, choices in self._tools.items():  # the ranks that thinned grids do not have
             if self.fits(self.ranks, self.total):
                 return
             self._move(name, choices.floor)

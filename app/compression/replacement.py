@@ -1,7 +1,7 @@
 """What low rank and separable convolutions do to a network: the layers that are replaced, by which, and those that stay.
 
 done = replace_layers(graph, step, spectra)      # spectra None: the dry run; separable needs none
-done.graph, done.products["conv2"]               # the smaller network; what stands in the place of conv2
+done.graph, done.products["conv2"]               # the smaller network; the layers instead of conv2
 """
 
 from __future__ import annotations

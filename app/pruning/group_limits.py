@@ -1,7 +1,7 @@
-"""How far each group of channels may be pruned: the fewest classes that stay, how many leave together, and what holds it.
+"""How far each group of channels may be pruned: the fewest classes that stay, and how many are removed at once.
 
-Widths stay multiples of `round_to` channels: the first block that leaves is the width modulo `round_to`. A group that is
-not wider than `round_to` is left alone. Where `round_to` is not stated each group has its own: 16, halved until the group
+Widths stay multiples of `round_to` channels: the first block that is removed is the width modulo `round_to`. A group
+that is not wider than `round_to` is not touched. Where `round_to` is not stated each group has its own: 16, halved until the group
 has three steps, because kernels work on blocks of 8 or 16 channels and a width between two costs as much as the larger.
 A group keeps at least `max(min_channels, ceil((1 - max_sparsity) * width))` channels, whatever its scores are.
 """
@@ -27,9 +27,9 @@ _NOT_MEASURED = "another group is measured"
 
 @dataclass(frozen=True)
 class GroupLimits:
-    """How far one group may be pruned, in classes: `width_at_start`, the fewest that stay, how many leave together.
+    """How far one group may be pruned, in classes: `width_at_start`, the fewest that stay, how many are removed together.
 
-    `sparsity` is its own, where an override states one; `held` says why nothing leaves, or is None.
+    `sparsity` is its own, where an override states one; `held` says why nothing is removed, or is None.
     """
 
     group: Group
@@ -82,7 +82,7 @@ def group_limits(
 
 
 def hold_others(limits: Sequence[GroupLimits], only: int) -> list[GroupLimits]:
-    """The limits with which nothing leaves but from the group of index `only`."""
+    """The limits with which only the group of index `only` may be pruned."""
     return [each if each.group.index == only else replace(each, held=each.held or _NOT_MEASURED) for each in limits]
 
 
@@ -131,12 +131,12 @@ def heaviest_layers(
 
 
 def _largest_block(channels: int, largest: int) -> int:
-    """The largest block that a group of so many channels leaves in."""
+    """The largest block that fits a group of so many channels."""
     return next((block for block in BLOCKS if block <= largest and STEPS * block <= channels), 1)
 
 
 def _in_classes(round_to: int, group: Group) -> int:
-    """How many classes leave together so that the width stays a multiple of `round_to` channels."""
+    """How many classes are removed together so that the width stays a multiple of `round_to` channels."""
     return round_to // math.gcd(round_to, group.channels)
 
 

@@ -21,9 +21,9 @@ from app.pruning.channel_rules import IntArray, Slots
 
 @dataclass(frozen=True)
 class ChannelBlock:
-    """Classes of one group that leave together, and what this takes off each width.
+    """Classes of one group that are removed together, and how much narrower each width is without them.
 
-    `channels` are those that leave where the group is narrowest, `widths` pairs of (number of a width, channels off it).
+    `channels` are their channels where the group is narrowest, `widths` pairs of (number of a width, channels off it).
     """
 
     group: int
@@ -66,7 +66,7 @@ class IncrementalCost:
         self._smallest_header = 0
 
     def channel_blocks(self, group: Group, parts: Sequence[IntArray]) -> list[ChannelBlock]:
-        """The parts of a group's classes, in order, with what each takes off the widths."""
+        """The parts of a group's classes, in order, with the channels that each has in every width."""
         touched: list[tuple[int, IntArray]] = []
         for width in sorted({self._width_of_axis[axis] for axis in group.axes}):
             ids, counts = np.unique(self._ids[width], return_counts=True)

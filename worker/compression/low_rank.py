@@ -1,4 +1,4 @@
-"""Trained layers become products of smaller ones: SVD, Tucker-2, depthwise and 1 x 1.
+"""Trained layers as products of smaller ones: SVD, Tucker-2, depthwise and 1 x 1.
 
     smaller, fates = replace_trained_layers(network, step, baseline=baseline)
 
@@ -166,7 +166,7 @@ def factorized(weight_OIK: Tensor, ranks: Ranks, *, sweeps: int = SWEEPS) -> Fac
 
     One rank: the truncated SVD, its singular values as square roots on both sides. Two: Tucker-2 (Kim et al., arXiv
     1511.06530, section 3.1), found by higher-order orthogonal iteration (De Lathauwer et al. 2000, SIAM J. Matrix Anal.
-    Appl. 21, 1324-1342) from the singular vectors of each side; a full rank is left out, the other is optimal then.
+    Appl. 21, 1324-1342) from the singular vectors of each side; a full rank needs no factor, and the other one is optimal then.
     """
     if len(ranks) == 1:
         left_OR, values_R, right_RI = torch.linalg.svd(weight_OIK[:, :, 0], full_matrices=False)
@@ -218,7 +218,7 @@ def matrix_of(layer: Factorable, weight: Tensor) -> Tensor:
 
 
 def _lost_by_matrix(weight_OI: Tensor) -> FloatArray:
-    """The part of the squared singular values behind the first 0, 1, ..., min(O, I); 0 of a zero matrix."""
+    """The part of the squared singular values after the first 0, 1, ..., min(O, I); 0 of a zero matrix."""
     short = weight_OI if weight_OI.shape[0] <= weight_OI.shape[1] else weight_OI.T
     rising = torch.linalg.eigvalsh(short @ short.T).clamp(min=0).numpy()
     return np.concatenate([_part_of(np.cumsum(rising)[::-1]), [0.0]])
@@ -235,7 +235,7 @@ def _lost_by_tucker(weight_OIK: Tensor) -> FloatArray:
 
 
 def _part_of(left: FloatArray) -> FloatArray:
-    """Divided by its largest entry, which stands first; nothing of nothing is lost."""
+    """Divided by its largest entry, which stands first; of zero everywhere 0."""
     return left / max(float(left.flat[0]), np.finfo(np.float64).tiny)
 
 
@@ -258,7 +258,7 @@ def _on_outputs(weight_OIK: Tensor, outer_OS: Tensor | None) -> Tensor:
 
 
 def _tensors(product: Product, factors: Factors | Separated, old: Tensor, smaller: Network) -> Mapping[str, Tensor]:
-    """The weights of the layers in the place of one, by key, of the type and on the device of the `old` weight."""
+    """The weights of the layers that replace one, by key, of the type and on the device of the `old` weight."""
     found = {}
     for (name, part), weight in zip(product, factors.layers(), strict=True):
         turned = weight.transpose(0, 1) if isinstance(part.layer, ConvTranspose) else weight

@@ -44,6 +44,7 @@ from app.pruning.channel_rules import FloatArray, IntArray, OwnedAxis, Role
 from app.spec.prune import Criterion
 from worker.network import Network
 from worker.pruning.activations import mean_activations
+from worker.pruning.eval_mode import eval_mode
 
 DISTANCE_ROWS = 512  # of fpgm's distance matrix at a time
 
@@ -246,10 +247,8 @@ def _taylor(of: _Channels) -> FloatArray:
     network, classes = of.network, of.classes
     gates = _gates(network, classes)
     parameters = {name: p for name, p in network.named_parameters() if name in {f"{a.layer}.{a.tensor}" for a in gates}}
-    training = {module: module.training for module in network.modules()}
-    network.eval()
     squares, count = np.zeros(classes.slot_count), 0
-    try:
+    with eval_mode(network):
         for images_NCx, labels_N in of.data:
             with torch.enable_grad():
                 value = of.loss(network(images_NCx), labels_N)
@@ -263,9 +262,6 @@ def _taylor(of: _Channels) -> FloatArray:
                 gate += _per_class(_rows(products[f"{axis.layer}.{axis.tensor}"], axis.axis).sum(axis=1), axis, classes)
             squares += gate**2
             count += 1
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     if not np.isfinite(squares).all():
         raise Diverged("a gradient is not finite, so taylor cannot rank the channels")
     return squares / max(count, 1)

@@ -1,7 +1,7 @@
 """Which channels are removed until the network answers in time, as measured on this machine in onnxruntime.
 
-Latency is a staircase over widths (kernels work on blocks of 8 or 16 channels), which no count predicts: so the network
-of each candidate is built and timed, in turns with the dense one. Candidates are those of a budget of MACs, of which
+Latency is a staircase over widths (kernels work on blocks of 8 or 16 channels), which no count predicts: so each
+candidate network is built and timed, in turns with the dense one. Candidates are those of a budget of MACs, of which
 the search finds the largest that is fast enough; widths are multiples of the processor's block.
 """
 
@@ -22,7 +22,7 @@ from worker.network import Network
 from worker.pruning.surgery import shrink
 
 MARGIN = 0.97  # of the time allowed is aimed at: two measurements of one network differ by a few percent
-SEARCH_ROUNDS = 8  # each halves what is left between too slow and fast enough
+SEARCH_ROUNDS = 8  # each halves the distance between too slow and fast enough
 CONFIRMATIONS = 3  # measurements before a network counts as too slow
 
 Choose = Callable[[Prune], Removals]
@@ -42,7 +42,7 @@ def alignments(step: Prune) -> tuple[int, ...]:
 def removals_within_time(
     network: Network, classes: Classes, step: Prune, choose: Choose, stopwatch: Stopwatch, *, fraction: float
 ) -> Removals:
-    """What leaves so that one image takes no longer than the budget of `step` allows.
+    """The removals after which one image takes no longer than the budget of `step` allows.
 
     Args:
         network: As it is now.
@@ -60,13 +60,13 @@ def removals_within_time(
     for alignment in better:
         aligned = step.model_copy(update={"round_to": alignment})
         try:
-            return _removals(network, classes, aligned, choose, stopwatch, fraction)
+            return _search_removals(network, classes, aligned, choose, stopwatch, fraction)
         except (BudgetMissed, BudgetUnreachable):
             continue
-    return _removals(network, classes, step.model_copy(update={"round_to": last}), choose, stopwatch, fraction)
+    return _search_removals(network, classes, step.model_copy(update={"round_to": last}), choose, stopwatch, fraction)
 
 
-def _removals(
+def _search_removals(
     network: Network, classes: Classes, step: Prune, choose: Choose, stopwatch: Stopwatch, fraction: float
 ) -> Removals:
     assert step.budget is not None
@@ -99,10 +99,10 @@ def _removals(
 
 
 def confirm_time(network: Network, budget: Budget, stopwatch: Stopwatch) -> float:
-    """The milliseconds of one image; it counts as in time if one of three measurements says so.
+    """Measure the time of one image again, in milliseconds: it is within the budget if one of three measurements is.
 
     Raises:
-        BudgetMissed: None does.
+        BudgetMissed: None of them is.
     """
     allowed_ms = budget.allowed_ms(stopwatch.dense_ms)
     if allowed_ms >= stopwatch.dense_ms:  # the dense network itself may be delivered, and no two of its times are equal

@@ -205,5 +205,5 @@ def test_a_rule_that_forgets_a_tie_is_found_out() -> None:
     classes = channel_classes(network.graph)
     wrong = [axis for axis in classes.axes if axis.role != "norm"]
     broken: Any = Classes(classes.slots, tuple(wrong), classes.groups, classes.pins, classes.slot_count)
-    with pytest.raises(AssertionError, match="surgery left"):
+    with pytest.raises(AssertionError, match="surgery gave"):
         shrink(network, broken, np.asarray(random_drop(classes, 0.5, 0)).tolist())
