@@ -14,7 +14,7 @@ from app.network.layers.pooling import Upsample
 
 INTEGER = frozenset({"conv", "linear"})
 """Layers whose multiply-accumulates are done with integers of 8 bits; they decide whether there is a gain at all."""
-EXCLUDED = "excluded"
+_EXCLUDED = "excluded"
 _NO_KERNEL = "ONNX Runtime has no 8-bit kernel for it"
 _FLOAT = {
     "conv_transpose": _NO_KERNEL,
@@ -42,7 +42,7 @@ def float_layers(graph: Graph, exclude: Collection[str] = ()) -> dict[str, str]:
     left = {}
     for node in graph.nodes:
         if node.type in WEIGHTED and node.home in exclude:
-            left[node.name] = EXCLUDED
+            left[node.name] = _EXCLUDED
         elif node.type in _FLOAT and node.name not in folded and not _copies(node):
             left[node.name] = _FLOAT[node.type]
     return left

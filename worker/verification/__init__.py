@@ -1,1 +1,1 @@
-"""Proof that delivered files compute what was trained; imports worker.evaluation, export and network, never training."""
+"""Whether delivered files compute what was trained; imports worker.evaluation, export and network, never training."""

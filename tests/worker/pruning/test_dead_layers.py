@@ -256,9 +256,9 @@ def test_products_of_dead_layers_are_numbers_and_dead_themselves(death: str, ste
     layers = [conv(32, name="a"), layer("batch_norm"), layer("relu"), conv(32, name="b"), layer("relu"), *HEAD]
     network = trained(build_graph(read_layers(layers), PICTURE)).double()
     DEATHS[death](network)
-    smaller, fates = replace_trained_layers(network, step, baseline=cost(network.graph))
-    assert any("parts" in fate for fate in fates.values())
-    assert all(np.isfinite(fate.get("relative_error", 0.0)) for fate in fates.values())
+    smaller, outcomes = replace_trained_layers(network, step, baseline=cost(network.graph))
+    assert any("parts" in outcome for outcome in outcomes.values())
+    assert all(np.isfinite(outcome.get("relative_error", 0.0)) for outcome in outcomes.values())
     assert bool(torch.isfinite(logits(smaller)).all())
     if death in ("no_weights", "all_alike"):  # of rank one, or none: nothing is lost
         assert float((logits(smaller) - logits(network)).abs().max()) <= 1e-9 * (1 + float(logits(network).abs().max()))
