@@ -202,7 +202,7 @@ def _within_budget(
 ) -> dict[str, Ranks]:
     assert step.budget is not None
     assert step.budget.measure != "latency_ms", "a latency is measured, not counted"
-    search = _Search(graph, choices_of, step.budget.measure, step.budget.allowed(baseline.of(step.budget.measure)))
+    search = _RankSearch(graph, choices_of, step.budget.measure, step.budget.allowed(baseline.of(step.budget.measure)))
     floors = {name: choices.floor for name, choices in choices_of.items()}
     if not search.fits(floors, search.total_with(floors)):
         raise search.unreachable(floors, kept, baseline)
@@ -211,7 +211,7 @@ def _within_budget(
     return search.ranks
 
 
-class _Search:
+class _RankSearch:
     """The search for ranks within a budget. `total` are all MACs, or all weights that are stored."""
 
     def __init__(self, graph: Graph, choices_of: Mapping[str, _Choices], measure: CostMeasure, allowed: int) -> None:

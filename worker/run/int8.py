@@ -19,7 +19,6 @@ from app.compression.int8 import INTEGER, float_layers
 from app.network.cost import cost
 from app.spec.quantize import Quantize
 from worker.compression.quantization import (
-    Logits,
     Quantized,
     Quantizer,
     Sample,
@@ -36,7 +35,7 @@ from worker.network import Network
 from worker.run.preparation import Job
 from worker.run.removal import layer_rows
 from worker.verification.saturation import EVERYWHERE, SATURATES_ABOVE, PairSums, read_pair_sums
-from worker.verification.verification import verification_batch_size
+from worker.verification.verification import Logits, verification_batch_size
 
 MOST_CHOSEN_ON, FEWEST_CHOSEN_ON = 10_000, 500  # images; between them as many as CHOSEN_ON_MACS allow
 CHOSEN_ON_MACS = 5e11
