@@ -1,7 +1,7 @@
-"""How long one answer takes, dense against pruned, per runtime and batch size.
+"""How long one forward pass takes, dense against pruned, per runtime and batch size.
 
 Protocol: CPU, a stated number of threads, warm-up, the two networks take turns run by run (so that a busy machine slows
-both), median and 95th percentile. Ratios are what to compare; milliseconds belong to the machine.
+both), median and 95th percentile. Ratios are what to compare; milliseconds depend on the machine.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def _notes(
     runtime: str, dense: Mapping[str, Mapping[str, float]], pruned: Mapping[str, Mapping[str, float]], change: Change
 ) -> Iterator[str]:
     """One sentence for a runtime in which the pruned network is not faster; none where nothing was pruned."""
-    figures = _slow(pruned, dense)
+    figures = _slow_figures(pruned, dense)
     if not figures or change == "none":
         return
     if change == "zeros":
@@ -223,20 +223,20 @@ def _notes(
         )
     else:
         yield (
-            f"the smaller network is not faster in {runtime}: {figures}; at this size the time goes into starting each "
-            "layer or into widths that the runtime pads (see round_to)."
+            f"the smaller network is not faster in {runtime}: {figures}; at this size most of the time is spent on "
+            "starting each layer, or on widths that the runtime pads (see round_to)."
         )
 
 
 def _int8_notes(int8: Timings, floating: Timings) -> Iterator[str]:
     """One sentence where the 8-bit file is not faster than the float32 file of the same network."""
-    if int8 and (figures := _slow(int8["onnxruntime"], floating["onnxruntime"])):
+    if int8 and (figures := _slow_figures(int8["onnxruntime"], floating["onnxruntime"])):
         yield (
             f"8 bits are not faster than float32 in onnxruntime on this processor: {figures}; they make the file smaller"
         )
 
 
-def _slow(found: Mapping[str, Mapping[str, float]], before: Mapping[str, Mapping[str, float]]) -> str:
+def _slow_figures(found: Mapping[str, Mapping[str, float]], before: Mapping[str, Mapping[str, float]]) -> str:
     """The figures of the batch sizes at which `found` brings no gain over `before`; empty where it does at all."""
     return ", ".join(
         f"{found[key]['p50']:.3g} ms against {before[key]['p50']:.3g} ms at batch {key.removeprefix('batch_')}"

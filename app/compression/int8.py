@@ -1,6 +1,6 @@
 """What 8-bit integers can do for a network: which layers ONNX Runtime computes with them, and why the others stay.
 
-The table was found by trying: a test quantizes every layer of the job language and looks at what the runtime makes of it.
+The table is the result of trials: a test quantizes every layer of the job language and checks what the runtime does with it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FLOAT = {
 
 
 def integer_layers(graph: Graph, exclude: Collection[str] = ()) -> tuple[Node, ...]:
-    """The convolutions and linear layers that are quantized, but for those excluded; layers that share weights go along."""
+    """The convolutions and linear layers that are quantized, but for those excluded; with all that share their weights."""
     return tuple(node for node in graph.nodes if node.type in INTEGER and node.home not in exclude)
 
 

@@ -127,7 +127,7 @@ def _no_change(node: Node, inputs: Sequence[Slots], output: Slots, kept: Kept) -
 
 
 @dataclass(frozen=True)
-class Rule:
+class ChannelRule:
     """The rule of one type of layer: slots of its output, axes of its tensors, fields that change."""
 
     slots: SlotRule
@@ -340,18 +340,18 @@ def _pad_resize(node: Node, inputs: Sequence[Slots], output: Slots, kept: Kept) 
     return {"padding": (*padding[:-2], *pair)}  # the channel axis comes last in PyTorch's order
 
 
-_SAME = Rule(_same)
-_ELEMENTWISE = Rule(_elementwise_slots)
+_SAME = ChannelRule(_same)
+_ELEMENTWISE = ChannelRule(_elementwise_slots)
 
-RULES: Mapping[str, Rule] = {
-    "conv": Rule(_conv_slots, _conv_axes, _conv_resize),
-    "conv_transpose": Rule(_conv_slots, _conv_transpose_axes, _conv_resize),
-    "linear": Rule(_linear_slots, _linear_axes, _linear_resize),
-    "batch_norm": Rule(_same, _per_channel_axes("norm")),
-    "prelu": Rule(_same, _per_channel_axes("other")),
-    "group_norm": Rule(_group_norm_slots, _per_channel_axes("norm"), _group_norm_resize),
-    "layer_norm": Rule(_mixing("layer_norm over channels"), _per_channel_axes("norm")),
-    "softmax": Rule(_mixing("softmax over channels")),
+RULES: Mapping[str, ChannelRule] = {
+    "conv": ChannelRule(_conv_slots, _conv_axes, _conv_resize),
+    "conv_transpose": ChannelRule(_conv_slots, _conv_transpose_axes, _conv_resize),
+    "linear": ChannelRule(_linear_slots, _linear_axes, _linear_resize),
+    "batch_norm": ChannelRule(_same, _per_channel_axes("norm")),
+    "prelu": ChannelRule(_same, _per_channel_axes("other")),
+    "group_norm": ChannelRule(_group_norm_slots, _per_channel_axes("norm"), _group_norm_resize),
+    "layer_norm": ChannelRule(_mixing("layer_norm over channels"), _per_channel_axes("norm")),
+    "softmax": ChannelRule(_mixing("softmax over channels")),
     "relu": _SAME,
     "relu6": _SAME,
     "leaky_relu": _SAME,
@@ -369,9 +369,9 @@ RULES: Mapping[str, Rule] = {
     "upsample": _SAME,
     "add": _ELEMENTWISE,
     "multiply": _ELEMENTWISE,
-    "concat": Rule(_concat_slots),
-    "flatten": Rule(_flatten_slots),
-    "channel_shuffle": Rule(_shuffle_slots),
-    "slice": Rule(_slice_slots, resize=_slice_resize),
-    "pad": Rule(_pad_slots, resize=_pad_resize),
+    "concat": ChannelRule(_concat_slots),
+    "flatten": ChannelRule(_flatten_slots),
+    "channel_shuffle": ChannelRule(_shuffle_slots),
+    "slice": ChannelRule(_slice_slots, resize=_slice_resize),
+    "pad": ChannelRule(_pad_slots, resize=_pad_resize),
 }

@@ -34,7 +34,7 @@ MOST_NAMED = 3
 SWEEPS = 5  # of HOOI: the error falls in the first, and no more after the fifth
 
 Outcomes = dict[str, dict[str, Any]]
-"""Layer -> `parts` (names of the layers in its place) and `relative_error` (|W - product| / |W|), or `reason`."""
+"""Layer -> `parts` (names of the layers that replace it) and `relative_error` (|W - product| / |W|), or `reason`."""
 
 
 class Factors(NamedTuple):
@@ -73,9 +73,9 @@ class Separated(NamedTuple):
 
 
 def replace_trained_layers(network: Network, step: LowRank | Separable, *, baseline: Cost) -> tuple[Network, Outcomes]:
-    """(the network with the layers that `step` replaces replaced, on the same device; what became of each layer).
+    """(the network in which `step` has replaced its layers, on the same device; the outcome of every layer).
 
-    The given network stays as it is, and is given back where nothing is replaced.
+    The given network stays as it is, and is returned where nothing is replaced.
 
     Raises:
         BudgetMissed: the budget is below the cost with the smallest ranks.
@@ -111,7 +111,7 @@ def replace_trained_layers(network: Network, step: LowRank | Separable, *, basel
 def replaced_rows(network: Network, before: Graph, outcomes: Outcomes) -> list[dict[str, Any]]:
     """The report's `layers` of a step: each convolution and linear layer of the network `before` it.
 
-    `weights`, `nonzero` and `sparsity` are of all layers in its place; `parts` are these, each with its own width.
+    `weights`, `nonzero` and `sparsity` are of all layers that replace it; `parts` are these, each with its own width.
     """
     rows = []
     for node in before.nodes:
@@ -153,8 +153,8 @@ def loss_note(kind: str, before: Mapping[str, Any], after: Mapping[str, Any], ou
     named = ", ".join(f"{name} {errors[name]:.0%}" for name in worst)
     advice = "Larger ranks, more" if kind == "low_rank" else "More"
     return (
-        f"{kind} cost {100 * drop:.1f} points of accuracy: its products start {named} away from the trained weights (of "
-        f"their norm). {advice} epochs of retraining or distillation give more of it back."
+        f"{kind} cost {100 * drop:.1f} points of accuracy: before retraining, its products differ from the trained weights by "
+        f"{named} of their norm. {advice} epochs of retraining or distillation recover more of it."
     )
 
 
@@ -195,7 +195,7 @@ def separated(weight_OIK: Tensor) -> Separated:
     """
     left_IOM, values_IM, right_IMK = torch.linalg.svd(weight_OIK.transpose(0, 1), full_matrices=False)
     roots_I = values_IM[:, 0].sqrt()
-    # an input that is not used keeps a kernel, so that it can be learnt: its product is zero all the same
+    # an input that is not used keeps a kernel, so that it can be trained: its product is zero all the same
     scales_I = torch.where(roots_I > 0, roots_I, torch.ones_like(roots_I))
     return Separated(right_IMK[:, 0] * scales_I[:, None], (left_IOM[:, :, 0] * roots_I[:, None]).T)
 

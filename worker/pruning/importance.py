@@ -48,7 +48,7 @@ from worker.pruning.eval_mode import eval_mode
 
 DISTANCE_ROWS = 512  # of fpgm's distance matrix at a time
 
-Batches = Iterable[tuple[Tensor, Tensor]]
+LabelledBatches = Iterable[tuple[Tensor, Tensor]]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -87,11 +87,11 @@ class _Channels:
     network: Network
     classes: Classes
     seed: int
-    batches: Batches | None
+    batches: LabelledBatches | None
     loss: Loss
 
     @property
-    def data(self) -> Batches:
+    def data(self) -> LabelledBatches:
         """The batches of a criterion that needs them."""
         assert self.batches is not None, "this criterion needs batches"
         return self.batches
@@ -103,7 +103,7 @@ def channel_scores(
     criterion: Criterion,
     *,
     seed: int,
-    batches: Batches | None = None,
+    batches: LabelledBatches | None = None,
     loss: Loss = torch.nn.functional.cross_entropy,
 ) -> dict[int, float]:
     """The importance of every class of the network's graph.

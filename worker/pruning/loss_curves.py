@@ -1,4 +1,4 @@
-"""What each group of channels costs when it alone is cut: by this scope `sensitivity` of a prune step shares its budget.
+"""What each group of channels costs when it alone is cut: how scope `sensitivity` shares the budget of a prune step.
 
 The curves are measured inside the removal, with the step's own scores and floors, and go into `app/pruning/budget.py`.
 The job of kind sensitivity, which measures a table for its user and removes nothing, is `worker/run/sensitivity.py`.
@@ -9,7 +9,7 @@ small cuts do not move it at all.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from app.spec.prune import Prune
 from worker.evaluation import evaluate
 from worker.network import Network
 from worker.precision import Precision
+from worker.pruning.importance import LabelledBatches
 from worker.pruning.recalibration import recalibrate_batch_norm
 from worker.pruning.surgery import shrink
 
@@ -29,15 +30,13 @@ FEWEST_IMAGES = 64
 FORWARDS = 2  # of each image and cut: to recalibrate, and to evaluate
 EPOCH_FORWARDS = 3  # what a training epoch costs for each image; a backward pass is two forward passes
 
-Pairs = Iterable[tuple[Tensor, Tensor]]
-
 
 def loss_curves(
     network: Network,
     classes: Classes,
     step: Prune,
     scores: Mapping[int, float],
-    plain: Pairs,
+    plain: LabelledBatches,
     precision: Precision,
     *,
     images: int,
@@ -62,7 +61,7 @@ def loss_curves(
     groups = prunable_groups(network.graph, classes, step, shared=True)
     cuts = max(1, len(groups) * (len(CURVE_PARTS) + 1))
     affordable = images * EPOCH_FORWARDS // (FORWARDS * cuts)
-    batches = list(_first(plain, min(MOST_IMAGES, max(FEWEST_IMAGES, affordable))))
+    batches = list(_first_images(plain, min(MOST_IMAGES, max(FEWEST_IMAGES, affordable))))
     whole = evaluate(network, batches, precision).loss
 
     def loss_without(dropped: Collection[int]) -> float:
@@ -95,7 +94,7 @@ def _cuts_of(
             yield left, dropped
 
 
-def _first(plain: Pairs, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _first_images(plain: LabelledBatches, count: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The first `count` images, as they come in batches."""
     for images_NCx, labels_N in plain:
         yield images_NCx[:count], labels_N[:count]
@@ -104,5 +103,5 @@ def _first(plain: Pairs, count: int) -> Iterator[tuple[Tensor, Tensor]]:
             return
 
 
-def _images(batches: Pairs) -> Iterator[Tensor]:
+def _images(batches: LabelledBatches) -> Iterator[Tensor]:
     return (images_NCx for images_NCx, _ in batches)

@@ -99,7 +99,7 @@ def retrain_schedule(step: Compression, training: Training) -> LearningRate:
     norm). `fine_tune` is constant at a hundredth of the highest rate; `none` is 0. `retrain.lr` replaces the highest
     rate and keeps the form.
 
-    After a training of 0 epochs (the network came trained) the retraining is the whole schedule, warm-up included, as
+    After a training of 0 epochs (the network was trained before) the retraining is the whole schedule, warm-up included, as
     if the training had been as long as it.
     """
     retrain = retraining(step, training)

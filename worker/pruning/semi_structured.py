@@ -6,7 +6,7 @@
 Scores, `dead` and `keep` are flat, in the weight's row-major order; `dead` are the weights that an earlier
 step has pruned: they stay pruned, and count first. The weakest are removed; of equal scores the first ones.
 
-No runtime that we export to computes either form faster. 2:4 is what NVIDIA's sparse tensor cores want (Mishra et al.,
+No runtime that we export to computes either form faster. 2:4 is what NVIDIA's sparse tensor cores compute (Mishra et al.,
 arXiv 2104.08378), for matrices in half precision.
 """
 

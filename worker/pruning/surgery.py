@@ -35,7 +35,7 @@ def shrink(network: Network, classes: Classes, dropped: Collection[int]) -> Netw
     graph = shrink_graph(network.graph, dropped, classes)
     images_NCx = _random_images(network)
     # First, so that the masked copy is freed before the smaller network is built: with both it is 3.2 times the weights.
-    expected_NK = _answer(masked_reference(network, classes, dropped), images_NCx)
+    expected_NK = _logits_of(masked_reference(network, classes, dropped), images_NCx)
     with torch.device("meta"):
         smaller = Network(graph)
     state = shrink_tensors(network.state_dict(), classes, dropped)
@@ -46,7 +46,7 @@ def shrink(network: Network, classes: Classes, dropped: Collection[int]) -> Netw
     for (name, parameter), (old_name, old) in zip(smaller.named_parameters(), network.named_parameters(), strict=True):
         assert name == old_name
         parameter.requires_grad_(old.requires_grad)
-    _check(_answer(smaller, images_NCx), expected_NK)
+    _check_same_logits(_logits_of(smaller, images_NCx), expected_NK)
     smaller.train(network.training)
     return smaller
 
@@ -92,13 +92,13 @@ def _random_images(network: Network) -> Tensor:
 
 
 @torch.no_grad()
-def _answer(network: Network, images_NCx: Tensor) -> Tensor:
+def _logits_of(network: Network, images_NCx: Tensor) -> Tensor:
     logits: Tensor = network.eval()(images_NCx)
     return logits
 
 
-def _check(found_NK: Tensor, expected_NK: Tensor) -> None:
+def _check_same_logits(found_NK: Tensor, expected_NK: Tensor) -> None:
     difference = (found_NK - expected_NK).abs().max()
-    # Not `<=`: a network that overflows has no difference, and is found out where it is evaluated.
+    # Not `<=`: a network that overflows has no difference, and fails where it is evaluated.
     too_large = bool(difference > TOLERANCE * (1 + expected_NK.abs().max()))
     assert not too_large, f"the smaller network differs by {float(difference)}"

@@ -70,7 +70,7 @@ def weight_masks(
                 scores = _scores(name, layers[name], step, seed)
                 keep[name] = pattern_keep(scores, weight_matrix(layers[name].node), kept, of, layers[name].dead)
             case ByThreshold(name, threshold):
-                keep[name] = _keep_above(name, layers[name], threshold)
+                keep[name] = _keep_above_threshold(name, layers[name], threshold)
             case BySparsity(name, target, own):
                 part = _on_the_way(target, sparsity, step.sparsity) if own else _stated(sparsity)
                 keep |= _keep_strongest({name: layers[name]}, part, step, seed)
@@ -147,7 +147,7 @@ def _mask(keep: BoolArray, weight: Tensor) -> Tensor:
     return mask.copy_(torch.from_numpy(keep).reshape(weight.shape))
 
 
-def _keep_above(name: str, layer: _Layer, threshold: float) -> BoolArray:
+def _keep_above_threshold(name: str, layer: _Layer, threshold: float) -> BoolArray:
     """Which weights are not below the threshold, compared in the weight's own type: 0.7 is 0.69999999 in float32."""
     weight = layer.weight
     limit = torch.tensor(threshold, dtype=weight.dtype, device=weight.device)

@@ -9,7 +9,7 @@
     masks.mask_tensors(ema)
 
 All four are needed: a masked gradient alone does not hold a weight at zero, because momentum, Adam's averages and the
-average of the weights remember. Masking the weight alone does not either: its momentum stays alive, and it jumps when
+average of the weights keep its past. Masking the weight alone does not either: its momentum stays alive, and it jumps when
 the mask opens.
 """
 
@@ -25,12 +25,12 @@ from torch import Tensor
 from worker.network import Network
 
 
-class Remembering(Protocol):
-    """An optimizer: torch's, or one that keeps what it remembers in the same place."""
+class StatefulOptimizer(Protocol):
+    """An optimizer: torch's, or one that keeps its state in the same place."""
 
     @property
     def state(self) -> Mapping[Tensor, Mapping[str, Any]]:
-        """Parameter -> key -> what is remembered."""
+        """Parameter -> key -> value: momentum, averages of gradients and of squares."""
 
 
 class Masks:
@@ -80,8 +80,8 @@ class Masks:
             torch._foreach_mul_([grad for grad, _ in pairs], [mask for _, mask in pairs])
 
     @torch.no_grad()
-    def mask_optimizer(self, optimizer: Remembering, network: Network) -> None:
-        """Set the optimizer's memory of pruned weights (momentum, averages of gradients and squares) to zero."""
+    def mask_optimizer(self, optimizer: StatefulOptimizer, network: Network) -> None:
+        """Set the optimizer's state of pruned weights (momentum, averages of gradients and squares) to zero."""
         for parameter, mask in zip(*self._pairs_of(network), strict=True):
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == mask.shape:

@@ -27,7 +27,7 @@ PR_SET_PDEATHSIG = 1
 ORPHANED = 75  # the exit code of a process whose parent has ended
 
 
-def die_with(parent: int) -> None:
+def end_with_parent(parent: int) -> None:
     """Arrange that this process is killed when the process `parent`, which started it, ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -117,7 +117,7 @@ def run_over(
 def main(order_path: str) -> None:
     """Carry out one order: write the logits of each run, then the result."""
     order = json.loads(Path(order_path).read_text())
-    die_with(order["parent"])
+    end_with_parent(order["parent"])
     import numpy as np
 
     images = channels_first(np.load(order["images"]["path"], mmap_mode="r"), order["images"]["layout"])

@@ -253,7 +253,8 @@ def test_a_loss_of_more_than_a_point_is_said_with_the_layers_it_comes_from() -> 
     assert loss_note("low_rank", {"accuracy": 0.9}, {"accuracy": 0.891}, outcomes) is None
     sentence = loss_note("low_rank", {"accuracy": 0.9}, {"accuracy": 0.85}, outcomes)
     assert sentence is not None
-    assert sentence.startswith("low_rank cost 5.0 points of accuracy: its products start b 50%, a 25% away")
+    assert sentence.startswith("low_rank cost 5.0 points of accuracy: before retraining, its products differ from the")
+    assert "by b 50%, a 25% of their norm" in sentence
     assert "Larger ranks, more epochs of retraining" in sentence
 
 

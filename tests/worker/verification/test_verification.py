@@ -220,7 +220,7 @@ def test_a_clean_process_ends_with_its_parent() -> None:
         "import os, sys, time\n"
         f"sys.path.insert(0, {str(Path(clean_process.__file__).parent)!r})\n"
         "import clean_process\n"
-        "clean_process.die_with(os.getppid())\n"
+        "clean_process.end_with_parent(os.getppid())\n"
         "print(os.getpid(), flush=True)\n"
         "time.sleep(60)\n"
     )
@@ -235,7 +235,7 @@ def test_a_clean_process_ends_with_its_parent() -> None:
             time.sleep(0.02)
 
 
-def test_a_clean_process_whose_parent_is_gone_leaves_at_once(tmp_path: Path) -> None:
+def test_a_clean_process_whose_parent_has_ended_ends_at_once(tmp_path: Path) -> None:
     (tmp_path / "order.json").write_text('{"parent": 1}')
     command = [sys.executable, "-I", "-B", clean_process.__file__, str(tmp_path / "order.json")]
     assert subprocess.run(command, check=False).returncode == clean_process.ORPHANED
