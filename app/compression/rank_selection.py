@@ -41,13 +41,13 @@ from app.network.graph import Graph
 from app.network.layers.shapes import Shape
 from app.pruning.budget import BudgetUnreachable
 from app.pruning.channel_rules import FloatArray, IntArray
+from app.pruning.group_limits import HEAVIEST
 from app.spec.low_rank import LowRank
 
 Spectra = Mapping[str, FloatArray]
 """Layer -> the energy that is lost with rank 0, 1, ... full, or with each pair of ranks (inputs x outputs)."""
 
 MOST_STEPS = 64  # ranks of one side that cuts are chosen from: 4,096 x 4,096 pairs would take gigabytes
-HEAVIEST = 3  # layers that an unreachable budget names
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from app.validation.faults import counted
 
 BLOCKS = (16, 8, 4, 2, 1)  # channels that widths may be multiples of, where nothing else is said
 STEPS = 3  # that a group has at least between its width and nothing
+HEAVIEST = 3  # layers that an unreachable budget names
 
 _TIED = "tied to {}, which is excluded"
 _NOT_MEASURED = "another group is measured"
@@ -121,7 +122,7 @@ def heaviest_layers(
     whole = max(1, sum(costs.values()))
     limits_of = _limits_of_layers(classes, limits)
     phrases = []
-    for name in sorted(costs, key=lambda name: -costs[name])[:3]:
+    for name in sorted(costs, key=lambda name: -costs[name])[:HEAVIEST]:
         home = graph[name].home
         if costs[name] and home in limits_of:
             held = next((_for_layer(name, each.held) for each in limits_of[home] if each.held is not None), None)

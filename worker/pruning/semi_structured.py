@@ -3,7 +3,7 @@
     keep = pattern_keep(scores, matrix, 2, 4, dead)                    # one layer
     keep = blocks_keep({name: BlockScores.of(...), ...}, sparsity)     # one ranking over all of these layers
 
-Scores, `dead` and `keep` are flat, in the weight's row-major order; `dead` are the weights that an earlier
+WeightScores, `dead` and `keep` are flat, in the weight's row-major order; `dead` are the weights that an earlier
 step has pruned: they stay pruned, and count first. The weakest are removed; of equal scores the first ones.
 
 No runtime that we export to computes either form faster. 2:4 is what NVIDIA's sparse tensor cores compute (Mishra et al.,
@@ -25,11 +25,11 @@ from app.pruning.sparsity_allocation import blocks_to_remove
 from app.pruning.weight_matrix import WeightMatrix
 from app.spec.prune import Criterion
 
-Scores = npt.NDArray[np.floating[Any]]
+WeightScores = npt.NDArray[np.floating[Any]]
 """One number a weight, at least 0: float64, or the weight's own type."""
 
 
-def pattern_keep(scores: Scores, matrix: WeightMatrix, kept: int, of: int, dead: BoolArray | None) -> BoolArray:
+def pattern_keep(scores: WeightScores, matrix: WeightMatrix, kept: int, of: int, dead: BoolArray | None) -> BoolArray:
     """Which weights stay so that of `of` in a row along the inputs `kept` do, fewer where more are dead.
 
     Args:
@@ -57,14 +57,14 @@ class BlockScores:
     """The blocks of one layer: the block of each weight (flat), and for each block its score and living weights."""
 
     block_of: IntArray
-    scores: Scores
+    scores: WeightScores
     alive: IntArray
     dead: BoolArray | None
 
     @classmethod
     def of(
         cls,
-        values: Scores,
+        values: WeightScores,
         matrix: WeightMatrix,
         shape: tuple[int, int],
         criterion: Criterion,

@@ -23,7 +23,7 @@ from app.pruning.weight_matrix import erk_axes, weight_matrix, why_dense
 from app.spec.prune import Prune
 from worker.network import Network
 from worker.pruning.importance import check_finite, prunable_weights, weight_scores
-from worker.pruning.semi_structured import BlockScores, Scores, blocks_keep, pattern_keep
+from worker.pruning.semi_structured import BlockScores, WeightScores, blocks_keep, pattern_keep
 from worker.training.masks import Masks
 
 
@@ -138,7 +138,7 @@ def _keep_strongest(layers: Mapping[str, _Layer], sparsity: float, step: Prune, 
     return {name: _strongest({name: scores[name]}, sizes[name] - kept[name])[name] for name in scores}
 
 
-def _scores(name: str, layer: _Layer, step: Prune, seed: int) -> Scores:
+def _scores(name: str, layer: _Layer, step: Prune, seed: int) -> WeightScores:
     return weight_scores(f"{name}.weight", layer.weight, step.criterion, seed=seed)
 
 
@@ -163,7 +163,7 @@ def _keep_above_threshold(name: str, layer: _Layer, threshold: float) -> BoolArr
     return keep
 
 
-def _strongest(scores: Mapping[str, Scores], zeros: int) -> dict[str, BoolArray]:
+def _strongest(scores: Mapping[str, WeightScores], zeros: int) -> dict[str, BoolArray]:
     """Which weights stay when the weakest `zeros` of all of them are removed.
 
     Selection, not sorting: everything below the k-th score is removed, of the weights that equal it the first ones.

@@ -186,7 +186,7 @@ def test_classes_depend_neither_on_names_nor_on_the_order_of_layers(seed: int) -
     other, names = in_another_order(graph, seed)
     mine, theirs = partition(graph, {name: name for name in names.values()}), partition(other, names)
     assert mine.keys() == theirs.keys()
-    for places, reason in mine.items():  # of two reasons the first layer's is told
+    for places, reason in mine.items():  # of two reasons the first layer's counts
         assert (reason is None) == (theirs[places] is None)
 
 

@@ -140,7 +140,7 @@ def test_fpgm_ranks_a_duplicated_filter_below_the_others() -> None:
 
 
 def gate_derivative(network: Network, layer_name: str, channel: int, images: Tensor, labels: Tensor) -> float:
-    """d loss / d gate of one channel behind a layer, by central differences."""
+    """d loss / d gate of one channel after a layer, by central differences."""
     values = []
     for gate in (1 + 1e-5, 1 - 1e-5):
 
@@ -160,7 +160,7 @@ def test_taylor_is_the_squared_derivative_of_the_loss_by_a_gate_on_the_channel()
     network = network_of(CHAIN).eval()
     data = batches(network)
     found = scores(network, "taylor", batches=data)
-    for gated, layer_name in (("a", "n"), ("b", "b")):  # behind the batch norm; behind the convolution itself
+    for gated, layer_name in (("a", "n"), ("b", "b")):  # after the batch norm; after the convolution itself
         for channel, score in enumerate(of_node(network, found, gated)):
             expected = np.mean([gate_derivative(network, layer_name, channel, *batch) ** 2 for batch in data])
             assert score == pytest.approx(expected, rel=1e-4, abs=1e-12)

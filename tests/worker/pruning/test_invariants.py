@@ -226,7 +226,7 @@ def test_scores_depend_neither_on_the_order_of_batches_nor_on_the_run(name: str)
 
 
 def gate(network: Network, classes: Classes, c: int, factor: float) -> list[Any]:
-    """Hooks that multiply the channels of class `c` behind every layer that makes them (behind its norm, if alone)."""
+    """Hooks that multiply the channels of class `c` after every layer that makes them (after its norm, if alone)."""
     graph, hooks = network.graph, []
     for owner in dict.fromkeys(axis.layer for axis in classes.axes if axis.role == "out"):
         places = graph.places(owner)
