@@ -43,7 +43,7 @@ def measure_here(name: str, size: int, criterion: str, scope: str) -> Row:
     from app.spec.prune import Prune
     from worker.network import build_network
     from worker.precision import choose_precision
-    from worker.pruning.importance import class_scores
+    from worker.pruning.importance import channel_scores
     from worker.pruning.schedules import prune_stages
     from worker.run.removal import RemovalContext, cut_channels
 
@@ -75,7 +75,7 @@ def measure_here(name: str, size: int, criterion: str, scope: str) -> Row:
     began = time.process_time()
     classes = channel_classes(plan.baseline)
     grouped = time.process_time()
-    class_scores(network, classes, settled.criterion, seed=0)
+    channel_scores(network, classes, settled.criterion, seed=0)
     scored = time.process_time()
     parts = {"groups": grouped - began, "score": scored - grouped, "choose and cut": total - (scored - began)}
     return {"seconds": parts, "total": total, "kept": kept, "weights_bytes": weights, "memory_bytes": peak}

@@ -22,8 +22,9 @@ from app.network.blocks import WEIGHTED, last_layers
 from app.network.cost import Cost, cost
 from app.network.graph import Graph
 from app.network.node import Node
-from app.pruning.budget import BudgetUnreachable, Removals, choose_block, choose_removals, prunable_groups, why_kept
+from app.pruning.budget import BudgetUnreachable, Removals, choose_block, choose_removals
 from app.pruning.channel_classes import Classes, TooManyChannels, channel_classes, shrink_graph
+from app.pruning.group_limits import prunable_groups, why_kept
 from app.pruning.zeros import dense_layers, planned_zeros
 from app.spec.low_rank import LowRank, Separable
 from app.spec.optimizations import Optimization

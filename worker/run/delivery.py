@@ -21,7 +21,7 @@ from worker.run.int8 import Int8File, int8_document, int8_measures, int8_row, ma
 from worker.run.job import Job
 from worker.run.report import class_rows, compressed_bytes, environment, measures, sparse_file
 from worker.run.sensitivity import table_document
-from worker.verification.verification import Logits, NetworkKey, compute_logits, prove
+from worker.verification.verification import Logits, NetworkKey, compute_logits, verify_files
 
 REPORT = "report.json"
 
@@ -91,7 +91,7 @@ def _deliver(job: Job, stopped_early: bool) -> Delivered:
     files = _export(job, dense, pruned, int8, folder)
     if int8 is not None and int8.met:
         references["int8"] = int8.logits
-    proof = prove(
+    proof = verify_files(
         folder,
         images=test.images,
         labels=test.labels,

@@ -19,7 +19,6 @@ from app.compression.int8 import INTEGER, float_layers
 from app.network.cost import cost
 from app.spec.quantize import Quantize
 from worker.compression.quantization import (
-    Logits,
     Quantized,
     Quantizer,
     Sample,
@@ -36,7 +35,7 @@ from worker.network import Network
 from worker.run.job import QUANTIZING, Job
 from worker.run.removal import layer_rows
 from worker.verification.saturation import EVERYWHERE, SATURATES_ABOVE, PairSums, read_pair_sums
-from worker.verification.verification import proof_batch_size
+from worker.verification.verification import Logits, verification_batch_size
 
 MOST_CHOSEN_ON, FEWEST_CHOSEN_ON = 10_000, 500  # images; between them as many as CHOSEN_ON_MACS allow
 CHOSEN_ON_MACS = 5e11
@@ -118,7 +117,7 @@ def _make(job: Job, network: Network, wanted_NK: Logits, step: Quantize, began: 
     found = quantize(quantizer, chosen_on, most_drop=step.max_accuracy_drop, exclude=step.exclude)
     # batches as in the clean process of the proof
     largest = max((graph, job.plan.baseline), key=lambda one: cost(one).macs)
-    test = Sample(job.splits.test, job.preprocessing, proof_batch_size(largest))
+    test = Sample(job.splits.test, job.preprocessing, verification_batch_size(largest))
     logits_NK = quantizer.logits(found.file, test)
     labels_N = job.splits.test.labels
     before, scores = score(wanted_NK, labels_N), score(logits_NK, labels_N)
@@ -155,7 +154,7 @@ def _samples(job: Job, step: Quantize, network: Network) -> tuple[Sample, Sample
     train, held_out, seed = job.splits.train, job.splits.validation, job.training.seed
     order = np.random.default_rng(derive_seed(seed, "int8")).permutation(len(train))
     drawn, rest = order[: step.calibration_images], order[step.calibration_images :]
-    size = proof_batch_size(network.graph)
+    size = verification_batch_size(network.graph)
     calibration = Sample(train.take(drawn), job.preprocessing, calibration_batch_size(network.graph))
     affordable = int(CHOSEN_ON_MACS / max(1, cost(network.graph).macs))
     most = max(FEWEST_CHOSEN_ON, min(MOST_CHOSEN_ON, affordable))

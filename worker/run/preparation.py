@@ -10,8 +10,8 @@ from app.datasets.packed.packed import read_manifest
 from app.errors import DataInvalid, InvalidSpec, SourceUnavailable
 from app.network.architecture import Preprocessing
 from app.planning.plan import JobLimits, Plan, make_plan
-from app.pruning.budget import prunable_groups
 from app.pruning.channel_classes import channel_classes
+from app.pruning.group_limits import prunable_groups
 from app.spec.job import JobSpec, parse_job
 from app.spec.optimizations import Compression
 from app.spec.quantize import Quantize

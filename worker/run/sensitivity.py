@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from app.network.cost import cost
-from app.pruning.budget import choose_removals, prunable_groups, why_kept
+from app.pruning.budget import choose_removals
 from app.pruning.channel_classes import Classes, Group, channel_classes
+from app.pruning.group_limits import prunable_groups, why_kept
 from app.spec.sensitivity import Sensitivity
 from worker.evaluation import score
 from worker.network import Network
-from worker.pruning.importance import class_scores
+from worker.pruning.importance import channel_scores
 from worker.pruning.surgery import shrink
 from worker.run.job import Job
 from worker.run.removal import recalibrate
@@ -37,7 +38,7 @@ def tabulate(job: Job) -> None:
     network = reached.network
     classes = channel_classes(network.graph)
     groups = prunable_groups(network.graph, classes, options.step(options.kept[-1]))
-    scores = class_scores(
+    scores = channel_scores(
         network,
         classes,
         options.criterion,

@@ -14,12 +14,12 @@ from app.spec.prune import Prune
 from worker.data.dataset import derive_seed
 from worker.network import Network, snapshot
 from worker.pruning.schedules import retrain_schedule
-from worker.pruning.weight_masks import pruned_part
+from worker.pruning.weight_masks import joined_masks, pruned_part
 from worker.run.handlers import compression_handler
 from worker.run.job import Job, Stage, stage_name
 from worker.run.monitor import Interrupted
 from worker.run.record import StepRecord
-from worker.run.removal import check_budget, joined_masks, recalibrate
+from worker.run.removal import check_budget, recalibrate
 from worker.run.report import measures
 from worker.run.sensitivity import tabulate
 from worker.training.learning_rate import learning_rate

@@ -110,7 +110,9 @@ def test_a_taught_training_moves_towards_the_teacher(data: Path, sources: Path, 
         images, _ = next(job.removal_context.plain())
         taught = job.reached.network.eval()(images).argmax(1)
         assert float((taught == teacher(images).argmax(1)).float().mean()) > 0.8
-    assert any(note.startswith("job teacher (baseline) was the teacher: its accuracy") for note in job.reached.record.notes)
+    assert any(
+        note.startswith("job teacher (baseline) was the teacher: its accuracy") for note in job.reached.record.notes
+    )
 
 
 def lesson_of(job: Job) -> Any:

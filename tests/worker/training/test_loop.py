@@ -19,6 +19,7 @@ from worker.evaluation import evaluate
 from worker.network import Network, build_network, snapshot
 from worker.precision import Precision, choose_precision
 from worker.pruning.weight_masks import weight_masks
+from worker.run.state import place_masks
 from worker.training.learning_rate import learning_rate
 from worker.training.loop import EpochResult, Fit, NonFiniteLoss, Recipe, Window
 from worker.training.losses import cross_entropy
@@ -120,7 +121,7 @@ def resumed(make: Callable[[], Fit], step: int) -> Fit:
     second = make()
     second.network.load_state_dict(weights)
     if first.masks is not None:
-        second.masks = Masks.from_state(first.masks.state())
+        second.masks = place_masks(first.masks.state(), second.network)
     restore_fit(second, tensors, state)
     second.run(Watching())
     return second
