@@ -180,7 +180,7 @@ class ProductHandler(CompressionHandler):
     def remove(self, job: Job, step: LowRank | Separable, removal: PruningRound, record: StepRecord) -> None:
         """Replace the job's network by one with products; note what became of each layer."""
         reached = job.reached
-        network, record.fates = replace_trained_layers(reached.network, step, baseline=job.removal_context.baseline)
+        network, record.outcomes = replace_trained_layers(reached.network, step, baseline=job.removal_context.baseline)
         if network is reached.network:
             reached.record.note(
                 f"/optimizations/{record.position}: no layer was replaced; the rows of its layers say why"
@@ -191,9 +191,9 @@ class ProductHandler(CompressionHandler):
     def layers(self, job: Job, step: LowRank | Separable, record: StepRecord) -> list[Row]:
         """What each layer was replaced by, or why it was not; a note where accuracy was lost."""
         assert record.after is not None
-        if sentence := loss_note(step.type, record.before, record.after, record.fates):
+        if sentence := loss_note(step.type, record.before, record.after, record.outcomes):
             job.reached.record.note(sentence)
-        return replaced_rows(job.reached.network, graph_at_start(job, record), record.fates)
+        return replaced_rows(job.reached.network, graph_at_start(job, record), record.outcomes)
 
 
 _REWRITE, _TERM, _PRODUCT = RewriteHandler(), TrainingTermHandler(), ProductHandler()

@@ -1,6 +1,6 @@
 """How far a job is, over all of its phases, and how long the rest takes.
 
-The course is laid out before the first step: one part for each phase, with the seconds it would take on a nominal
+All phases are estimated before the first step, each with the seconds that it would take on a nominal
 machine. The fraction done depends on the position alone, so it never falls, also across attempts. The time left is the
 estimate, corrected by how fast the training really is.
 """

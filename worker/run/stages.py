@@ -232,7 +232,7 @@ def _recipe(job: Job, stage: Stage, steps_per_epoch: int) -> Recipe:
     step = job.compression(stage)
     record = job.reached.record.steps[-1]
     # what replaces a layer is new and trains like any other: it has to recover what the product lost
-    new = {name for past in job.reached.record.steps for name, fate in past.fates.items() if "parts" in fate}
+    new = {name for past in job.reached.record.steps for name, outcome in past.outcomes.items() if "parts" in outcome}
 
     def regrow(network: Network, sparsity: float, previous: Masks | None) -> Masks:
         assert isinstance(step, Prune), "only masks grow during a retraining"
