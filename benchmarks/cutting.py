@@ -36,17 +36,16 @@ def measure_here(name: str, size: int, criterion: str, scope: str) -> Row:
     """Seconds of each part and the peak of memory, in this process, which has measured nothing before."""
     import torch
 
-    from app.planning.plan import make_plan
+    from app.planning.plan import JobLimits, make_plan
     from app.pruning.channel_classes import channel_classes
     from app.spec.data import DataFacts
     from app.spec.job import parse_job
     from app.spec.prune import Prune
     from worker.network import build_network
     from worker.precision import choose_precision
-    from worker.pruning.importance import class_scores
+    from worker.pruning.importance import channel_scores
     from worker.pruning.schedules import prune_stages
     from worker.run.removal import RemovalContext, cut_channels
-    from worker.run.state import NO_LIMITS
 
     torch.set_num_threads(1)
     shape = (3, size, size)
@@ -58,13 +57,13 @@ def measure_here(name: str, size: int, criterion: str, scope: str) -> Row:
         "model": {"preset": name, "input_shape": list(shape)},
         "optimizations": [step],
     }
-    plan = make_plan(parse_job(document), facts, limits=NO_LIMITS)
+    plan = make_plan(parse_job(document), facts, limits=JobLimits.none())
     (settled,) = plan.spec.optimizations
     assert isinstance(settled, Prune)
     precision = choose_precision(plan.spec.training, "cpu", spatial_axes=2)
     before_network = _resident()
     network = build_network(plan.baseline, seed=0).eval()
-    precision.place(network)
+    precision.to_device(network)
     context = RemovalContext(lambda: iter(()), 0, precision, plan.baseline_cost, lambda: network)
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     Path("/proc/self/clear_refs").write_text("5")  # the highest resident memory counts from here
@@ -76,7 +75,7 @@ def measure_here(name: str, size: int, criterion: str, scope: str) -> Row:
     began = time.process_time()
     classes = channel_classes(plan.baseline)
     grouped = time.process_time()
-    class_scores(network, classes, settled.criterion, seed=0)
+    channel_scores(network, classes, settled.criterion, seed=0)
     scored = time.process_time()
     parts = {"groups": grouped - began, "score": scored - grouped, "choose and cut": total - (scored - began)}
     return {"seconds": parts, "total": total, "kept": kept, "weights_bytes": weights, "memory_bytes": peak}

@@ -22,7 +22,7 @@ from torch.nn.utils import prune
 
 from worker.evaluation import evaluate
 from worker.export.pytorch_source import model_source
-from worker.run.preparation import Job
+from worker.run.job import Job
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 RETRAINING_STAGE = 3  # of a job with one compression: training, evaluating, pruning, retraining

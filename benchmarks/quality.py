@@ -41,9 +41,10 @@ from app.network.presets.registry import preset_layers
 from app.spec.prune import Prune
 from worker.evaluation import Scores
 from worker.journal import MemoryJournal
-from worker.network import put, snapshot
+from worker.network import assign_tensors, snapshot
 from worker.pruning.schedules import retrain_schedule
 from worker.run import preparation, stages
+from worker.run.job import Job, Task
 
 CACHE = records.ROOT / "var" / "benchmarks" / "cache"
 AFTER_TRAINING = 2  # stages of every job: training, evaluating
@@ -152,11 +153,11 @@ class Bench:
         self.threads, self.device, self.cache = threads, device, cache
         self._compared: set[Setting] = set()
 
-    def prepare(self, setting: Setting, optimizations: Sequence[dict[str, Any]], scratch: Path) -> preparation.Job:
+    def prepare(self, setting: Setting, optimizations: Sequence[dict[str, Any]], scratch: Path) -> Job:
         """A job before its first stage."""
         folder = data_sets.packed(setting.data, self.cache)
         spec = setting.spec(optimizations)
-        task = preparation.Task("quality", 1, spec, folder, scratch, threads=self.threads, device=self.device)
+        task = Task("quality", 1, spec, folder, scratch, threads=self.threads, device=self.device)
         return preparation.prepare(task, MemoryJournal(keep=False))
 
     def dense(self, setting: Setting) -> Dense:
@@ -168,7 +169,7 @@ class Bench:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory() as scratch:
                 job = self.prepare(setting, [], Path(scratch))
-                stages.carry_out(job)
+                stages.run_stages(job)
                 job.close()
             baseline = job.reached.record.baseline
             assert baseline is not None
@@ -197,7 +198,7 @@ class Bench:
                     job.close()
         return found | {"seconds": round(time.perf_counter() - began, 1)}
 
-    def _compare_starts(self, job: preparation.Job, setting: Setting, dense: Dense) -> None:
+    def _compare_starts(self, job: Job, setting: Setting, dense: Dense) -> None:
         """Once a setting: the peers' network is the trained one, and both sides count alike."""
         if setting not in self._compared:
             network = peers.plain_network(job, dense.tensors)
@@ -219,14 +220,14 @@ def _step(setting: Setting, cell: Cell) -> dict[str, Any]:
     return plain | fields | {"retrain": plain["retrain"] | fields.get("retrain", {})}
 
 
-def _our_result(job: preparation.Job, dense: Dense) -> Row:
+def _our_result(job: Job, dense: Dense) -> Row:
     """Carry out the job's stages from the trained network on."""
     reached = job.reached
-    put(reached.network, {name: tensor.to(job.precision.device) for name, tensor in dense.tensors.items()})
+    assign_tensors(reached.network, {name: tensor.to(job.precision.device) for name, tensor in dense.tensors.items()})
     reached.kept["baseline"] = snapshot(reached.network)
     reached.record.baseline = reached.record.latest = dense.scores
     reached.stage = AFTER_TRAINING
-    stages.carry_out(job)
+    stages.run_stages(job)
     after, record = job.reached.record.latest, job.reached.record.steps[-1]
     assert after is not None
     network = job.reached.network
@@ -239,7 +240,7 @@ def _our_result(job: preparation.Job, dense: Dense) -> Row:
     }
 
 
-def _peer_result(job: preparation.Job, dense: Dense, setting: Setting, cell: Cell) -> Row:
+def _peer_result(job: Job, dense: Dense, setting: Setting, cell: Cell) -> Row:
     step = job.plan.spec.optimizations[0]
     assert isinstance(step, Prune)
     network = peers.plain_network(job, dense.tensors)

@@ -32,6 +32,7 @@ from app.spec.data import Synthetic
 from worker.export.pytorch_source import model_source
 from worker.journal import MemoryJournal, Progress
 from worker.run import preparation, stages
+from worker.run.job import Job, Task
 from worker.run.monitor import JobMonitor
 from worker.training.loop import EpochResult, Fit
 
@@ -42,7 +43,7 @@ CLASSES = 10
 SHIFT = 4
 
 
-def bare_network(name: str, job: preparation.Job) -> nn.Module:
+def bare_network(name: str, job: Job) -> nn.Module:
     """The job's network in plain torch.nn, pooling first where the job's pools first."""
     channels, *sizes = SHAPES[name]
     if name == "resnet20":  # no pooling before an activation: the source that a job delivers is already bare
@@ -64,7 +65,7 @@ def bare_network(name: str, job: preparation.Job) -> nn.Module:
 class BareLoop:
     """The loop that one writes by hand for this data and this machine."""
 
-    def __init__(self, job: preparation.Job, name: str, *, augment: bool) -> None:
+    def __init__(self, job: Job, name: str, *, augment: bool) -> None:
         part = job.splits.train
         self.network = bare_network(name, job).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         values = [tensor for tensor in job.reached.network.state_dict().values() if tensor.is_floating_point()]
@@ -157,15 +158,15 @@ def measure(name: str, *, images: int, rounds: int, threads: int, augment: bool)
         data = ensure_synthetic(Synthetic.model_validate(synthetic), shape, Path(folder) / "cache")
         scratch = Path(folder) / "scratch"
         scratch.mkdir()
-        task = preparation.Task("benchmark", 1, document, data, scratch, threads=threads, device="cpu")
+        task = Task("benchmark", 1, document, data, scratch, threads=threads, device="cpu")
         job = preparation.prepare(task, Echo(keep=False))
-        monitor = TakingTurns(job.journal, job.monitor.tracker, job.checkpoints)
-        monitor.reached, monitor.ours, monitor.theirs = job.reached, [], []
+        monitor = TakingTurns(job)
+        monitor.ours, monitor.theirs = [], []
         job.monitor = monitor
         monitor.bare = BareLoop(job, name, augment=augment)
         monitor.bare.epoch()
         monitor.began = time.perf_counter()
-        stages.carry_out(job)
+        stages.run_stages(job)
         job.close()
     ours, theirs = monitor.ours[1:], monitor.theirs[1:]
     ratios = [one / other for one, other in zip(ours, theirs, strict=True)]

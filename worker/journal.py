@@ -1,4 +1,4 @@
-"""What a running job tells the outside, and the one thing it asks: does the user wish something?"""
+"""The event sink of a running job: events, progress, metrics and checkpoints go out, the user's wishes come in."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class JournalEvent:
 class MemoryJournal:
     """A journal that keeps everything: for tests, and for running a job without the service.
 
-    `wishes` is asked before each step with the last progress, so that a caller can wish something at an exact place;
+    `wishes` is asked before each step with the last progress, so that a caller can ask for something at an exact place;
     `echo` gets one line for each event; with `keep` False checkpoints are deleted as soon as they are announced.
     """
 

@@ -1,7 +1,7 @@
-"""How long one answer takes, dense against pruned, per runtime and batch size.
+"""How long one forward pass takes, dense against pruned, per runtime and batch size.
 
 Protocol: CPU, a stated number of threads, warm-up, the two networks take turns run by run (so that a busy machine slows
-both), median and 95th percentile. Ratios are what to compare; milliseconds belong to the machine.
+both), median and 95th percentile. Ratios are what to compare; milliseconds depend on the machine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BATCH_SIZES = (1, 32)
 MOST_RUNS = 200
 FEWEST_RUNS = 5
 WARM_UP_RUNS = 20
-PATIENCE = 4  # times a measurement's share of the time, then one run has to do: a large network on one thread
+PATIENCE = 4  # times a measurement's share of the time, then one run is enough: a large network on one thread
 NO_GAIN = 0.95  # a ratio of medians above this is within the noise of a busy machine
 
 Timings = dict[str, dict[str, dict[str, float]]]
@@ -64,10 +64,10 @@ def measure_latency(
 
     Args:
         dense, pruned: networks of the same input shape; they are copied, not touched.
-        threads: of either runtime; torch's own setting is put back afterwards.
-        int8: the 8-bit ONNX file of the pruned network, which takes turns with the two in onnxruntime.
-        seconds: of measuring in total, shared by all runtimes and batch sizes. A large network is given up to four
-            times that for five runs, and at least one.
+        threads: of either runtime; torch's own setting is restored afterwards.
+        int8: the 8-bit ONNX file of the pruned network, which takes turns with the two networks in onnxruntime.
+        seconds: of measuring in total, shared by all runtimes and batch sizes. A large network may take up to four
+            times that for five runs, and has at least one.
         batch_sizes: examples per run.
         waiting: called between the measurements; may raise to give up.
     """
@@ -101,7 +101,7 @@ class Stopwatch:
 
     `dense_ms` is the median of the dense network. A time is the dense network's times the ratio of the medians of one
     measurement, so that a machine that is busy for a while slows both. `clock` counts seconds; `time.thread_time`
-    leaves out those in which others had the processor.
+    does not count those in which others had the processor.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ def _notes(
     runtime: str, dense: Mapping[str, Mapping[str, float]], pruned: Mapping[str, Mapping[str, float]], change: Change
 ) -> Iterator[str]:
     """One sentence for a runtime in which the pruned network is not faster; none where nothing was pruned."""
-    figures = _slow(pruned, dense)
+    figures = _slow_figures(pruned, dense)
     if not figures or change == "none":
         return
     if change == "zeros":
@@ -223,20 +223,20 @@ def _notes(
         )
     else:
         yield (
-            f"the smaller network is not faster in {runtime}: {figures}; at this size the time goes into starting each "
-            "layer or into widths that the runtime pads (see round_to)."
+            f"the smaller network is not faster in {runtime}: {figures}; at this size most of the time is spent on "
+            "starting each layer, or on widths that the runtime pads (see round_to)."
         )
 
 
 def _int8_notes(int8: Timings, floating: Timings) -> Iterator[str]:
     """One sentence where the 8-bit file is not faster than the float32 file of the same network."""
-    if int8 and (figures := _slow(int8["onnxruntime"], floating["onnxruntime"])):
+    if int8 and (figures := _slow_figures(int8["onnxruntime"], floating["onnxruntime"])):
         yield (
             f"8 bits are not faster than float32 in onnxruntime on this processor: {figures}; they make the file smaller"
         )
 
 
-def _slow(found: Mapping[str, Mapping[str, float]], before: Mapping[str, Mapping[str, float]]) -> str:
+def _slow_figures(found: Mapping[str, Mapping[str, float]], before: Mapping[str, Mapping[str, float]]) -> str:
     """The figures of the batch sizes at which `found` brings no gain over `before`; empty where it does at all."""
     return ", ".join(
         f"{found[key]['p50']:.3g} ms against {before[key]['p50']:.3g} ms at batch {key.removeprefix('batch_')}"
@@ -267,7 +267,7 @@ def _noise(shape: tuple[int, ...]) -> NDArray[np.float32]:
 
 @contextmanager
 def _torch_threads(threads: int) -> Iterator[None]:
-    """torch with this many threads inside, and as before after it."""
+    """Set the number of torch's threads, and set it back at the end."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -212,7 +212,7 @@ def snapshot(network: Network) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def put(network: Network, tensors: dict[str, Tensor]) -> None:
+def assign_tensors(network: Network, tensors: dict[str, Tensor]) -> None:
     """Give the network these values, in place: names, shapes and layouts stay.
 
     Raises KeyError for a name and RuntimeError for a shape that the network does not have.

@@ -1,12 +1,11 @@
 """A job from its description to its files: the run's table of contents.
 
-prepare     plan, data, network, and where an earlier attempt left it            preparation.py
-carry_out   train; for each pruning step score, choose, mask or remove,          stages.py, training.py,
-compressing.py
-            recalibrate, retrain; evaluate after each
-deliver     measure latencies, export, prove each file, report                   delivery.py
+prepare       plan, data, network, and where an earlier attempt left it     run/preparation.py
+run_stages    train; for each compression score, choose, mask or remove,    run/stages.py, run/handlers.py,
+              recalibrate, retrain; evaluate after each                     training/loop.py
+deliver       measure latencies, export, verify each file, report           run/delivery.py
 
-python -m worker.pipeline SPEC.json DATA_FOLDER OUT_FOLDER       runs one job alone, without the service
+python -m worker.pipeline SPEC.json DATA_FOLDER OUT_FOLDER      runs one job alone, without the service
 """
 
 from __future__ import annotations
@@ -24,9 +23,10 @@ from typing import Any
 from app.errors import InvalidSpec, JobError
 from worker.journal import Journal, MemoryJournal
 from worker.run.delivery import Delivered, Delivery, deliver
+from worker.run.job import Task
 from worker.run.monitor import Interrupted
-from worker.run.preparation import Task, prepare
-from worker.run.stages import carry_out
+from worker.run.preparation import prepare
+from worker.run.stages import run_stages
 
 __all__ = ["Cancelled", "Delivered", "Delivery", "Outcome", "Paused", "Task", "run"]
 
@@ -53,7 +53,7 @@ def run(task: Task, journal: Journal) -> Outcome:
     """
     job = prepare(task, journal)
     try:
-        stopped_early = carry_out(job)
+        stopped_early = run_stages(job)
         return deliver(job, stopped_early=stopped_early)
     except Interrupted as told:
         return Paused() if told.wish == "pause" else Cancelled()
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             advice = f" ({error.advice})" if isinstance(error, JobError) else ""
             print(f"{error.code}: {error.message}{advice}", file=sys.stderr)
             return 1
-        assert isinstance(outcome, Delivered), "nobody wished otherwise"
+        assert isinstance(outcome, Delivered), "without a service nobody can ask for a pause or a cancel"
         for delivery in outcome.artifacts:
             shutil.move(delivery.path, options.out / delivery.name)
     print(table(outcome.summary))

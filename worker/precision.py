@@ -42,7 +42,7 @@ class Precision:
             return torch.contiguous_format
         return {4: torch.channels_last, 5: torch.channels_last_3d}.get(dimensions, torch.contiguous_format)
 
-    def place(self, network: nn.Module) -> None:
+    def to_device(self, network: nn.Module) -> None:
         """Put the network's tensors on the device, in its layout, in place."""
         for module in network.modules():
             for tensor in _own_tensors(module):

@@ -35,7 +35,7 @@ EXIT_CODES: tuple[tuple[type[JobError], int], ...] = ((DataInvalid, 64), (Diverg
 class LineJournal:
     """The journal that the pipeline writes: every entry is one line on the supervisor's pipe."""
 
-    def __init__(self, output: IO[str], wishes: Wishes, *, job: str, attempt: int) -> None:
+    def __init__(self, output: IO[str], wishes: SupervisorLines, *, job: str, attempt: int) -> None:
         self._output = output
         self._wishes = wishes
         self._owner: dict[str, JsonValue] = {"job": job, "attempt": attempt}
@@ -77,8 +77,8 @@ class LineJournal:
         return self._wishes.current
 
 
-class Wishes:
-    """What the supervisor last said, read by a thread of its own."""
+class SupervisorLines:
+    """What the supervisor last sent, read by a thread of its own."""
 
     def __init__(self, lines: IO[str]) -> None:
         self.current: Wish | None = None
@@ -89,7 +89,7 @@ class Wishes:
         self._running = threading.Event()
 
     def listen(self) -> None:
-        """Start to listen; the process ends when the supervisor is gone or silent."""
+        """Start to read; end the process when the supervisor is gone or silent."""
         threading.Thread(target=self._read, name="supervisor-lines", daemon=True).start()
         threading.Thread(target=self._watch, name="supervisor-watch", daemon=True).start()
 
@@ -114,14 +114,14 @@ class Wishes:
 
 
 def main() -> NoReturn:
-    """Wait for one job, run it, say how it ended."""
+    """Wait for one job, run it, and send how it ended."""
     end_with_parent(signal.SIGKILL)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)  # a hung trainer shows its stack before it is killed
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the supervisor decides
-    _be_the_first_to_go()
+    _prefer_as_oom_victim()
     output = _take_stdout()
-    wishes = Wishes(sys.stdin)
+    wishes = SupervisorLines(sys.stdin)
     wishes.listen()
     device = _warm_up()
     output.write(json.dumps({"line": "ready", "pid": os.getpid(), "device": device}) + "\n")
@@ -178,8 +178,8 @@ def _take_stdout() -> IO[str]:
     return pipe
 
 
-def _be_the_first_to_go() -> None:
-    """When the machine runs out of memory the kernel takes the trainer, not the supervisor; no core dumps."""
+def _prefer_as_oom_victim() -> None:
+    """Make the kernel end the trainer, not the supervisor, when memory runs out; switch core dumps off."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     adjustment = Path("/proc/self/oom_score_adj")
     if adjustment.exists():

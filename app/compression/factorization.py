@@ -31,14 +31,14 @@ from app.network.layers.sharing import unshared
 from app.network.node import Limits, Node
 from app.pruning.channel_rules import IntArray
 
-Role = Literal["reduce", "core", "depthwise", "expand"]
+PartRole = Literal["reduce", "core", "depthwise", "expand"]
 Ranks = tuple[int, ...]
 """One rank (linear, 1 x 1), or those of inputs and outputs; equal to `Factorable.widths`: the layer as it is."""
 
 LEAST_WIDTH = 16  # of inputs and outputs: below it a product costs more accuracy than multiply-accumulates
 LEAST_RANK = 8
 LEAST_SHARE = 0.1  # of the full rank: the floor of ranks that are chosen
-EXCLUDED = "excluded"
+_EXCLUDED = "excluded"
 NOT_NAMED = "not among the layers that are named"
 _NAMES = ("reduce", "core", "depthwise")  # that layers get beside the one that keeps its own
 
@@ -47,7 +47,7 @@ _NAMES = ("reduce", "core", "depthwise")  # that layers get beside the one that 
 class ProductPart:
     """One layer of a product; `role` "expand" or the last of all keeps the name of the layer that it replaces."""
 
-    role: Role
+    role: PartRole
     layer: Conv | ConvTranspose | Linear
 
     @property
@@ -56,8 +56,8 @@ class ProductPart:
         return self.layer.out_features if isinstance(self.layer, Linear) else self.layer.out_channels
 
 
-Product = tuple[tuple[str, ProductPart], ...]
-"""The layers that stand in the place of one, with their names; the last one has the name of the layer."""
+ProductLayers = tuple[tuple[str, ProductPart], ...]
+"""The layers that replace one, with their names; the last one has the name of the layer."""
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,13 @@ class Factorable:
             whole = rank == self.widths[0]
             weights = whole * (inputs * outputs) + (1 - whole) * rank * (inputs + outputs)
             return given * weights, weights
-        before, behind = ranks
-        reduce = (before < inputs) * inputs * before
-        core = before * behind * self.positions
-        expand = (behind < outputs) * behind * outputs
+        rank_in, rank_out = ranks
+        reduce = (rank_in < inputs) * inputs * rank_in
+        core = rank_in * rank_out * self.positions
+        expand = (rank_out < outputs) * rank_out * outputs
         return read * reduce + multiplied * core + given * expand, reduce + core + expand
 
-    def settled(self, ranks: Ranks, measure: str) -> Ranks:
+    def worthwhile_ranks(self, ranks: Ranks, measure: str) -> Ranks:
         """These ranks, with those left whole whose cut saves nothing: the cheapest layers that contain the product.
 
         `measure` is "macs", or "params" and "bytes"; the other one does not rise over the layer as it is.
@@ -141,7 +141,7 @@ class Factorable:
 
     def floor(self, round_to: int, measure: str) -> Ranks:
         """The cheapest ranks that may be chosen; `widths` where none of them saves anything."""
-        return self.settled(tuple(self.grid(mode, round_to)[0] for mode in range(len(self.widths))), measure)
+        return self.worthwhile_ranks(tuple(self.grid(mode, round_to)[0] for mode in range(len(self.widths))), measure)
 
     def parts(self, ranks: Ranks) -> tuple[ProductPart, ...]:
         """The layers of the product, in order, without names; the layer itself with full ranks."""
@@ -156,12 +156,12 @@ class Factorable:
         if self.is_plain:
             narrow = conv.model_copy(update={"out_channels": ranks[0], "bias": False, "in_channels": None, "groups": 1})
             return ProductPart("reduce", narrow), ProductPart("expand", _pointwise(conv.out_channels, bias=conv.bias))
-        (inputs, outputs), (before, behind) = self.channels, ranks
-        last = behind == outputs
+        (inputs, outputs), (rank_in, rank_out) = self.channels, ranks
+        last = rank_out == outputs
         core = conv.model_copy(
-            update={"out_channels": behind, "bias": conv.bias and last, "in_channels": None, "groups": 1}
+            update={"out_channels": rank_out, "bias": conv.bias and last, "in_channels": None, "groups": 1}
         )
-        found = [ProductPart("reduce", _pointwise(before, bias=False))] if before < inputs else []
+        found = [ProductPart("reduce", _pointwise(rank_in, bias=False))] if rank_in < inputs else []
         found.append(ProductPart("core", core))
         return (*found, *([] if last else [ProductPart("expand", _pointwise(outputs, bias=conv.bias))]))
 
@@ -170,14 +170,14 @@ def low_rank_layers(
     graph: Graph, *, only: Collection[str] | None = None, exclude: Collection[str] = ()
 ) -> tuple[dict[str, Factorable], dict[str, str]]:
     """(the layers that can become products, by name; for every other convolution and linear layer the reason)."""
-    return _sorted_out(graph, _why_no_product, only, exclude)
+    return _divide_layers(graph, _why_no_product, only, exclude)
 
 
 def separable_layers(
     graph: Graph, *, only: Collection[str] | None = None, exclude: Collection[str] = ()
 ) -> tuple[dict[str, Factorable], dict[str, str]]:
     """As `low_rank_layers`, of the convolutions that can become a depthwise and a 1 x 1 convolution."""
-    return _sorted_out(graph, _why_not_separable, only, exclude)
+    return _divide_layers(graph, _why_not_separable, only, exclude)
 
 
 def factorize(graph: Graph, ranks: Mapping[str, Ranks]) -> Graph:
@@ -199,7 +199,7 @@ def separate(graph: Graph, names: Iterable[str]) -> Graph:
     return _replaced(graph, {name: separable_parts(found[name]) for name in names})
 
 
-def stored_shapes(layer: Factorable, product: Product) -> dict[str, Shape]:
+def stored_shapes(layer: Factorable, product: ProductLayers) -> dict[str, Shape]:
     """The shapes of the product's tensors, by key."""
     width, axes = layer.channels[0], len(layer.node.shape) - 1
     shapes: dict[str, Shape] = {}
@@ -219,13 +219,13 @@ def separable_parts(layer: Factorable) -> tuple[ProductPart, ...]:
     return ProductPart("depthwise", depthwise), ProductPart("expand", _pointwise(conv.out_channels, bias=conv.bias))
 
 
-def part_names(graph: Graph) -> dict[str, dict[Role, str]]:
-    """For each convolution and linear layer the names of what could stand in its place, by role.
+def part_names(graph: Graph) -> dict[str, dict[PartRole, str]]:
+    """For each convolution and linear layer the names of the layers that could replace it, by role.
 
     Unique and free, and the same whichever layers are replaced; "expand" is the layer's own name.
     """
     taken = {node.name for node in graph.nodes}
-    names: dict[str, dict[Role, str]] = {}
+    names: dict[str, dict[PartRole, str]] = {}
     for node in graph.nodes:
         if node.type not in WEIGHTED:
             continue
@@ -241,7 +241,7 @@ def part_names(graph: Graph) -> dict[str, dict[Role, str]]:
     return names
 
 
-def named_parts(parts: tuple[ProductPart, ...], names: Mapping[Role, str]) -> Product:
+def named_parts(parts: tuple[ProductPart, ...], names: Mapping[PartRole, str]) -> ProductLayers:
     """The parts with their names: the last one has the layer's own, whatever its role."""
     return tuple((names["expand" if part is parts[-1] else part.role], part) for part in parts)
 
@@ -270,7 +270,7 @@ def _replaced(graph: Graph, products: Mapping[str, tuple[ProductPart, ...]]) -> 
 # --- which layers -----------------------------------------------------------------------------------------------------
 
 
-def _sorted_out(
+def _divide_layers(
     graph: Graph, why_not: Callable[[Factorable], str | None], only: Collection[str] | None, exclude: Collection[str]
 ) -> tuple[dict[str, Factorable], dict[str, str]]:
     found, reasons = {}, {}
@@ -281,7 +281,9 @@ def _sorted_out(
             reasons[node.name] = f"uses the weights of {node.shares}"
             continue
         layer = Factorable(node, graph.places(node.name))
-        reason = EXCLUDED if node.name in exclude else NOT_NAMED if only is not None and node.name not in only else None
+        reason = (
+            _EXCLUDED if node.name in exclude else NOT_NAMED if only is not None and node.name not in only else None
+        )
         reason = reason or why_not(layer)
         if reason is None:
             found[node.name] = layer

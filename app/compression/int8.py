@@ -1,6 +1,6 @@
 """What 8-bit integers can do for a network: which layers ONNX Runtime computes with them, and why the others stay.
 
-The table was found by trying: a test quantizes every layer of the job language and looks at what the runtime makes of it.
+The table is the result of trials: a test quantizes every layer of the job language and checks what the runtime does with it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from app.network.node import Node
 
 INTEGER = frozenset({"conv", "linear"})
 """Layers whose multiply-accumulates are done with integers of 8 bits; they decide whether there is a gain at all."""
-EXCLUDED = "excluded"
+_EXCLUDED = "excluded"
 _NO_KERNEL = "ONNX Runtime has no 8-bit kernel for it"
 FLOAT_REASONS: Mapping[str, str | None] = {
     "conv_transpose": _NO_KERNEL,
@@ -41,7 +41,7 @@ FLOAT_REASONS: Mapping[str, str | None] = {
 
 
 def integer_layers(graph: Graph, exclude: Collection[str] = ()) -> tuple[Node, ...]:
-    """The convolutions and linear layers that are quantized, but for those excluded; layers that share weights go along."""
+    """The convolutions and linear layers that are quantized, but for those excluded; with all that share their weights."""
     return tuple(node for node in graph.nodes if node.type in INTEGER and node.home not in exclude)
 
 
@@ -51,7 +51,7 @@ def float_layers(graph: Graph, exclude: Collection[str] = ()) -> dict[str, str]:
     left = {}
     for node in graph.nodes:
         if node.type in WEIGHTED and node.home in exclude:
-            left[node.name] = EXCLUDED
+            left[node.name] = _EXCLUDED
         elif (reason := FLOAT_REASONS[node.type]) is not None and node.name not in folded and not _copies(node):
             left[node.name] = reason
     return left

@@ -1,4 +1,4 @@
-"""Which batch norms vanish in a delivered ONNX file: those that can be folded into the layer before them."""
+"""Which batch norms a delivered ONNX file does not have: those that can be folded into the layer before them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from app.network.graph import Graph
 def folded_norms(graph: Graph) -> dict[str, str]:
     """Each batch norm that alone reads a convolution or linear layer of unshared weights, with the name of that layer.
 
-    Others stay: before a convolution (padding and activations are between) and behind a concat.
+    Others stay: before a convolution (padding and activations are between) and after a concat.
     """
     folded: dict[str, str] = {}
     for node in graph.nodes:

@@ -28,8 +28,8 @@ import numpy as np
 
 from app.compression.factorization import (
     Factorable,
+    PartRole,
     Ranks,
-    Role,
     factorize,
     low_rank_layers,
     named_parts,
@@ -41,13 +41,13 @@ from app.network.graph import Graph
 from app.network.layers.shapes import Shape
 from app.pruning.budget import BudgetUnreachable
 from app.pruning.channel_rules import FloatArray, IntArray
+from app.pruning.group_limits import HEAVIEST
 from app.spec.low_rank import LowRank
 
 Spectra = Mapping[str, FloatArray]
 """Layer -> the energy that is lost with rank 0, 1, ... full, or with each pair of ranks (inputs x outputs)."""
 
 MOST_STEPS = 64  # ranks of one side that cuts are chosen from: 4,096 x 4,096 pairs would take gigabytes
-HEAVIEST = 3  # layers that an unreachable budget names
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def choose_ranks(graph: Graph, step: LowRank, spectra: Spectra | None, *, baseli
 
     Args:
         graph: The network as it is now.
-        step: Names in it that the network has not are ignored.
+        step: Names in it that the network does not have are ignored.
         spectra: Of every layer that can become a product. None: as if the squared singular values fell along a line.
         baseline: The cost to which fractions of a budget refer (default: that of `graph`).
 
@@ -79,16 +79,18 @@ def choose_ranks(graph: Graph, step: LowRank, spectra: Spectra | None, *, baseli
     """
     layers, kept = low_rank_layers(graph, only=step.layers, exclude=step.exclude)
     measure = "macs" if step.budget is None else step.budget.measure
-    tools = {name: _Choices(layer, step.round_to, measure, (spectra or {}).get(name)) for name, layer in layers.items()}
-    floors = {name: choices.floor for name, choices in tools.items()}
+    choices_of = {
+        name: _Choices(layer, step.round_to, measure, (spectra or {}).get(name)) for name, layer in layers.items()
+    }
+    floors = {name: choices.floor for name, choices in choices_of.items()}
     if step.rank is not None:
-        wanted = {name: choices.at_most(step.rank) for name, choices in tools.items()}
+        wanted = {name: choices.at_most(step.rank) for name, choices in choices_of.items()}
         floors, why = wanted, f"at rank {step.rank} it would cost no less"
     elif step.energy is not None:
-        wanted = {name: choices.with_energy(step.energy) for name, choices in tools.items()}
+        wanted = {name: choices.with_energy(step.energy) for name, choices in choices_of.items()}
         why = f"the ranks that keep {step.energy:g} of its energy cost no less"
     else:
-        wanted = _within_budget(graph, step, tools, kept, baseline or cost(graph))
+        wanted = _within_budget(graph, step, choices_of, kept, baseline or cost(graph))
         why = "the budget was met without it"
     ranks: dict[str, Ranks] = {}
     for name, layer in layers.items():
@@ -129,7 +131,7 @@ class _Choices:
 
     def at_most(self, rank: int) -> Ranks:
         """This rank on every side, or the full one where it is smaller."""
-        return self.layer.settled(tuple(min(rank, full) for full in self.full), self._measure)
+        return self.layer.worthwhile_ranks(tuple(min(rank, full) for full in self.full), self._measure)
 
     def with_energy(self, energy: float) -> Ranks:
         """The cheapest ranks that keep this part of the energy."""
@@ -138,10 +140,10 @@ class _Choices:
         return self._at(ranks, enough[np.lexsort((lost[enough], costs[enough]))[0]])
 
     def cuts(self) -> list[tuple[float, Ranks]]:
-        """The way from full ranks to the floor: (energy lost for each unit that is saved, ranks), rising.
+        """The cuts from full ranks to the floor: (energy lost for each unit that is saved, ranks), rising.
 
         Each is, of all cheaper ranks, the one that loses least for what it saves: the lower convex hull of lost energy
-        over cost. Of grids with many ranks only some are looked at.
+        over cost. Grids with many ranks are thinned.
         """
         ranks, costs, lost = self._points([_thinned(grid) for grid in self._grids])
         cheapest_first = np.lexsort((lost, costs))
@@ -164,7 +166,7 @@ class _Choices:
             place = self._places[mode][ranks[mode]]
             if place + 1 < len(grid):
                 more = (*ranks[:mode], grid[place + 1], *ranks[mode + 1 :])
-                found.append(self.layer.settled(more, self._measure))
+                found.append(self.layer.worthwhile_ranks(more, self._measure))
         return found
 
     def _points(self, grids: Sequence[Sequence[int]]) -> tuple[tuple[IntArray, ...], IntArray, FloatArray]:
@@ -190,33 +192,33 @@ def _slope(costs: IntArray, lost: FloatArray, dear: int, cheap: int) -> float:
 
 
 def _thinned(grid: Sequence[int]) -> Sequence[int]:
-    """The grid with at most `MOST_STEPS` ranks, its ends among them."""
+    """The grid with at most `MOST_STEPS` ranks, the smallest and the largest among them."""
     apart = -(-len(grid) // MOST_STEPS)
     return grid if apart == 1 else [*grid[:-1:apart], grid[-1]]
 
 
 def _within_budget(
-    graph: Graph, step: LowRank, tools: Mapping[str, _Choices], kept: Mapping[str, str], baseline: Cost
+    graph: Graph, step: LowRank, choices_of: Mapping[str, _Choices], kept: Mapping[str, str], baseline: Cost
 ) -> dict[str, Ranks]:
     assert step.budget is not None
     assert step.budget.measure != "latency_ms", "a latency is measured, not counted"
-    search = _Search(graph, tools, step.budget.measure, step.budget.allowed(getattr(baseline, step.budget.measure)))
-    floors = {name: choices.floor for name, choices in tools.items()}
+    search = _RankSearch(graph, choices_of, step.budget.measure, step.budget.allowed(baseline.of(step.budget.measure)))
+    floors = {name: choices.floor for name, choices in choices_of.items()}
     if not search.fits(floors, search.total_with(floors)):
         raise search.unreachable(floors, kept, baseline)
-    search.cut()
-    search.give_back()
+    search.cut_ranks()
+    search.give_back_ranks()
     return search.ranks
 
 
-class _Search:
-    """Ranks on their way to a budget. `total` are all MACs, or all weights that are stored."""
+class _RankSearch:
+    """The search for ranks within a budget. `total` are all MACs, or all weights that are stored."""
 
-    def __init__(self, graph: Graph, tools: Mapping[str, _Choices], measure: CostMeasure, allowed: int) -> None:
-        self._graph, self._tools, self._measure, self._allowed = graph, tools, measure, allowed
-        self._dense = {name: choices.costs(choices.full) for name, choices in tools.items()}
-        self._whole = _total(graph, measure)
-        self.ranks = {name: choices.full for name, choices in tools.items()}
+    def __init__(self, graph: Graph, choices_of: Mapping[str, _Choices], measure: CostMeasure, allowed: int) -> None:
+        self._graph, self._choices_of, self._measure, self._allowed = graph, choices_of, measure, allowed
+        self._dense = {name: choices.costs(choices.full) for name, choices in choices_of.items()}
+        self._whole = _whole_cost(graph, measure)
+        self.ranks = {name: choices.full for name, choices in choices_of.items()}
         self.total = self._whole
 
     @property
@@ -224,15 +226,15 @@ class _Search:
         """How much of the measure one multiply-accumulate or weight is."""
         return FLOAT_BYTES if self._measure == "bytes" else 1
 
-    def _room(self) -> int:
-        """What the budget leaves over."""
+    def _spare(self) -> int:
+        """How much more the budget allows."""
         if self._measure != "bytes":
             return self._allowed - self.total
         return self._allowed - safetensors_bytes(self._shapes(self.ranks))
 
     def total_with(self, ranks: Mapping[str, Ranks]) -> int:
         """`total` of a network with these ranks."""
-        return self._whole - sum(self._dense[name] - self._tools[name].costs(own) for name, own in ranks.items())
+        return self._whole - sum(self._dense[name] - self._choices_of[name].costs(own) for name, own in ranks.items())
 
     def fits(self, ranks: Mapping[str, Ranks], total: int) -> bool:
         """Whether a network with these ranks, whose MACs or stored weights are `total`, is within the budget."""
@@ -246,30 +248,30 @@ class _Search:
     @cached_property
     def _largest_header(self) -> int:
         """Bytes of the header where every layer is as many layers, as wide, as its ranks allow."""
-        ranks = {name: tuple(max(1, width - 1) for width in choices.full) for name, choices in self._tools.items()}
+        ranks = {name: tuple(max(1, width - 1) for width in choices.full) for name, choices in self._choices_of.items()}
         shapes = self._shapes(ranks)
         return safetensors_bytes(shapes) - FLOAT_BYTES * sum(math.prod(shape) for shape in shapes.values())
 
     @cached_property
-    def _names(self) -> dict[str, dict[Role, str]]:
+    def _names(self) -> dict[str, dict[PartRole, str]]:
         return part_names(self._graph)
 
     def _shapes(self, ranks: Mapping[str, Ranks]) -> dict[str, Shape]:
         """The shapes of the tensors of a network with these ranks, by key."""
         shapes = {key: tensor.shape for key, tensor in self._graph.tensors().items()}
         for name, own in ranks.items():
-            layer = self._tools[name].layer
+            layer = self._choices_of[name].layer
             if own != layer.widths:
                 for key in layer.node.tensors:
                     del shapes[f"{name}.{key}"]
                 shapes |= stored_shapes(layer, named_parts(layer.parts(own), self._names[name]))
         return shapes
 
-    def cut(self) -> None:
-        """Take the cut that loses least for what it saves, until the budget holds or nothing can be cut."""
+    def cut_ranks(self) -> None:
+        """Cut ranks, each time what loses least for what it saves, until the budget holds or nothing can be cut."""
         cuts = [
             (slope, name, number, ranks)
-            for name, choices in self._tools.items()
+            for name, choices in self._choices_of.items()
             for number, (slope, ranks) in enumerate(choices.cuts())
         ]
         cuts.sort()
@@ -281,41 +283,41 @@ class _Search:
             range(len(cuts)), True, key=lambda count: self.fits(after(count), self.total_with(after(count)))
         )
         for _, name, _, ranks in cuts[:needed]:
-            self._move(name, ranks)
-        for name, choices in self._tools.items():  # what thinned grids have left out
+            self._set_ranks(name, ranks)
+        for name, choices in self._choices_of.items():  # the ranks that thinned grids do not have
             if self.fits(self.ranks, self.total):
                 return
-            self._move(name, choices.floor)
+            self._set_ranks(name, choices.floor)
 
-    def give_back(self) -> None:
-        """Take back, step by step, what the budget allows: what regains most for its cost first.
+    def give_back_ranks(self) -> None:
+        """Raise ranks again, step by step, as far as the budget allows: what regains most for its cost first.
 
-        What is refused once never fits later, when more has been taken back.
+        What is refused once never fits later, when more ranks have been raised.
         """
         waiting: list[tuple[float, str, Ranks, Ranks]] = []
-        for name in self._tools:
-            self._offer(waiting, name)
-        room = self._room()
+        for name in self._choices_of:
+            self._push_higher(waiting, name)
+        spare = self._spare()
         while waiting:
             _, name, more, given = heapq.heappop(waiting)
             if given != self.ranks[name]:
                 continue  # from before another step of this layer
-            choices = self._tools[name]
+            choices = self._choices_of[name]
             grown = choices.costs(more) - choices.costs(given)
             fewer_layers = len(choices.layer.parts(more)) < len(choices.layer.parts(given))
-            if grown * self._unit > room and not fewer_layers:
+            if grown * self._unit > spare and not fewer_layers:
                 continue  # a file's header only grows with its tensors
             if self.fits(self.ranks | {name: more}, self.total + grown):
-                self._move(name, more)
-                self._offer(waiting, name)
-                room = self._room()
+                self._set_ranks(name, more)
+                self._push_higher(waiting, name)
+                spare = self._spare()
 
     def unreachable(self, floors: Mapping[str, Ranks], kept: Mapping[str, str], baseline: Cost) -> BudgetUnreachable:
         """The error, with the layers that cost most at the smallest ranks."""
         smallest = factorize(self._graph, floors)
-        least, dense = getattr(cost(smallest), self._measure), getattr(baseline, self._measure)
+        least, dense = cost(smallest).of(self._measure), baseline.of(self._measure)
         costs = {node.name: node.macs if self._measure == "macs" else node.params for node in self._graph.nodes}
-        for name, choices in self._tools.items():
+        for name, choices in self._choices_of.items():
             costs[name] = choices.costs(floors[name])
         whole = max(1, sum(costs.values()))
         holds = []
@@ -325,25 +327,25 @@ class _Search:
                 holds.append(f"{name} has {costs[name] / whole:.0%} of it ({why})")
         return BudgetUnreachable(self._measure, self._allowed, least, dense, holds)
 
-    def _offer(self, waiting: list[tuple[float, str, Ranks, Ranks]], name: str) -> None:
+    def _push_higher(self, waiting: list[tuple[float, str, Ranks, Ranks]], name: str) -> None:
         now = self.ranks[name]
-        for more in self._tools[name].higher(now):
+        for more in self._choices_of[name].higher(now):
             if more != now:
                 heapq.heappush(waiting, (-self._worth(name, more), name, more, now))
 
     def _worth(self, name: str, other: Ranks) -> float:
         """The energy between the present ranks and these, for each unit of the cost between them."""
-        choices, now = self._tools[name], self.ranks[name]
+        choices, now = self._choices_of[name], self.ranks[name]
         apart, lost = choices.costs(now) - choices.costs(other), choices.lost(other) - choices.lost(now)
         return lost / apart if apart else math.copysign(math.inf, -lost)
 
-    def _move(self, name: str, ranks: Ranks) -> None:
-        choices = self._tools[name]
+    def _set_ranks(self, name: str, ranks: Ranks) -> None:
+        choices = self._choices_of[name]
         self.total += choices.costs(ranks) - choices.costs(self.ranks[name])
         self.ranks[name] = ranks
 
 
-def _total(graph: Graph, measure: CostMeasure) -> int:
+def _whole_cost(graph: Graph, measure: CostMeasure) -> int:
     if measure == "macs":
         return sum(node.macs for node in graph.nodes)
     if measure == "params":

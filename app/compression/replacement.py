@@ -1,7 +1,7 @@
 """What low rank and separable convolutions do to a network: the layers that are replaced, by which, and those that stay.
 
 done = replace_layers(graph, step, spectra)      # spectra None: the dry run; separable needs none
-done.graph, done.products["conv2"]               # the smaller network; what stands in the place of conv2
+done.graph, done.products["conv2"]               # the smaller network; the layers instead of conv2
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from app.compression.factorization import (
     Factorable,
-    Product,
+    ProductLayers,
     Ranks,
     factorize,
     low_rank_layers,
@@ -37,7 +37,7 @@ class Replacement:
     """
 
     graph: Graph
-    products: dict[str, Product]
+    products: dict[str, ProductLayers]
     ranks: dict[str, Ranks]
     kept: dict[str, str]
     layers: dict[str, Factorable]
@@ -82,7 +82,7 @@ def possible_parts(graph: Graph, layers: Mapping[str, Factorable]) -> frozenset[
     )
 
 
-def written_product(layer: Factorable, product: Product) -> str:
+def written_product(layer: Factorable, product: ProductLayers) -> str:
     """The product in words: `64 -> 24 (1 x 1) -> 32 (3 x 3) -> 64 (1 x 1) channels`."""
     text, axes = str(layer.channels[0]), len(layer.node.shape) - 1
     for _, part in product:

@@ -16,8 +16,9 @@ from app.network.node import Node
 from app.planning.named_layers import listed_reasons
 from app.planning.planned_network import LayerPlan, PlannedNetwork, PlannedStep, weighted_layers
 from app.planning.unreached_budget import unreachable_fault, why_within
-from app.pruning.budget import BudgetUnreachable, Removals, choose_block, choose_removals, prunable_groups, why_kept
+from app.pruning.budget import BudgetUnreachable, Removals, choose_block, choose_removals
 from app.pruning.channel_classes import Classes, TooManyChannels, channel_classes, shrink_graph
+from app.pruning.group_limits import prunable_groups, why_kept
 from app.spec.prune import Budget, Prune
 from app.spec.sensitivity import Sensitivity
 

@@ -1,29 +1,26 @@
-"""Which channels leave, so that the network lands on its budget.
+"""Which channels a step removes, so that the network lands on its budget.
 
     removals = choose_removals(graph, classes, scores, step)            # scores None: the dry run's equal shares
     smaller = shrink_graph(graph, removals.dropped)                     # costs exactly removals.cost
 
-Channels leave in *quanta*: in each group the weakest classes first, so many at a time that the width lands on a
-multiple of `round_to` (the first quantum is the width modulo `round_to`); groups that are not wider than `round_to`
-are left alone. Where it is not stated each group has its own: 16, halved until the group has three steps, because
-kernels work on blocks of 8 or 16 channels and a width between two costs as much as the larger. A group keeps at least
-`max(min_channels, ceil((1 - max_sparsity) * width))` channels, whatever its scores are. What is left is one order of quanta:
+Channels leave in *blocks*: in each group the weakest classes first, so many at a time and so many at most as its limits
+say (`group_limits.py`). All groups together have one order of blocks:
 
 - scope `layer`: by the part of its group that is gone with it, so that all groups keep the same fraction;
-- scope `sensitivity`: by the rise of the loss when the group alone is cut as far, as measured (`losses`);
+- scope `sensitivity`: by the rise of the loss when the group alone is cut as far, as the worker has measured it in this
+  very step (`Curve`; the job of kind sensitivity, which only draws such curves for its user, is `spec/sensitivity.py`);
 - scope `global`: by score, each divided by the mean of its group, because raw sums grow with fan-in and with the number
   of tied layers (`taylor` is in units of the loss and `lamp` relative to its group already: they rank raw).
 
-A budget takes quanta from this order until the exact cost is within it, and then gives back, strongest first, each
-whose return the budget allows: the result is met from below, and no quantum of it can be given back. A `sparsity`
+A budget takes blocks from this order until the exact cost is within it, and then gives back, strongest first, each
+whose return the budget allows: the result is met from below, and no block of it can be given back. A `sparsity`
 takes the number of channels that is nearest to that part of each group (scope `layer`) or of all groups (`global`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -32,15 +29,20 @@ from app.network.cost import Cost, CostMeasure, cost
 from app.network.graph import Graph
 from app.pruning.channel_classes import Classes, Group, channel_classes, shrink_graph
 from app.pruning.channel_rules import FloatArray, IntArray
+from app.pruning.group_limits import (
+    BLOCKS,
+    GroupLimits,
+    group_limits,
+    heaviest_layers,
+    held_layers,
+    hold_others,
+    prunable_groups,
+)
 from app.pruning.incremental_cost import ChannelBlock, IncrementalCost
-from app.spec.prune import Prune, PruneOverride
-from app.validation.faults import counted
+from app.pruning.sparsity_allocation import sparsity_after
+from app.spec.prune import Prune
 
 COMPARABLE = ("taylor", "lamp")  # criteria whose scores can be compared between groups as they are
-
-
-BLOCKS = (16, 8, 4, 2, 1)  # channels that widths may be multiples of, where nothing else is said
-STEPS = 3  # that a group has at least between its width and nothing
 CLOSE_ENOUGH = 0.9  # of what is asked for
 SHARE_OF_TIES = 1e-6  # of the part gone, where removals cost the same
 
@@ -98,21 +100,6 @@ class BudgetUnreachable(Exception):
         super().__init__(message)
 
 
-@dataclass(frozen=True)
-class _GroupLimits:
-    """How far one group may be pruned, in classes: `width_at_start`, the fewest that stay, how many leave together.
-
-    `sparsity` is its own, where an override states one; `held` says why nothing leaves, or is None.
-    """
-
-    group: Group
-    width_at_start: int
-    least: int
-    together: int
-    sparsity: float | None
-    held: str | None
-
-
 def choose_removals(
     graph: Graph,
     classes: Classes,
@@ -145,36 +132,30 @@ def choose_removals(
     Raises:
         BudgetUnreachable: The budget is below the floor, or nothing may be removed at all.
     """
-    rooms = _rooms(graph, classes, step, start or graph, block)
+    limits = group_limits(graph, classes, step, start or graph, block)
     if only is not None:
-        rooms = [
-            room if room.group.index == only else replace(room, held=room.held or _NOT_LOOKED_AT) for room in rooms
-        ]
-    dense = baseline or cost(start or graph)
+        limits = hold_others(limits, only)
     cost_model = IncrementalCost(graph, classes)
-    forced, order = _order(rooms, scores, step, cost_model, fraction, losses)
+    forced, order = _blocks_in_order(limits, scores, step, cost_model, fraction, losses)
     for channel_block in [*forced, *order]:
         cost_model.remove(channel_block)
     floor, everything = cost_model.cost(), _classes_of([*forced, *order])
-    cost_model.settle()
+    cost_model.note_floor()
     for channel_block in order:
         cost_model.give_back(channel_block)
 
     if step.budget is not None:
-        assert step.budget.measure != "latency_ms", "a latency is measured, not counted"
-        measure, allowed = step.budget.measure, allowed_cost(step, dense, fraction)
-        least = int(getattr(floor, measure))
-        if least > allowed:
-            holds = _heaviest(shrink_graph(graph, everything, classes), graph, classes, rooms, measure)
-            raise BudgetUnreachable(measure, allowed, least, int(getattr(dense, measure)), holds)
-        removed = _within(cost_model, order, measure, allowed)
+        dense = baseline or cost(start or graph)
+        measure, allowed = _counted_measure(step), allowed_cost(step, dense, fraction)
+        if floor.of(measure) > allowed:
+            smallest = shrink_graph(graph, everything, classes)
+            holds = heaviest_layers(smallest, graph, classes, limits, measure)
+            raise BudgetUnreachable(measure, allowed, floor.of(measure), dense.of(measure), holds)
+        removed = _remove_within(cost_model, order, measure, allowed)
     else:
-        assert step.sparsity is not None, "a prune step of channels has a budget or a sparsity"
         if not everything and (start is None or start == graph):  # later stages may find all of it done
-            raise BudgetUnreachable(None, None, None, None, _held(classes, rooms))
-        part = _on_the_way(step.sparsity, fraction)
-        together = step.scope == "global" and scores is not None
-        removed = _nearest_of_all(rooms, order, part) if together else _nearest_of_each(rooms, order, part)
+            raise BudgetUnreachable(None, None, None, None, held_layers(classes, limits))
+        removed = _blocks_of_sparsity(limits, order, step, fraction, ranked=scores is not None)
         for channel_block in removed:
             cost_model.remove(channel_block)
     return Removals(_classes_of([*forced, *removed]), cost_model.cost(), floor, everything)
@@ -204,12 +185,69 @@ def choose_block(graph: Graph, classes: Classes, step: Prune, *, baseline: Cost 
     return block, removals
 
 
+def choose_removals_in_blocks(
+    graph: Graph,
+    classes: Classes,
+    scores: Mapping[int, float],
+    step: Prune,
+    *,
+    start: Graph,
+    baseline: Cost,
+    fraction: float,
+    losses: Mapping[int, Curve] | None = None,
+) -> Removals:
+    """What `choose_removals` gives with the block that suits the step: in a stage of it, with the scores of the worker.
+
+    First the block that `choose_block` finds for `start`. Shares that are not equal may miss the budget in blocks with
+    which equal ones come near it: then blocks are halved until nine tenths of it are used, and of all removals the one
+    counts that leaves most multiply-accumulates.
+
+    Raises:
+        BudgetUnreachable: As `choose_removals` and `choose_block` do.
+    """
+
+    def choose(block: int) -> Removals:
+        return choose_removals(
+            graph,
+            classes,
+            scores,
+            step,
+            start=start,
+            baseline=baseline,
+            fraction=fraction,
+            losses=losses,
+            block=block,
+        )
+
+    block, _ = choose_block(start, channel_classes(start), step, baseline=baseline)
+    removals = choose(block)
+    if step.budget is None or step.round_to is not None:
+        return removals
+    while block > 1 and _share_of_budget(removals, graph, step, baseline, fraction) < CLOSE_ENOUGH:
+        block //= 2
+        removals = max(removals, choose(block), key=lambda found: found.cost.macs)
+    return removals
+
+
+def allowed_cost(step: Prune, dense: Cost, fraction: float) -> int:
+    """The largest cost after the part `fraction` of the way: geometric between the baseline and the budget."""
+    assert step.budget is not None
+    whole = dense.of(_counted_measure(step))
+    target = step.budget.allowed(whole)
+    return target if fraction >= 1 or target >= whole else int(whole * (target / whole) ** fraction)
+
+
+def _counted_measure(step: Prune) -> CostMeasure:
+    """The cost that the budget of `step` bounds."""
+    assert step.budget is not None
+    assert step.budget.measure != "latency_ms", "a latency is measured, not counted"
+    return step.budget.measure
+
+
 def _share_reached(graph: Graph, classes: Classes, step: Prune, removals: Removals, dense: Cost) -> float:
     """How near the removal comes: of a budget the part that is used, of a sparsity the part of it that leaves."""
     if step.budget is not None:
-        allowed = allowed_cost(step, dense, 1.0)
-        unpruned = int(getattr(cost(graph), step.budget.measure))
-        return int(getattr(removals.cost, step.budget.measure)) / max(1, min(allowed, unpruned))
+        return _share_of_budget(removals, graph, step, dense, 1.0)
     assert step.sparsity is not None
     asked = gone = 0.0
     for group in prunable_groups(graph, classes, step.model_copy(update={"round_to": 1})):
@@ -218,192 +256,82 @@ def _share_reached(graph: Graph, classes: Classes, step: Prune, removals: Remova
     return min(gone, asked) / max(gone, asked, 1.0)
 
 
-def prunable_groups(graph: Graph, classes: Classes, step: Prune, *, shared: bool = False) -> list[Group]:
-    """The groups from which `step` may take channels; `shared`: but for those whose part an override states."""
-    rooms = _rooms(graph, classes, step, graph)
-    return [room.group for room in rooms if room.held is None and not (shared and room.sparsity is not None)]
+def _share_of_budget(removals: Removals, graph: Graph, step: Prune, dense: Cost, fraction: float) -> float:
+    """The part that is used of what the budget allows, or of the network where the budget allows more than that."""
+    measure = _counted_measure(step)
+    most = min(allowed_cost(step, dense, fraction), cost(graph).of(measure))
+    return removals.cost.of(measure) / max(1, most)
 
 
-def why_kept(graph: Graph, classes: Classes, step: Prune, block: int = BLOCKS[0]) -> dict[str, str]:
-    """For each convolution and linear layer that `step` cannot make narrower, the reason as a phrase."""
-    rooms = _rooms(graph, classes, step, graph, block)
-    reasons: dict[str, str] = {}
-    for layer, found in _rooms_of_layers(classes, rooms).items():
-        held = [room.held for room in found if room.held is not None]
-        if len(held) == len(found):
-            reasons |= {place.name: _for_layer(place.name, held[0]) for place in graph.places(layer)}
-    return reasons
+# the order in which blocks leave
 
 
-def allowed_cost(step: Prune, dense: Cost, fraction: float) -> int:
-    """The largest cost after the part `fraction` of the way: geometric between the baseline and the budget."""
-    assert step.budget is not None
-    whole = int(getattr(dense, step.budget.measure))
-    target = step.budget.allowed(whole)
-    return target if fraction >= 1 or target >= whole else int(whole * (target / whole) ** fraction)
-
-
-def _on_the_way(sparsity: float, fraction: float) -> float:
-    """The part that is gone after `fraction` of the way: each stage keeps the same part of what the one before left."""
-    return sparsity if fraction >= 1 else 1 - (1 - sparsity) ** fraction  # 1 - (1 - 0.3) is not 0.3
-
-
-# rooms: how far each group may go
-
-
-def _rooms(graph: Graph, classes: Classes, step: Prune, start: Graph, block: int = BLOCKS[0]) -> list[_GroupLimits]:
-    before = classes if start is graph else channel_classes(start)
-    widths = {before.key(group): len(group.classes) for group in before.groups}
-    excluded = {name: set(classes.slots[name].ids.tolist()) for name in step.exclude}
-    overridden = {name: set(classes.slots[name].ids.tolist()) for name in step.overrides}
-    rooms = []
-    for group in classes.groups:
-        one = int(group.classes[0])  # classes of a group are pinned, excluded and overridden together
-        overrides = [step.overrides[name] for name, ids in overridden.items() if one in ids]
-        width = widths.get(classes.key(group), len(group.classes))
-        rounded = [o.round_to for o in overrides if o.round_to is not None]
-        round_to = step.round_to or _block(width * group.channels, block)
-        together = _in_classes(math.lcm(*rounded) if rounded else round_to, group)
-        least = min(len(group.classes), _least(step, overrides, group, width))
-        own = [o.sparsity for o in overrides if o.sparsity is not None]
-        held = classes.pins.get(one) or _excluded(excluded, one) or _too_narrow(group, least, together)
-        rooms.append(_GroupLimits(group, width, least, together, min(own) if own else None, held))
-    return rooms
-
-
-def _block(channels: int, largest: int) -> int:
-    """The largest block that a group of so many channels leaves in."""
-    return next((block for block in BLOCKS if block <= largest and STEPS * block <= channels), 1)
-
-
-def _in_classes(round_to: int, group: Group) -> int:
-    """How many classes leave together so that the width stays a multiple of `round_to` channels."""
-    return round_to // math.gcd(round_to, group.channels)
-
-
-def _least(step: Prune, overrides: Sequence[PruneOverride], group: Group, width: int) -> int:
-    """The fewest classes that stay of a group that had `width` when pruning started; the strictest override counts."""
-    min_channels = max([o.min_channels for o in overrides if o.min_channels is not None], default=step.min_channels)
-    max_sparsity = min([o.max_sparsity for o in overrides if o.max_sparsity is not None], default=step.max_sparsity)
-    share = math.ceil((1 - max_sparsity) * width - 1e-9)  # (1 - 0.7) * 10 is 3.0000000000000004
-    return max(1, share, -(-min_channels // group.channels))
-
-
-def _excluded(excluded: Mapping[str, set[int]], one: int) -> str | None:
-    for name, ids in excluded.items():
-        if one in ids:
-            return _TIED.format(name)
-    return None
-
-
-_TIED = "tied to {}, which is excluded"
-_NOT_LOOKED_AT = "another group is looked at"
-
-
-def _for_layer(layer: str, held: str) -> str:
-    """Why a group is held, said of one of its layers."""
-    return "excluded" if held == _TIED.format(layer) else held
-
-
-def _too_narrow(group: Group, least: int, together: int) -> str | None:
-    width = len(group.classes)
-    if together > 1 and width <= together:
-        return f"{counted(width * group.channels, 'channel')}, and round_to is {together * group.channels}"
-    if width - (width % together or together) < least:
-        return f"{counted(width * group.channels, 'channel')}, and at least {least * group.channels} must stay"
-    return None
-
-
-def _held(classes: Classes, rooms: Sequence[_GroupLimits]) -> list[str]:
-    """One phrase for each layer that keeps all its channels."""
-    phrases = []
-    for room in rooms:
-        layers = classes.layers_of(room.group)
-        if room.held is not None and layers:
-            phrases.append(f"{layers[0]} ({_for_layer(layers[0], room.held)})")
-    return phrases
-
-
-def _rooms_of_layers(classes: Classes, rooms: Sequence[_GroupLimits]) -> dict[str, list[_GroupLimits]]:
-    """For each layer with weights, the rooms of its output channels."""
-    found: dict[str, list[_GroupLimits]] = {}
-    for room in rooms:
-        for layer in classes.layers_of(room.group):
-            found.setdefault(layer, []).append(room)
-    return found
-
-
-def _heaviest(
-    smallest: Graph, graph: Graph, classes: Classes, rooms: Sequence[_GroupLimits], measure: CostMeasure
-) -> list[str]:
-    """The three layers that cost most in the smallest network, with what keeps them as they are."""
-    costs = {node.name: node.macs if measure == "macs" else node.params for node in smallest.nodes}
-    whole = max(1, sum(costs.values()))
-    rooms_of = _rooms_of_layers(classes, rooms)
-    phrases = []
-    for name in sorted(costs, key=lambda name: -costs[name])[:3]:
-        home = graph[name].home
-        if costs[name] and home in rooms_of:
-            held = next((_for_layer(name, room.held) for room in rooms_of[home] if room.held is not None), None)
-            stay = f"{smallest[name].shape[0]} of {graph[name].shape[0]} channels stay"
-            phrases.append(f"{name} has {costs[name] / whole:.0%} of it ({held or stay})")
-    return phrases
-
-
-# the order in which quanta leave
-
-
-def _order(
-    rooms: Sequence[_GroupLimits],
+def _blocks_in_order(
+    limits: Sequence[GroupLimits],
     scores: Mapping[int, float] | None,
     step: Prune,
     cost_model: IncrementalCost,
     fraction: float,
     losses: Mapping[int, Curve] | None,
 ) -> tuple[list[ChannelBlock], list[ChannelBlock]]:
-    """(quanta that an override demands, all others in the order in which they leave)."""
+    """(blocks that an override demands, all others in the order in which they leave)."""
     forced: list[ChannelBlock] = []
     ranked: list[tuple[float, int, int, ChannelBlock]] = []
-    for room in rooms:
-        if room.held is not None:
+    for each in limits:
+        if each.held is not None:
             continue
-        group = room.group
-        values = np.array([scores[c] for c in group.classes.tolist()], dtype=np.float64) if scores is not None else None
-        assert values is None or np.isfinite(values).all(), "NaN is neither weak nor strong"
+        group = each.group
+        values = _values_of(group, scores)
         ascending = group.classes if values is None else group.classes[np.argsort(values, kind="stable")]
-        parts = _parts(ascending, room)
+        parts = _parts(ascending, each)
         channel_blocks = cost_model.channel_blocks(group, parts)
-        if room.sparsity is not None:
-            forced += _nearest(channel_blocks, _wanted(room, _on_the_way(room.sparsity, fraction)))
+        if each.sparsity is not None:
+            forced += _nearest(channel_blocks, _wanted(each, sparsity_after(each.sparsity, fraction)))
             continue
         if values is None or step.scope != "global":
-            gone = np.cumsum([len(part) for part in parts]) + room.width_at_start - len(group.classes)
-            share = gone / room.width_at_start
-            if step.scope == "sensitivity" and losses is not None:
-                left = 1 - np.cumsum([len(part) for part in parts]) / len(group.classes)
-                share = losses[group.index].at(left) + SHARE_OF_TIES * share
-            ranks = share.tolist()
+            curve = losses[group.index] if step.scope == "sensitivity" and losses is not None else None
+            ranks = _ranks_by_share(parts, each, curve)
         else:
-            ranks = _scores_of(parts, group, values, normalised=step.criterion not in COMPARABLE)
+            ranks = _ranks_by_score(parts, values, normalised=step.criterion not in COMPARABLE)
         ranked += [
-            (rank, group.index, place, q) for place, (rank, q) in enumerate(zip(ranks, channel_blocks, strict=True))
+            (rank, group.index, place, found)
+            for place, (rank, found) in enumerate(zip(ranks, channel_blocks, strict=True))
         ]
     ranked.sort(key=lambda entry: entry[:3])
     return forced, [channel_block for *_, channel_block in ranked]
 
 
-def _parts(ascending: IntArray, room: _GroupLimits) -> list[IntArray]:
-    """The quanta of a group as its classes, weakest first."""
-    width, together = len(ascending), room.together
+def _values_of(group: Group, scores: Mapping[int, float] | None) -> FloatArray | None:
+    """The scores of the group's classes, in their order; None where there are none."""
+    if scores is None:
+        return None
+    values = np.array([scores[c] for c in group.classes.tolist()], dtype=np.float64)
+    assert np.isfinite(values).all(), "scores are finite: NaN has no place in an order"
+    return values
+
+
+def _parts(ascending: IntArray, limits: GroupLimits) -> list[IntArray]:
+    """The blocks of a group as its classes, weakest first."""
+    width, together = len(ascending), limits.together
     ends, end = [0], width % together or together
-    while width - end >= room.least:
+    while width - end >= limits.least:
         ends.append(end)
         end += together
     return [ascending[a:b] for a, b in pairwise(ends)]
 
 
-def _scores_of(parts: Sequence[IntArray], group: Group, values: FloatArray, *, normalised: bool) -> list[float]:
-    """The mean score of each quantum; never below the one before, so that a group's quanta keep their order."""
+def _ranks_by_share(parts: Sequence[IntArray], limits: GroupLimits, curve: Curve | None) -> list[float]:
+    """The part of the group that is gone with each block; on a curve the rise of the loss, the part only in ties."""
+    now, gone = len(limits.group.classes), np.cumsum([len(part) for part in parts])
+    share = (gone + limits.width_at_start - now) / limits.width_at_start
+    if curve is not None:
+        share = curve.at(1 - gone / now) + SHARE_OF_TIES * share
+    ranks: list[float] = share.tolist()
+    return ranks
+
+
+def _ranks_by_score(parts: Sequence[IntArray], values: FloatArray, *, normalised: bool) -> list[float]:
+    """The mean score of each block; never below the one before, so that a group's blocks keep their order."""
     mean = float(values.mean())
     scale = 1 / mean if normalised and mean > 0 else 1.0
     ascending = np.sort(values) * scale
@@ -415,13 +343,13 @@ def _scores_of(parts: Sequence[IntArray], group: Group, values: FloatArray, *, n
 # how many of them leave
 
 
-def _within(
+def _remove_within(
     cost_model: IncrementalCost, order: Sequence[ChannelBlock], measure: CostMeasure, allowed: int
 ) -> list[ChannelBlock]:
-    """The quanta that leave for a cost of at most `allowed`, which can be reached; `cost_model` is left without them.
+    """Remove blocks from `cost_model` until its cost is at most `allowed`, which can be reached; the blocks.
 
-    The cost falls with every quantum, so the first prefix that fits is the one a bisection would find. Then each
-    quantum may return, strongest first, while all stronger ones of its group have: what is refused once never fits
+    The cost falls with every block, so the first prefix that fits is the one a bisection would find. Then each
+    block may return, strongest first, while all stronger ones of its group have: what is refused once never fits
     later, when more has returned.
     """
     removed: list[ChannelBlock] = []
@@ -444,14 +372,34 @@ def _within(
     return kept
 
 
-def _wanted(room: _GroupLimits, part: float) -> int:
-    """How many channels leave now so that `part` of those at the start is gone (half to even)."""
-    width = room.width_at_start
-    return (round(part * width) - (width - len(room.group.classes))) * room.group.channels
+def _blocks_of_sparsity(
+    limits: Sequence[GroupLimits], order: Sequence[ChannelBlock], step: Prune, fraction: float, *, ranked: bool
+) -> list[ChannelBlock]:
+    """The blocks with which the part of the channels that is gone comes nearest to the sparsity of `step`."""
+    assert step.sparsity is not None, "a prune step of channels has a budget or a sparsity"
+    part = sparsity_after(step.sparsity, fraction)
+    if step.scope == "global" and ranked:
+        return _nearest_of_all(limits, order, part)
+    return _nearest_of_each(limits, order, part)
+
+
+def _nearest_of_each(limits: Sequence[GroupLimits], order: Sequence[ChannelBlock], part: float) -> list[ChannelBlock]:
+    by_group: dict[int, list[ChannelBlock]] = {}
+    for channel_block in order:
+        by_group.setdefault(channel_block.group, []).append(channel_block)
+    nearest = (_nearest(blocks, _wanted(limits[group], part)) for group, blocks in by_group.items())
+    return [channel_block for blocks in nearest for channel_block in blocks]
+
+
+def _nearest_of_all(limits: Sequence[GroupLimits], order: Sequence[ChannelBlock], part: float) -> list[ChannelBlock]:
+    free = [each for each in limits if each.held is None and each.sparsity is None]
+    at_start = sum(each.channels_at_start for each in free)
+    now = sum(each.channels for each in free)
+    return _nearest(order, round(part * at_start) - (at_start - now))
 
 
 def _nearest(channel_blocks: Sequence[ChannelBlock], wanted: int) -> list[ChannelBlock]:
-    """The first of the quanta, so many that the channels they take are nearest to `wanted`; rather fewer than more."""
+    """The first of the blocks, so many that the channels they take are nearest to `wanted`; rather fewer than more."""
     best, gone, count = abs(wanted), 0, 0
     for place, channel_block in enumerate(channel_blocks, start=1):
         gone += channel_block.channels
@@ -460,20 +408,10 @@ def _nearest(channel_blocks: Sequence[ChannelBlock], wanted: int) -> list[Channe
     return list(channel_blocks[:count])
 
 
-def _nearest_of_each(rooms: Sequence[_GroupLimits], order: Sequence[ChannelBlock], part: float) -> list[ChannelBlock]:
-    by_group: dict[int, list[ChannelBlock]] = {}
-    for channel_block in order:
-        by_group.setdefault(channel_block.group, []).append(channel_block)
-    return [
-        q for group, channel_blocks in by_group.items() for q in _nearest(channel_blocks, _wanted(rooms[group], part))
-    ]
-
-
-def _nearest_of_all(rooms: Sequence[_GroupLimits], order: Sequence[ChannelBlock], part: float) -> list[ChannelBlock]:
-    free = [room for room in rooms if room.held is None and room.sparsity is None]
-    at_start = sum(room.width_at_start * room.group.channels for room in free)
-    now = sum(len(room.group.classes) * room.group.channels for room in free)
-    return _nearest(order, round(part * at_start) - (at_start - now))
+def _wanted(limits: GroupLimits, part: float) -> int:
+    """How many channels leave now so that `part` of those at the start is gone (half to even)."""
+    width = limits.width_at_start
+    return (round(part * width) - (width - len(limits.group.classes))) * limits.group.channels
 
 
 def _classes_of(channel_blocks: Sequence[ChannelBlock]) -> frozenset[int]:

@@ -1,12 +1,12 @@
 """Which channels of a graph are tied together, and the smaller graph without some of them.
 
-A *slot* is one channel position of one node's output. A *class* is a set of slots that live or die together; its
+A *slot* is one channel position of one node's output. A *class* is a set of slots that are removed together; its
 number is its smallest slot. A *group* is the set of classes that appear in the same places, equally often: what a
-person calls "the width of stage 2". Which of them leave makes no difference to the cost. A *pinned* class may not be
+person calls "the width of stage 2". Which of them are removed makes no difference to the cost. A *pinned* class may not be
 removed; the reason is kept.
 
     classes = channel_classes(graph)
-    classes.members(c)                          # every tensor position that leaves with class c
+    classes.members(c)                          # every tensor position that is removed with class c
     smaller = shrink_graph(graph, dropped)      # same names, new widths, validated again
 
 Pure integers, no weights, no torch: the dry run needs it too. The rules per layer type are in `channel_rules.py`.
@@ -44,8 +44,8 @@ class Group:
     """Classes that appear in the same places, equally often in each: `classes` in ascending order.
 
     `axes` are the positions in `Classes.axes`, `nodes` the names of the nodes in whose outputs they appear, and
-    `counts` how many channels of each of these leave with one class. `channels` is the least of them (g behind a
-    convolution with g groups, else 1).
+    `counts` how many channels of each of these one class has. `channels` is the least of them (g after a convolution
+    with g groups, else 1).
     """
 
     index: int
@@ -56,7 +56,7 @@ class Group:
 
     @property
     def channels(self) -> int:
-        """How many channels leave with one class where it is narrowest."""
+        """How many channels one class has where it is narrowest."""
         return min(self.counts)
 
 
@@ -75,7 +75,7 @@ class Classes:
     slot_count: int
 
     def members(self, channel_class: int) -> list[tuple[str, str, int, int]]:
-        """(layer, tensor, axis, index) of everything that leaves with the class, in the order of the graph."""
+        """(layer, tensor, axis, index) of everything that is removed with the class, in the order of the graph."""
         found = []
         for owned in self.axes:
             for place in np.flatnonzero(owned.slots.ids == channel_class).tolist():
@@ -88,7 +88,7 @@ class Classes:
         return np.unique(np.concatenate([group.classes for group in self.groups]))
 
     def kept(self, dropped: Collection[int]) -> Kept:
-        """What is left without `dropped`, which are classes that are not pinned."""
+        """The slots without those of `dropped`, which are classes that are not pinned."""
         pinned = [c for c in dropped if c in self.pins]
         assert not pinned, f"class {pinned[0]} is pinned: {self.pins[pinned[0]]}"
         mask = np.ones(self.slot_count, dtype=np.bool_)
@@ -110,7 +110,9 @@ def channel_classes(graph: Graph, start: Graph | None = None) -> Classes:
     """The classes, groups and pins of a graph's channels.
 
     `start` is the graph before earlier stages of one pruning step, if there were any: what was tied there stays tied.
-    Raises TooManyChannels above 4 million channels in the outputs of all layers.
+
+    Raises:
+        TooManyChannels: The outputs of all layers have more than 4 million channels.
     """
     ties = Ties()
     raw: dict[str, Slots] = {INPUT: ties.fresh(graph.input_shape[0])}
@@ -153,7 +155,7 @@ def shrink_graph(graph: Graph, dropped: Collection[int], classes: Classes | None
     """The graph without the channels of the `dropped` classes: same layers and names, new widths, validated again.
 
     The order of the kept channels is kept. `classes` are those of `graph`, where they are at hand. A depthwise
-    convolution says so by the word afterwards, so that it ties its channels also when one is left.
+    convolution says so by the word afterwards, so that it ties its channels even when it has only one.
     """
     if not len(dropped):
         return graph
@@ -210,7 +212,7 @@ def _groups(found: IntArray, slots: Mapping[str, Slots], axes: Sequence[OwnedAxi
     parts.sort(key=lambda part: int(part[0]))
     index_of = {int(label[part[0]]): index for index, part in enumerate(parts)}
     inside: dict[int, list[tuple[int, int]]] = {}
-    """for each of `distinct`: (index of a group, how many positions leave with one of its classes)"""
+    """for each of `distinct`: (index of a group, how many positions one of its classes has)"""
     for key, (ids, counts) in counted.items():
         names, first = np.unique(label[ids], return_index=True)
         channels = (counts[first] * distinct[key].repeat).tolist()

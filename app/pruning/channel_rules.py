@@ -1,14 +1,14 @@
 """What each type of layer does to channels: one small rule per type, looked up in `RULES`.
 
 A *slot* is one channel position of one node's output. A rule says
-- which slots its output has: the input's, re-ordered, or fresh ones; which of them live and die together (*ties*);
-  which may never go (*pins*);
+- which slots its output has: the input's, re-ordered, or fresh ones; which of them are removed together
+  (*ties*); which may never be removed (*pins*);
 - which axes of its tensors follow slots: an index of such an axis is removed exactly when its slot is;
-- which fields of the layer change when slots leave.
+- which fields of the layer change when slots are removed.
 
 Ties are by position: a convolution with groups loses the same positions in every group, and a shuffle the same in
 every block, so that all blocks stay equally wide. Nothing else is needed: no rules for pairs of layers, no offsets
-for concat, no special case behind flatten.
+for concat, no special case after flatten.
 """
 
 from __future__ import annotations
@@ -16,22 +16,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from app.network.layers.convolutions import Conv, ConvTranspose
+from app.network.layers.joins_and_views import ChannelShuffle, Pad, Slice
+from app.network.layers.layer import Layer
+from app.network.layers.normalization import GroupNorm
 from app.network.node import Node
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 Role = Literal["out", "in", "norm", "other"]
+SomeLayer = TypeVar("SomeLayer", bound=Layer)
 
 
 @dataclass(frozen=True, eq=False)
 class Slots:
-    """The slots along a channel axis: each of `ids` stands for `repeat` positions in a row (behind flatten)."""
+    """The slots along a channel axis: each of `ids` stands for `repeat` positions in a row (after flatten)."""
 
     ids: IntArray
     repeat: int = 1
@@ -46,7 +51,7 @@ class Slots:
         return self.ids if length == self.repeat else np.repeat(self.ids, self.repeat // length)
 
     def renamed(self, names: IntArray) -> Slots:
-        """The same positions with `names[slot]` in the place of each slot."""
+        """The same positions with `names[slot]` instead of each slot."""
         return Slots(names[self.ids], self.repeat)
 
 
@@ -66,7 +71,7 @@ class OwnedAxis:
 
 
 class Ties:
-    """Collects fresh slots, ties and pins while the rules run over a graph."""
+    """Fresh slots, ties and pins that the rules collect while they run over a graph."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -74,23 +79,23 @@ class Ties:
         self.pins: list[tuple[IntArray, str]] = []
 
     def fresh(self, width: int) -> Slots:
-        """New slots."""
+        """Number `width` new slots."""
         self.count += width
         return Slots(np.arange(self.count - width, self.count, dtype=np.int64))
 
     def tie(self, left: Slots, right: Slots) -> None:
-        """Position i of `left` and position i of `right` live and die together."""
+        """Tie position i of `left` to position i of `right`: they are removed together."""
         if left is not right:
             length = math.gcd(left.repeat, right.repeat)
             self.pairs.append((left.runs(length), right.runs(length)))
 
     def tie_rows(self, table: IntArray) -> None:
-        """The entries of each column of `table` live and die together."""
+        """Tie the entries of each column of `table`."""
         for row in table[1:]:
             self.pairs.append((table[0], row))
 
     def pin(self, slots: Slots, reason: str) -> None:
-        """These may not be removed."""
+        """Forbid the removal of these slots; `reason` is the first one that counts."""
         self.pins.append((slots.ids, reason))
 
 
@@ -124,12 +129,18 @@ def _no_change(node: Node, inputs: Sequence[Slots], output: Slots, kept: Kept) -
 
 
 @dataclass(frozen=True)
-class Rule:
+class ChannelRule:
     """The rule of one type of layer: slots of its output, axes of its tensors, fields that change."""
 
     slots: SlotRule
     axes: AxesRule = _no_axes
     resize: ResizeRule = _no_change
+
+
+def _layer(node: Node, kind: type[SomeLayer]) -> SomeLayer:
+    """The layer of a node whose rule stands at this type in `RULES`."""
+    assert isinstance(node.layer, kind)
+    return node.layer
 
 
 def _same(node: Node, inputs: Sequence[Slots], ties: Ties) -> Slots:
@@ -162,22 +173,21 @@ class Grouped(int):
 
 
 def as_at_start(node: Node, before: Node) -> Node:
-    """`node`, of which all that may have left are channels since `before`, with the ties that it had then.
+    """`node` with the ties that it had as `before`, since when nothing but channels was removed.
 
     A convolution with groups is a depthwise one when each group has one input left, and its channels would be free of
     the ties between the groups: floors and shares would not be those of the start.
     """
     if node.type not in ("conv", "conv_transpose") or _groups(before)[1]:
         return node
-    layer: Any = node.layer
     groups, depthwise = _groups(node)
-    return replace(node, layer=layer.model_copy(update={"groups": Grouped(groups)})) if depthwise else node
+    return replace(node, layer=node.layer.model_copy(update={"groups": Grouped(groups)})) if depthwise else node
 
 
 def _groups(node: Node) -> tuple[int, bool]:
-    """(number of groups, whether it is depthwise). What is said by the word stays depthwise with one channel left."""
-    layer: Any = node.layer
-    channels = node.input_shapes[0][0]
+    """(number of groups, whether it is depthwise). A layer that says so by the word is depthwise with one channel too."""
+    layer, channels = node.layer, node.input_shapes[0][0]
+    assert isinstance(layer, Conv | ConvTranspose)
     groups = layer.group_count(channels)
     if isinstance(layer.groups, Grouped):
         return groups, False
@@ -248,16 +258,14 @@ def _linear_resize(node: Node, inputs: Sequence[Slots], output: Slots, kept: Kep
 
 
 def _group_norm_slots(node: Node, inputs: Sequence[Slots], ties: Ties) -> Slots:
-    layer: Any = node.layer
-    size = inputs[0].width // layer.num_groups
-    length = math.gcd(inputs[0].repeat, size)
-    ties.tie_rows(inputs[0].runs(length).reshape(layer.num_groups, -1).T)  # whole norm groups leave
+    groups = _layer(node, GroupNorm).num_groups
+    length = math.gcd(inputs[0].repeat, inputs[0].width // groups)
+    ties.tie_rows(inputs[0].runs(length).reshape(groups, -1).T)  # whole norm groups are removed
     return inputs[0]
 
 
 def _group_norm_resize(node: Node, inputs: Sequence[Slots], output: Slots, kept: Kept) -> dict[str, Any]:
-    layer: Any = node.layer
-    return {"num_groups": kept.count(inputs[0]) // (inputs[0].width // layer.num_groups)}
+    return {"num_groups": kept.count(inputs[0]) // (inputs[0].width // _layer(node, GroupNorm).num_groups)}
 
 
 # several inputs
@@ -278,7 +286,7 @@ def _concat_slots(node: Node, inputs: Sequence[Slots], ties: Ties) -> Slots:
     return Slots(np.concatenate([slots.runs(length) for slots in inputs]), length)
 
 
-# channels that move
+# layers that move channels
 
 
 def _flatten_slots(node: Node, inputs: Sequence[Slots], ties: Ties) -> Slots:
@@ -287,15 +295,14 @@ def _flatten_slots(node: Node, inputs: Sequence[Slots], ties: Ties) -> Slots:
 
 
 def _shuffle_slots(node: Node, inputs: Sequence[Slots], ties: Ties) -> Slots:
-    layer: Any = node.layer
-    blocks = inputs[0].runs(1).reshape(layer.groups, -1)
+    blocks = inputs[0].runs(1).reshape(_layer(node, ChannelShuffle).groups, -1)
     ties.tie_rows(blocks)
     return Slots(np.ascontiguousarray(blocks.T).ravel())
 
 
 def _slice_bounds(node: Node) -> tuple[int, int]:
-    layer: Any = node.layer
-    return layer.start, layer.start + node.shape[0]
+    start = _layer(node, Slice).start
+    return start, start + node.shape[0]
 
 
 def _slice_slots(node: Node, inputs: Sequence[Slots], ties: Ties) -> Slots:
@@ -311,9 +318,8 @@ def _slice_resize(node: Node, inputs: Sequence[Slots], output: Slots, kept: Kept
 
 
 def _channel_padding(node: Node) -> tuple[int, int]:
-    """Channels added in front and behind by a `pad` layer."""
-    layer: Any = node.layer
-    front, back = layer.amounts(node.input_shapes[0])[0]
+    """Channels that a `pad` layer adds before and after its input."""
+    front, back = _layer(node, Pad).amounts(node.input_shapes[0])[0]
     return front, back
 
 
@@ -329,24 +335,25 @@ def _pad_resize(node: Node, inputs: Sequence[Slots], output: Slots, kept: Kept) 
     front, back = _channel_padding(node)
     if front == back == 0:
         return {}
-    layer: Any = node.layer
     width = output.width
     pair = [kept.count_between(output, 0, front), kept.count_between(output, width - back, width)]
-    return {"padding": (*layer.padding[:-2], *pair)}  # the channel axis comes last in PyTorch's order
+    padding = _layer(node, Pad).padding
+    assert isinstance(padding, tuple), "one number for all sides pads no channels"
+    return {"padding": (*padding[:-2], *pair)}  # the channel axis comes last in PyTorch's order
 
 
-_SAME = Rule(_same)
-_ELEMENTWISE = Rule(_elementwise_slots)
+_SAME = ChannelRule(_same)
+_ELEMENTWISE = ChannelRule(_elementwise_slots)
 
-RULES: Mapping[str, Rule] = {
-    "conv": Rule(_conv_slots, _conv_axes, _conv_resize),
-    "conv_transpose": Rule(_conv_slots, _conv_transpose_axes, _conv_resize),
-    "linear": Rule(_linear_slots, _linear_axes, _linear_resize),
-    "batch_norm": Rule(_same, _per_channel_axes("norm")),
-    "prelu": Rule(_same, _per_channel_axes("other")),
-    "group_norm": Rule(_group_norm_slots, _per_channel_axes("norm"), _group_norm_resize),
-    "layer_norm": Rule(_mixing("layer_norm over channels"), _per_channel_axes("norm")),
-    "softmax": Rule(_mixing("softmax over channels")),
+RULES: Mapping[str, ChannelRule] = {
+    "conv": ChannelRule(_conv_slots, _conv_axes, _conv_resize),
+    "conv_transpose": ChannelRule(_conv_slots, _conv_transpose_axes, _conv_resize),
+    "linear": ChannelRule(_linear_slots, _linear_axes, _linear_resize),
+    "batch_norm": ChannelRule(_same, _per_channel_axes("norm")),
+    "prelu": ChannelRule(_same, _per_channel_axes("other")),
+    "group_norm": ChannelRule(_group_norm_slots, _per_channel_axes("norm"), _group_norm_resize),
+    "layer_norm": ChannelRule(_mixing("layer_norm over channels"), _per_channel_axes("norm")),
+    "softmax": ChannelRule(_mixing("softmax over channels")),
     "relu": _SAME,
     "relu6": _SAME,
     "leaky_relu": _SAME,
@@ -364,9 +371,9 @@ RULES: Mapping[str, Rule] = {
     "upsample": _SAME,
     "add": _ELEMENTWISE,
     "multiply": _ELEMENTWISE,
-    "concat": Rule(_concat_slots),
-    "flatten": Rule(_flatten_slots),
-    "channel_shuffle": Rule(_shuffle_slots),
-    "slice": Rule(_slice_slots, resize=_slice_resize),
-    "pad": Rule(_pad_slots, resize=_pad_resize),
+    "concat": ChannelRule(_concat_slots),
+    "flatten": ChannelRule(_flatten_slots),
+    "channel_shuffle": ChannelRule(_shuffle_slots),
+    "slice": ChannelRule(_slice_slots, resize=_slice_resize),
+    "pad": ChannelRule(_pad_slots, resize=_pad_resize),
 }

@@ -1,8 +1,8 @@
-"""The exact cost of a graph while channels leave it, from the numbers of kept channels alone.
+"""The exact cost of a graph while channels are removed from it, from the numbers of kept channels alone.
 
 Elements and multiply-accumulates are products of at most two widths, and both widths of a layer may move with one
-class: savings can never be added up in advance. So the tally keeps the widths as integers and counts again what a
-change touches.
+class: savings can never be added up in advance. So the widths are kept as integers, and what a change touches is counted
+again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from app.pruning.channel_rules import IntArray, Slots
 
 @dataclass(frozen=True)
 class ChannelBlock:
-    """Classes of one group that leave together, and what this takes off each width of the tally."""
+    """Classes of one group that are removed together, and how much narrower each width is without them.
+
+    `channels` are their channels where the group is narrowest, `widths` pairs of (number of a width, channels off it).
+    """
 
     group: int
     classes: tuple[int, ...]
@@ -63,7 +66,7 @@ class IncrementalCost:
         self._smallest_header = 0
 
     def channel_blocks(self, group: Group, parts: Sequence[IntArray]) -> list[ChannelBlock]:
-        """The parts of a group's classes, in order, with what each takes off the widths."""
+        """The parts of a group's classes, in order, with the channels that each has in every width."""
         touched: list[tuple[int, IntArray]] = []
         for width in sorted({self._width_of_axis[axis] for axis in group.axes}):
             ids, counts = np.unique(self._ids[width], return_counts=True)
@@ -83,11 +86,11 @@ class IncrementalCost:
         ]
 
     def remove(self, channel_block: ChannelBlock) -> None:
-        """Takes the quantum's channels out of the network."""
+        """Remove the block's channels from the network."""
         self._move(channel_block, -1)
 
     def give_back(self, channel_block: ChannelBlock) -> None:
-        """Puts the quantum's channels back."""
+        """Put the block's channels back into the network."""
         self._move(channel_block, 1)
 
     def fits(self, measure: CostMeasure, allowed: int) -> bool:
@@ -103,8 +106,8 @@ class IncrementalCost:
         """Size of the safetensors file."""
         return safetensors_bytes(self.shapes())
 
-    def settle(self) -> None:
-        """Takes note that the network does not become smaller than it is now, which makes `fits` faster."""
+    def note_floor(self) -> None:
+        """Note that the network does not become smaller than it is now, which makes `fits` faster."""
         self._smallest_header = self.bytes() - FLOAT_BYTES * self.stored
 
     def shapes(self) -> Mapping[str, Shape]:

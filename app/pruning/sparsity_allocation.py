@@ -1,4 +1,4 @@
-"""How many zeros where: the layers' shares of a sparsity, and how many whole blocks come nearest to a count."""
+"""How much where, and when: a sparsity on its way, the layers' shares of it, and how many blocks come nearest to it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from app.network.layers.shapes import Shape
+from app.pruning.channel_rules import FloatArray, IntArray
 
-IntArray = npt.NDArray[np.int64]
 HALVINGS = 200  # of the factor: after them its neighbours are the next floating-point numbers
+
+
+def sparsity_after(sparsity: float, fraction: float) -> float:
+    """The sparsity after the part `fraction` of the way: each stage keeps the same part of what the one before left."""
+    return sparsity if fraction >= 1 else float(1 - (1 - sparsity) ** fraction)  # 1 - (1 - 0.3) is not 0.3
 
 
 def erk_kept(shapes: Mapping[str, Shape], alive: Mapping[str, int], kept: int) -> dict[str, int]:
@@ -32,7 +36,7 @@ def erk_kept(shapes: Mapping[str, Shape], alive: Mapping[str, int], kept: int) -
     scale = np.array([float(sum(shapes[name])) for name in names])
     kept = min(max(kept, len(names)), sum(alive[name] for name in names))
 
-    def shares(epsilon: float) -> npt.NDArray[np.float64]:
+    def shares(epsilon: float) -> FloatArray:
         return np.clip(epsilon * scale, 1.0, most)
 
     low, high = 0.0, float((most / scale).max())
@@ -47,18 +51,18 @@ def erk_kept(shapes: Mapping[str, Shape], alive: Mapping[str, int], kept: int) -
     wanted = shares(low)
     whole = np.floor(wanted)
     rest = kept - int(whole.sum())
-    # the largest remainders first, then whoever has room: a layer at its bound has none
+    # the largest remainders first, then the layers that are not at their bound
     for position in np.argsort(-np.where(whole < most, wanted - whole, -1.0), kind="stable")[:rest]:
         whole[position] += 1
     return {name: int(count) for name, count in zip(names, whole, strict=True)}
 
 
 def blocks_to_remove(weights: Sequence[int] | IntArray, zeros: int, wanted: int) -> int:
-    """How many blocks go, from the first on, so that the number of zeros comes nearest to `wanted`.
+    """How many blocks are removed, from the first on, so that the number of zeros comes nearest to `wanted`.
 
     `weights` has for each block, weakest first, how many of its weights are not zero yet; `zeros` are there already.
-    Of two numbers that are equally near the smaller is taken. Blocks are not skipped for the sake of the count: the
-    weakest go. So the number of zeros misses by at most half of the block at the border, unless blocks run out.
+    Of two numbers that are equally near the smaller is taken. Blocks are not skipped for the sake of the count: it is
+    the weakest that are removed. So the number of zeros misses by at most half of the last block, unless blocks run out.
     """
     reached = zeros + np.concatenate([[0], np.cumsum(np.asarray(weights, dtype=np.int64))])
     return int(np.abs(reached - wanted).argmin())

@@ -71,7 +71,7 @@ def weight_matrix(node: Node) -> WeightMatrix:
 
 
 def erk_axes(node: Node) -> tuple[int, ...]:
-    """The axes that `allocation.erk_kept` takes of a layer: (outputs, inputs of one output, *kernel)."""
+    """The axes that `sparsity_allocation.erk_kept` needs of a layer: (outputs, inputs of one output, *kernel)."""
     matrix = weight_matrix(node)
     return (matrix.groups * matrix.outputs, matrix.inputs, *node.tensors["weight"].shape[2:])
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 from app.network.node import Node
 from app.pruning.sparsity_allocation import equal_blocks_to_remove, erk_kept
-from app.pruning.weight_matrix import WeightMatrix, erk_axes, pattern_of, weight_matrix, why_dense
-from app.spec.prune import Prune, PruneOverride
-
-_NO_OVERRIDE = PruneOverride.model_construct()
+from app.pruning.weight_amounts import ByPattern, BySparsity, ByThreshold, Shared, weight_amounts
+from app.pruning.weight_matrix import WeightMatrix, erk_axes, weight_matrix, why_dense
+from app.spec.prune import Prune
 
 
 class LayerZeros(NamedTuple):
@@ -38,34 +37,30 @@ def planned_zeros(
         already: Layer -> zeros before the step.
         guessed: Layers whose size, or number of zeros before, is an estimate: what is planned for them is one too.
     """
+    by_name = {node.name: node for node in nodes}
     found: dict[str, LayerZeros] = {}
-    shared: list[Node] = []
-    for node in nodes:
-        override = step.overrides.get(node.name, _NO_OVERRIDE)
-        if step.structure == "n:m":
-            found[node.name] = _of_pattern(node, step, already.get(node.name, 0))
-        elif override.threshold is not None:
-            reason = f"threshold {override.threshold} of its own: depends on the trained weights"
-            found[node.name] = LayerZeros(None, False, reason)
-        elif override.sparsity is not None:
-            reason = f"sparsity {override.sparsity} of its own"
-            found[node.name] = _of_sparsity(node, step, override.sparsity, already.get(node.name, 0), reason)
-        elif step.sparsity is None:
-            reason = f"threshold {step.threshold}: depends on the trained weights"
-            found[node.name] = LayerZeros(None, False, reason)
-        elif step.scope == "layer" and step.criterion != "erk":
-            reason = f"{_what(step)}, sparsity {step.sparsity} of each layer"
-            found[node.name] = _of_sparsity(node, step, step.sparsity, already.get(node.name, 0), reason)
-        else:
-            shared.append(node)
-    if shared and step.sparsity is not None:
-        found |= (_of_erk if step.criterion == "erk" else _of_ranking)(shared, step, step.sparsity, already)
     unsure = set(guessed)
-    if step.criterion == "erk" and unsure.intersection(node.name for node in shared):
-        unsure.update(node.name for node in shared)  # what one layer keeps is taken from the others
-    return {
-        node.name: found[node.name]._replace(exact=found[node.name].exact and node.name not in unsure) for node in nodes
-    }
+    for amount in weight_amounts(by_name, step):
+        match amount:
+            case ByPattern(layer, kept, of):
+                reason = f"{step.criterion}, {kept} of {of} inputs in a row stay"
+                found[layer] = _zeros_of_pattern(by_name[layer], kept, of, already.get(layer, 0), reason)
+            case ByThreshold(layer, threshold, own):
+                reason = f"threshold {threshold}{' of its own' if own else ''}: depends on the trained weights"
+                found[layer] = LayerZeros(None, False, reason)
+            case BySparsity(layer, sparsity, own):
+                reason = f"sparsity {sparsity} of its own"
+                if not own:
+                    reason = f"{_what(step)}, sparsity {sparsity} of each layer"
+                found[layer] = _zeros_of_sparsity(by_name[layer], step, sparsity, already.get(layer, 0), reason)
+            case Shared(layers, sparsity):
+                count = _zeros_of_erk if step.criterion == "erk" else _zeros_of_ranking
+                found |= count([by_name[layer] for layer in layers], step, sparsity, already)
+                if step.criterion == "erk" and not unsure.isdisjoint(layers):
+                    unsure.update(layers)  # what one layer keeps is taken from the others
+            case _:
+                assert_never(amount)
+    return {name: found[name]._replace(exact=found[name].exact and name not in unsure) for name in by_name}
 
 
 def _what(step: Prune) -> str:
@@ -74,15 +69,13 @@ def _what(step: Prune) -> str:
     return step.criterion
 
 
-def _of_pattern(node: Node, step: Prune, already: int) -> LayerZeros:
-    kept, of = pattern_of(step, node.name)
+def _zeros_of_pattern(node: Node, kept: int, of: int, already: int, reason: str) -> LayerZeros:
     zeros = weight_matrix(node).elements // of * (of - kept)
-    reason = f"{step.criterion}, {kept} of {of} inputs in a row stay"
     # zeros that were there before may stand where the pattern would have kept a weight
     return LayerZeros(max(zeros, already), already == 0, reason)
 
 
-def _of_sparsity(node: Node, step: Prune, sparsity: float, already: int, reason: str) -> LayerZeros:
+def _zeros_of_sparsity(node: Node, step: Prune, sparsity: float, already: int, reason: str) -> LayerZeros:
     matrix = weight_matrix(node)
     wanted = round(sparsity * matrix.elements)
     if step.structure != "blocks":
@@ -99,10 +92,10 @@ def _blocks(matrix: WeightMatrix, step: Prune) -> int:
     return matrix.groups * high * wide
 
 
-def _of_ranking(
+def _zeros_of_ranking(
     nodes: Sequence[Node], step: Prune, sparsity: float, already: Mapping[str, int]
 ) -> dict[str, LayerZeros]:
-    """Of a ranking over all layers only the sum is known; each layer is given its share."""
+    """Each layer's share of the sum: of a ranking over all layers no more is known."""
     sizes = {node.name: weight_matrix(node).elements for node in nodes}
     total = sum(sizes.values())
     wanted = rest = max(round(sparsity * total), sum(already.get(name, 0) for name in sizes))
@@ -115,7 +108,9 @@ def _of_ranking(
     return found
 
 
-def _of_erk(nodes: Sequence[Node], step: Prune, sparsity: float, already: Mapping[str, int]) -> dict[str, LayerZeros]:
+def _zeros_of_erk(
+    nodes: Sequence[Node], step: Prune, sparsity: float, already: Mapping[str, int]
+) -> dict[str, LayerZeros]:
     sizes = {node.name: weight_matrix(node).elements for node in nodes}
     kept = erk_kept(
         {node.name: erk_axes(node) for node in nodes},

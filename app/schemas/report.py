@@ -108,3 +108,14 @@ class ReportSchema(Answer):
     )
     sensitivity: SensitivityTableSchema | None = Field(None, description="Of a job of kind sensitivity.")
     sparse: SparseFileSchema | None = Field(None, description="Where weights were set to zero.")
+
+
+class ReportFileSchema(ReportSchema):
+    """report.json: what the API promises of a report, and what it holds besides."""
+
+    attempt: int
+    stopped_early: bool
+    latency: dict[str, Any] = Field(description="How latencies were measured.")
+    compressed_bytes: dict[str, int] = Field(description="Size of each file after gzip.")
+    data: dict[str, Any]
+    seconds: float = Field(description="Of all attempts.")

@@ -347,9 +347,9 @@ def test_a_full_disk_skips_one_checkpoint_and_fails_at_the_second(data: Path, tm
 
     journal = MemoryJournal()
     job = pipeline.prepare(task_of(tiny_spec(training={"epochs": 6}), data, tmp_path), journal)
-    job.monitor.checkpoints = CheckpointWriter(tmp_path, journal, interval_s=60, identity={}, write=full)
+    job.checkpoints = CheckpointWriter(tmp_path, journal, interval_s=60, identity={}, write=full)
     with pytest.raises(DiskFull, match="two checkpoints in a row"):
-        pipeline.carry_out(job)
+        pipeline.run_stages(job)
     assert [event.data.get("code") for event in journal.of_type("warning")] == ["disk_full"]
     job.close()
 

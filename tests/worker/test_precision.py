@@ -45,7 +45,7 @@ def test_a_network_is_placed_in_the_layout_without_changing_a_value(
     network = build_network(graph_of([*layers, {"type": "linear", "out_features": 2}], shape), seed=0)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     parameters = list(network.parameters())
-    chosen(channels_last=True, spatial_axes=len(shape) - 1).place(network)
+    chosen(channels_last=True, spatial_axes=len(shape) - 1).to_device(network)
     assert network.get_parameter("conv1.weight").is_contiguous(memory_format=layout)
     assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in before.items())
     assert all(new is old for new, old in zip(network.parameters(), parameters, strict=True))

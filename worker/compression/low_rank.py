@@ -1,6 +1,6 @@
-"""Trained layers become products of smaller ones: SVD, Tucker-2, depthwise and 1 x 1.
+"""Trained layers as products of smaller ones: SVD, Tucker-2, depthwise and 1 x 1.
 
-    smaller, fates = replace_trained_layers(network, step, baseline=baseline)
+    smaller, outcomes = replace_trained_layers(network, step, baseline=baseline)
 
 Axes: O outputs, I inputs, K positions of the kernel, R and S ranks of inputs and outputs. Everything is computed in
 float64 on the CPU.
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from app.compression.factorization import Factorable, Product, Ranks, low_rank_layers
+from app.compression.factorization import Factorable, ProductLayers, Ranks, low_rank_layers
 from app.compression.rank_selection import Spectra
 from app.compression.replacement import replace_layers
 from app.errors import BudgetMissed
@@ -33,8 +33,8 @@ NOTEWORTHY_DROP = 0.01  # of the accuracy
 MOST_NAMED = 3
 SWEEPS = 5  # of HOOI: the error falls in the first, and no more after the fifth
 
-Fates = dict[str, dict[str, Any]]
-"""Layer -> `parts` (names of the layers in its place) and `relative_error` (|W - product| / |W|), or `reason`."""
+Outcomes = dict[str, dict[str, Any]]
+"""Layer -> `parts` (names of the layers that replace it) and `relative_error` (|W - product| / |W|), or `reason`."""
 
 
 class Factors(NamedTuple):
@@ -72,10 +72,10 @@ class Separated(NamedTuple):
         return self.pointwise[:, :, None] * self.depthwise
 
 
-def replace_trained_layers(network: Network, step: LowRank | Separable, *, baseline: Cost) -> tuple[Network, Fates]:
-    """(the network with the layers that `step` replaces replaced, on the same device; what became of each layer).
+def replace_trained_layers(network: Network, step: LowRank | Separable, *, baseline: Cost) -> tuple[Network, Outcomes]:
+    """(the network in which `step` has replaced its layers, on the same device; the outcome of every layer).
 
-    The given network stays as it is, and is given back where nothing is replaced.
+    The given network stays as it is, and is returned where nothing is replaced.
 
     Raises:
         BudgetMissed: the budget is below the cost with the smallest ranks.
@@ -88,9 +88,9 @@ def replace_trained_layers(network: Network, step: LowRank | Separable, *, basel
         done = replace_layers(network.graph, step, spectra, baseline=baseline)
     except BudgetUnreachable as exc:
         raise BudgetMissed(str(exc)) from exc
-    fates: Fates = {name: {"reason": reason} for name, reason in done.kept.items()}
+    outcomes: Outcomes = {name: {"reason": reason} for name, reason in done.kept.items()}
     if not done.products:
-        return network, fates
+        return network, outcomes
     state = {name: tensor.detach() for name, tensor in network.state_dict().items()}
     with torch.device("meta"):
         smaller = Network(done.graph)
@@ -99,26 +99,26 @@ def replace_trained_layers(network: Network, step: LowRank | Separable, *, basel
         factors = separated(weight_OIK) if isinstance(step, Separable) else factorized(weight_OIK, done.ranks[name])
         state |= _tensors(product, factors, state.pop(f"{name}.weight"), smaller)
         error = _relative_error(weight_OIK, factors)
-        fates[name] = {"parts": [part_name for part_name, _ in product], "relative_error": error}
+        outcomes[name] = {"parts": [part_name for part_name, _ in product], "relative_error": error}
     # copies, each on its own memory: the given network stays as it is, and a checkpoint holds no more than it needs
     copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
     smaller.load_state_dict(copies, strict=True, assign=True)
     smaller.train(network.training)
-    return smaller, fates
+    return smaller, outcomes
 
 
 @torch.no_grad()
-def replaced_rows(network: Network, before: Graph, fates: Fates) -> list[dict[str, Any]]:
+def replaced_rows(network: Network, before: Graph, outcomes: Outcomes) -> list[dict[str, Any]]:
     """The report's `layers` of a step: each convolution and linear layer of the network `before` it.
 
-    `weights`, `nonzero` and `sparsity` are of all layers in its place; `parts` are these, each with its own width.
+    `weights`, `nonzero` and `sparsity` are of all layers that replace it; `parts` are these, each with its own width.
     """
     rows = []
     for node in before.nodes:
         if node.type not in WEIGHTED:
             continue
-        fate = fates.get(node.name, {})
-        names = fate.get("parts", [node.name])
+        outcome = outcomes.get(node.name, {})
+        names = outcome.get("parts", [node.name])
         weights = [] if node.shares is not None else [network.get_parameter(f"{name}.weight") for name in names]
         count = sum(weight.numel() for weight in weights)
         nonzero = sum(int(torch.count_nonzero(weight)) for weight in weights)
@@ -133,28 +133,28 @@ def replaced_rows(network: Network, before: Graph, fates: Fates) -> list[dict[st
         }
         if node.shares is not None:
             row["shares"] = node.shares
-        if "parts" in fate:
+        if "parts" in outcome:
             parts = [network.graph[name] for name in names]
             row["parts"] = [{"name": part.name, "type": part.type, "channels": part.shape[0]} for part in parts]
-            row["relative_error"] = round(fate["relative_error"], 6)
-        elif "reason" in fate:
-            row["reason"] = fate["reason"]
+            row["relative_error"] = round(outcome["relative_error"], 6)
+        elif "reason" in outcome:
+            row["reason"] = outcome["reason"]
         rows.append(row)
     return rows
 
 
-def loss_note(kind: str, before: Mapping[str, Any], after: Mapping[str, Any], fates: Fates) -> str | None:
+def loss_note(kind: str, before: Mapping[str, Any], after: Mapping[str, Any], outcomes: Outcomes) -> str | None:
     """A sentence where the accuracy fell by more than a point, with the layers that are farthest from what they were."""
     drop = before["accuracy"] - after["accuracy"]
-    errors = {name: fate["relative_error"] for name, fate in fates.items() if "relative_error" in fate}
+    errors = {name: outcome["relative_error"] for name, outcome in outcomes.items() if "relative_error" in outcome}
     if drop <= NOTEWORTHY_DROP or not errors:
         return None
     worst = sorted(errors, key=lambda name: -errors[name])[:MOST_NAMED]
     named = ", ".join(f"{name} {errors[name]:.0%}" for name in worst)
     advice = "Larger ranks, more" if kind == "low_rank" else "More"
     return (
-        f"{kind} cost {100 * drop:.1f} points of accuracy: its products start {named} away from the trained weights (of "
-        f"their norm). {advice} epochs of retraining or distillation give more of it back."
+        f"{kind} cost {100 * drop:.1f} points of accuracy: before retraining, its products differ from the trained weights by "
+        f"{named} of their norm. {advice} epochs of retraining or distillation recover more of it."
     )
 
 
@@ -166,7 +166,7 @@ def factorized(weight_OIK: Tensor, ranks: Ranks, *, sweeps: int = SWEEPS) -> Fac
 
     One rank: the truncated SVD, its singular values as square roots on both sides. Two: Tucker-2 (Kim et al., arXiv
     1511.06530, section 3.1), found by higher-order orthogonal iteration (De Lathauwer et al. 2000, SIAM J. Matrix Anal.
-    Appl. 21, 1324-1342) from the singular vectors of each side; a full rank is left out, the other is optimal then.
+    Appl. 21, 1324-1342) from the singular vectors of each side; a full rank needs no factor, and the other one is optimal then.
     """
     if len(ranks) == 1:
         left_OR, values_R, right_RI = torch.linalg.svd(weight_OIK[:, :, 0], full_matrices=False)
@@ -175,14 +175,14 @@ def factorized(weight_OIK: Tensor, ranks: Ranks, *, sweeps: int = SWEEPS) -> Fac
         reduce_RI = right_RI[: ranks[0]] * roots_R[:, None]
         return Factors(None, reduce_RI[:, :, None], expand_OS)
     outputs, inputs, _ = weight_OIK.shape
-    before, behind = ranks
-    inner_IR = _leading(weight_OIK.transpose(0, 1), before) if before < inputs else None
+    rank_in, rank_out = ranks
+    inner_IR = _leading(weight_OIK.transpose(0, 1), rank_in) if rank_in < inputs else None
     outer_OS = None
-    if behind < outputs:
+    if rank_out < outputs:
         for _ in range(sweeps if inner_IR is not None else 1):
-            outer_OS = _leading(_on_inputs(weight_OIK, inner_IR), behind)
+            outer_OS = _leading(_on_inputs(weight_OIK, inner_IR), rank_out)
             if inner_IR is not None:
-                inner_IR = _leading(_on_outputs(weight_OIK, outer_OS).transpose(0, 1), before)
+                inner_IR = _leading(_on_outputs(weight_OIK, outer_OS).transpose(0, 1), rank_in)
     core_SRK = _on_outputs(_on_inputs(weight_OIK, inner_IR), outer_OS)
     return Factors(None if inner_IR is None else inner_IR.T.contiguous(), core_SRK, outer_OS)
 
@@ -195,7 +195,7 @@ def separated(weight_OIK: Tensor) -> Separated:
     """
     left_IOM, values_IM, right_IMK = torch.linalg.svd(weight_OIK.transpose(0, 1), full_matrices=False)
     roots_I = values_IM[:, 0].sqrt()
-    # an input that is not used keeps a kernel, so that it can be learnt: its product is zero all the same
+    # an input that is not used keeps a kernel, so that it can be trained: its product is zero all the same
     scales_I = torch.where(roots_I > 0, roots_I, torch.ones_like(roots_I))
     return Separated(right_IMK[:, 0] * scales_I[:, None], (left_IOM[:, :, 0] * roots_I[:, None]).T)
 
@@ -218,7 +218,7 @@ def matrix_of(layer: Factorable, weight: Tensor) -> Tensor:
 
 
 def _lost_by_matrix(weight_OI: Tensor) -> FloatArray:
-    """The part of the squared singular values behind the first 0, 1, ..., min(O, I); 0 of a zero matrix."""
+    """The part of the squared singular values after the first 0, 1, ..., min(O, I); 0 of a zero matrix."""
     short = weight_OI if weight_OI.shape[0] <= weight_OI.shape[1] else weight_OI.T
     rising = torch.linalg.eigvalsh(short @ short.T).clamp(min=0).numpy()
     return np.concatenate([_part_of(np.cumsum(rising)[::-1]), [0.0]])
@@ -235,7 +235,7 @@ def _lost_by_tucker(weight_OIK: Tensor) -> FloatArray:
 
 
 def _part_of(left: FloatArray) -> FloatArray:
-    """Divided by its largest entry, which stands first; nothing of nothing is lost."""
+    """Divided by its largest entry, which stands first; of zero everywhere 0."""
     return left / max(float(left.flat[0]), np.finfo(np.float64).tiny)
 
 
@@ -257,8 +257,10 @@ def _on_outputs(weight_OIK: Tensor, outer_OS: Tensor | None) -> Tensor:
 # --- from factors to tensors ------------------------------------------------------------------------------------------
 
 
-def _tensors(product: Product, factors: Factors | Separated, old: Tensor, smaller: Network) -> Mapping[str, Tensor]:
-    """The weights of the layers in the place of one, by key, of the type and on the device of the `old` weight."""
+def _tensors(
+    product: ProductLayers, factors: Factors | Separated, old: Tensor, smaller: Network
+) -> Mapping[str, Tensor]:
+    """The weights of the layers that replace one, by key, of the type and on the device of the `old` weight."""
     found = {}
     for (name, part), weight in zip(product, factors.layers(), strict=True):
         turned = weight.transpose(0, 1) if isinstance(part.layer, ConvTranspose) else weight

@@ -1,4 +1,8 @@
-"""Static 8-bit quantization of an ONNX file through ONNX Runtime, and which layers are left in float32 for its accuracy.
+"""Static 8-bit quantization of an ONNX file through ONNX Runtime, and which layers stay in float32 for its accuracy.
+
+Which layers *can* be quantized says `app/compression/int8.py`; which of these *stay in float32* is chosen here
+(`quantize`), by trying files on a sample; `worker/run/int8.py` draws the sample, and judges and reports the file of a
+job; `app/spec/quantize.py` is what the job asks for.
 
 Activations are uint8 with a zero point, one range per tensor; weights int8, symmetric, one scale per output channel;
 biases int32; written as QuantizeLinear / DequantizeLinear pairs (Jacob et al., arXiv 1712.05877; Krishnamoorthi,
@@ -32,24 +36,26 @@ from app.spec.quantize import Scheme
 from worker.data.dataset import Split
 from worker.export.onnx_model import OUTPUT_NAME
 from worker.verification.clean_process import onnx_network
+from worker.verification.verification import Logits
 
-WEIGHTED = frozenset({"Conv", "Gemm"})
-HEAVY = WEIGHTED | {"ConvTranspose"}
-BETWEEN = frozenset({"Add", "Concat", "GlobalAveragePool", "LeakyRelu", "Mul", "Sigmoid", "Softmax"})
-"""Computed in 8 bits where layers before and behind are; with a constant operand they stay in float32."""
-FOLLOWING = frozenset({"Relu", "Clip", "MaxPool", "AveragePool", "Flatten", "Reshape", "Resize", "Slice", "Transpose"})
-"""Computed in 8 bits where what they read is."""
-MOST_TOGETHER = 1 << 24  # numbers that all layers compute for a calibration batch: ONNX Runtime keeps them all
+QUANTIZED_OPERATORS = frozenset({"Conv", "Gemm"})
+OPERATORS_WITH_WEIGHTS = QUANTIZED_OPERATORS | {"ConvTranspose"}
+OPERATORS_BETWEEN = frozenset({"Add", "Concat", "GlobalAveragePool", "LeakyRelu", "Mul", "Sigmoid", "Softmax"})
+"""Computed in 8 bits where layers before and after are; with a constant operand they stay in float32."""
+OPERATORS_AFTER = frozenset(
+    {"Relu", "Clip", "MaxPool", "AveragePool", "Flatten", "Reshape", "Resize", "Slice", "Transpose"}
+)
+"""Computed in 8 bits where the layers that they read are."""
+MOST_NUMBERS_TOGETHER = 1 << 24  # numbers that all layers compute for a calibration batch: ONNX Runtime keeps them all
 HISTOGRAM_NUMBERS = 3e8  # of all tensors that go into histograms, 50 ns each
 PERCENTILE = 99.999  # of the values of a tensor: 99.99 cuts pixels off, and trebles the error of a small network
-MOST_LOOKED_AT = 64  # layers, or runs of neighbours where there are more, whose error is measured one by one
-LOOKED_AT_MACS = 2e10  # spent on each of them
-FEWEST_IMAGES, MOST_IMAGES = 8, 256  # that an error is measured on
+MOST_MEASURED = 64  # layers, or runs of neighbours where there are more, whose error is measured one by one
+MEASURED_MACS = 2e10  # spent on each of them
+FEWEST_IMAGES, MOST_IMAGES = 8, 256  # on which an error is measured
 VNNI = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 
 Calibration = Literal["min_max", "percentile"]
-Images = NDArray[np.float32]
-Logits = NDArray[np.float32]
+FloatImages = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class Sample:
         """Batches."""
         return -(-len(self.part) // self.batch_size)
 
-    def batch(self, number: int) -> Images:
+    def batch(self, number: int) -> FloatImages:
         """The images N x C x ... of one batch, preprocessed."""
         start = number * self.batch_size
         return self.preprocessing.apply(self.part.read(np.arange(start, min(start + self.batch_size, len(self.part)))))
@@ -76,9 +82,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Quantized:
-    """An 8-bit file: how it was made, and how it does on the sample that it was chosen on.
+    """An 8-bit file: how it was made, and how good it is on the sample on which it was chosen.
 
-    `in_float` has the layers that were left in float32 for the accuracy, each with its error: the root mean square by
+    `in_float` has the layers that stay in float32 for the accuracy, each with its error: the root mean square by
     which the logits move when it alone is quantized, in standard deviations of the logits. `drop` is the loss of
     accuracy against float32 on the sample, `tries` the number of files that were compared.
     """
@@ -94,7 +100,7 @@ class Quantized:
 def saturates(cpuinfo: Path = Path("/proc/cpuinfo"), machine: str | None = None) -> bool:
     """Whether sums of two 8-bit products overflow on this processor: x86 without VNNI adds them up in 16 bits.
 
-    Files of the scheme int8_static do not depend on it; one of int8_vnni cannot be proven where it holds.
+    Files of the scheme int8_static do not depend on it; one of int8_vnni cannot be verified where it holds.
     """
     if (machine or platform.machine()).lower() not in ("x86_64", "amd64", "i686", "x86"):
         return False
@@ -109,11 +115,11 @@ def numbers_of(graph: Graph) -> int:
 
 def calibration_batch_size(graph: Graph) -> int:
     """Images per calibration batch, at most 32."""
-    return max(1, min(32, MOST_TOGETHER // numbers_of(graph)))
+    return max(1, min(32, MOST_NUMBERS_TOGETHER // numbers_of(graph)))
 
 
 def logits_of(model: Path, sample: Sample, *, threads: int, waiting: Callable[[], None] | None = None) -> Logits:
-    """Logits `N x K` that an ONNX file gives for the sample, in the settings in which files are proven.
+    """Logits `N x K` that an ONNX file gives for the sample, in the settings in which files are verified.
 
     `waiting` is called between batches; it may raise to give up.
     """
@@ -144,7 +150,7 @@ def rmse_ratio(found_NK: Logits, wanted_NK: Logits) -> float:
 class Quantizer:
     """Makes 8-bit files of one float32 ONNX file, `model`, of the network `graph`.
 
-    Ranges are measured once for each calibration, on `calibration`. `folder` takes files that are needed meanwhile.
+    Ranges are measured once for each calibration, on `calibration`. `folder` is for files that are needed meanwhile.
     `scheme` decides the range of the weights: -64 to 64 (int8_static), or -127 to 127 (int8_vnni).
     """
 
@@ -177,17 +183,17 @@ class Quantizer:
         return tuple(dict.fromkeys(node.home for node in integer_layers(self.graph)))
 
     def file(self, in_float: Collection[str], calibration: Calibration = "min_max") -> Path:
-        """The 8-bit file that leaves the layers `in_float` as they are.
+        """Write the 8-bit file in which the layers `in_float` stay as they are; its path.
 
         Raises:
-            QuantizationFailed: ONNX Runtime does not manage it.
+            QuantizationFailed: ONNX Runtime cannot quantize the network.
             OSError: the disk is full.
         """
         from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
         self.files += 1
         made, path = self.folder / "made.onnx", self.folder / f"int8-{self.files}.onnx"
-        left_out = self._left_out(in_float)
+        excluded = self._excluded_operators(in_float)
         images = self.calibration
         if calibration == "percentile":
             images = images.first(max(FEWEST_IMAGES, int(HISTOGRAM_NUMBERS / numbers_of(self.graph))))
@@ -198,8 +204,8 @@ class Quantizer:
                 made,
                 _Reader(images, self.waiting),
                 quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=sorted(WEIGHTED | BETWEEN | FOLLOWING),
-                nodes_to_exclude=left_out,
+                op_types_to_quantize=sorted(QUANTIZED_OPERATORS | OPERATORS_BETWEEN | OPERATORS_AFTER),
+                nodes_to_exclude=excluded,
                 per_channel=True,
                 reduce_range=self.scheme == "int8_static",
                 activation_type=QuantType.QUInt8,
@@ -218,31 +224,36 @@ class Quantizer:
     def errors(self) -> dict[str, float]:
         """Of each layer, worst first: how far the logits move when it alone is quantized (see `Quantized`).
 
-        Of more than 64 layers, neighbours are looked at together.
+        Of more than 64 layers, neighbours are measured together.
         """
-        affordable = int(LOOKED_AT_MACS / max(1, cost(self.graph).macs))
+        affordable = int(MEASURED_MACS / max(1, cost(self.graph).macs))
         sample = self.calibration.first(max(FEWEST_IMAGES, min(MOST_IMAGES, affordable)))
         wanted_NK = self.logits(self.source, sample)
         errors: dict[str, float] = {}
-        for run in _runs(self.names, MOST_LOOKED_AT):
+        for run in _runs(self.names, MOST_MEASURED):
             file = self.file([name for name in self.names if name not in run])
             errors |= dict.fromkeys(run, rmse_ratio(self.logits(file, sample), wanted_NK))
             file.unlink()
         return dict(sorted(errors.items(), key=lambda item: -item[1]))
 
-    def _left_out(self, in_float: Collection[str]) -> list[str]:
-        """The operators that are not quantized: those of the layers, and what has such a layer before or behind it."""
+    def _excluded_operators(self, in_float: Collection[str]) -> list[str]:
+        """The operators that are not quantized: those of the layers, and what has such a layer before or after it."""
         operators, of_layer = self.operators.node, {node.name: node.home for node in self.graph.nodes}
         constants = {tensor.name for tensor in self.operators.initializer}
-        live = {node.name for node in operators if node.op_type in WEIGHTED and of_layer[node.name] not in in_float}
-        before, behind = _reach(operators, live), _reach([_turned(node) for node in reversed(operators)], live)
+        live = {
+            node.name
+            for node in operators
+            if node.op_type in QUANTIZED_OPERATORS and of_layer[node.name] not in in_float
+        }
+        before = _reached_operators(operators, live)
+        after = _reached_operators([_reversed(node) for node in reversed(operators)], live)
         return [
             node.name
             for node in operators
-            if (node.op_type in WEIGHTED and node.name not in live)
+            if (node.op_type in QUANTIZED_OPERATORS and node.name not in live)
             or (
-                node.op_type in BETWEEN
-                and not (node.name in before and node.name in behind and constants.isdisjoint(node.input))
+                node.op_type in OPERATORS_BETWEEN
+                and not (node.name in before and node.name in after and constants.isdisjoint(node.input))
             )
         ]
 
@@ -251,55 +262,65 @@ def quantize(quantizer: Quantizer, sample: Sample, *, most_drop: float, exclude:
     """The 8-bit file that loses at most `most_drop` of the accuracy on `sample` with the fewest layers in float32.
 
     In order: every layer, ranges from the smallest to the largest value; ranges without the outermost values; then
-    layers are left in float32, those with the largest error first, and their number is found by bisection. If nothing
+    layers stay in float32, those with the largest error first, and their number is found by bisection. If nothing
     is enough, the file that loses least.
 
     Args:
         quantizer: of the network.
-        sample: what is chosen on: never the test part.
+        sample: on which the choice is made: never the test part.
         most_drop: part of 1.
         exclude: layers that stay in float32 whatever happens.
 
     Raises:
-        QuantizationFailed: ONNX Runtime does not manage it, or nothing is left to quantize.
+        QuantizationFailed: ONNX Runtime cannot quantize the network, or every layer is excluded.
         OSError: the disk is full.
     """
-    labels_N = sample.part.labels
-    wanted_NK = quantizer.logits(quantizer.source, sample)
-    right = int((wanted_NK.argmax(axis=1) == labels_N).sum())
-    kept = set(exclude)
-    if kept.issuperset(quantizer.names):
+    if set(exclude).issuperset(quantizer.names):
         raise QuantizationFailed("every layer that could be quantized is excluded")
-    tried: list[Quantized] = []
-
-    def attempt(in_float: Mapping[str, float], calibration: Calibration) -> bool:
-        file = quantizer.file(kept | in_float.keys(), calibration)
-        found_NK = quantizer.logits(file, sample)
-        lost = right - int((found_NK.argmax(axis=1) == labels_N).sum())
-        rmse = rmse_ratio(found_NK, wanted_NK)
-        tried.append(Quantized(file, calibration, in_float, lost / len(labels_N), rmse, len(tried) + 1))
-        return lost <= most_drop * len(labels_N) + 1e-9
-
-    def least_loss() -> Quantized:
-        return min(tried, key=lambda one: (one.drop, one.rmse))
-
-    if attempt({}, "min_max") or attempt({}, "percentile"):
-        return tried[-1]
-    calibration = least_loss().calibration
-    ranked = [(name, error) for name, error in quantizer.errors().items() if name not in kept]
+    search = _FileSearch(quantizer, sample, most_drop, exclude)
+    if search.is_enough({}, "min_max") or search.is_enough({}, "percentile"):
+        return search.tried[-1]
+    calibration = search.least_loss().calibration
+    ranked = [(name, error) for name, error in quantizer.errors().items() if name not in exclude]
     good: Quantized | None = None
     low, high = 0, len(ranked)  # so many in float32: too few, and enough (all of them are not quantized at all)
     while high - low > 1:
         middle = (low + high) // 2
-        if attempt(dict(ranked[:middle]), calibration):
-            good, high = tried[-1], middle
+        if search.is_enough(dict(ranked[:middle]), calibration):
+            good, high = search.tried[-1], middle
         else:
             low = middle
-    return replace(good or least_loss(), tries=len(tried))
+    return replace(good or search.least_loss(), tries=len(search.tried))
+
+
+class _FileSearch:
+    """Files that are tried on a sample, against the float32 file."""
+
+    def __init__(self, quantizer: Quantizer, sample: Sample, most_drop: float, exclude: Collection[str]) -> None:
+        self._quantizer, self._sample, self._most_drop, self._exclude = quantizer, sample, most_drop, frozenset(exclude)
+        self._wanted_NK = quantizer.logits(quantizer.source, sample)
+        self._right = self._right_answers(self._wanted_NK)
+        self.tried: list[Quantized] = []
+
+    def is_enough(self, in_float: Mapping[str, float], calibration: Calibration) -> bool:
+        """Try the file in which these layers and the excluded ones stay in float32; whether it loses little enough."""
+        file = self._quantizer.file(self._exclude | in_float.keys(), calibration)
+        found_NK = self._quantizer.logits(file, self._sample)
+        images, lost = len(found_NK), self._right - self._right_answers(found_NK)
+        rmse = rmse_ratio(found_NK, self._wanted_NK)
+        self.tried.append(Quantized(file, calibration, in_float, lost / images, rmse, len(self.tried) + 1))
+        return lost <= self._most_drop * images + 1e-9
+
+    def least_loss(self) -> Quantized:
+        """Of the files that were tried, the one that loses least."""
+        return min(self.tried, key=lambda one: (one.drop, one.rmse))
+
+    def _right_answers(self, logits_NK: Logits) -> int:
+        return int((logits_NK.argmax(axis=1) == self._sample.part.labels).sum())
 
 
 class _Reader:
-    """What ONNX Runtime reads calibration images from, a range of batches at a time."""
+    """The calibration images as ONNX Runtime reads them, a range of batches at a time; the names are its own."""
 
     def __init__(self, sample: Sample, waiting: Callable[[], None] | None) -> None:
         self._sample = sample
@@ -310,10 +331,10 @@ class _Reader:
         return len(self._sample)
 
     def set_range(self, start_index: int, end_index: int) -> None:
-        """Go on with these batches."""
+        """Continue with these batches."""
         self._left = iter(range(start_index, end_index))
 
-    def get_next(self) -> dict[str, Images] | None:
+    def get_next(self) -> dict[str, FloatImages] | None:
         """The next batch; None at the end of the range."""
         if self._waiting is not None:
             self._waiting()
@@ -329,8 +350,8 @@ def _runs(names: Sequence[str], most: int) -> Iterator[tuple[str, ...]]:
 
 
 @dataclass(frozen=True)
-class _Turned:
-    """An operator read backwards: what it gives is what it takes."""
+class _ReversedOperator:
+    """An operator read backwards: its outputs are its inputs."""
 
     name: str
     op_type: str
@@ -338,14 +359,14 @@ class _Turned:
     output: Sequence[str]
 
 
-def _turned(node: Any) -> _Turned:
-    return _Turned(node.name, node.op_type, node.output, node.input)
+def _reversed(node: Any) -> _ReversedOperator:
+    return _ReversedOperator(node.name, node.op_type, node.output, node.input)
 
 
-def _reach(nodes: Sequence[Any], live: Collection[str]) -> set[str]:
-    """The operators, in an order in which values are made before they are taken, that read a live one.
+def _reached_operators(nodes: Sequence[Any], live: Collection[str]) -> set[str]:
+    """The operators that read a live one, perhaps through operators without weights.
 
-    Operators that are no layers with weights pass on what they read.
+    `nodes` are in an order in which values are made before they are read.
     """
     carrying: set[str] = set()
     reached = set()
@@ -353,13 +374,13 @@ def _reach(nodes: Sequence[Any], live: Collection[str]) -> set[str]:
         reads = not carrying.isdisjoint(node.input)
         if reads:
             reached.add(node.name)
-        if node.name in live or (reads and node.op_type not in HEAVY):
+        if node.name in live or (reads and node.op_type not in OPERATORS_WITH_WEIGHTS):
             carrying.update(node.output)
     return reached
 
 
 def _tidied(model: Any) -> bytes:
-    """The file with its logits in float32, and nothing in it but the network; same input, same bytes."""
+    """The file with its logits in float32, and without anything but the network; same input, same bytes."""
     graph = model.graph
     makers = {value: node for node in graph.node for value in node.output}
     last = makers[OUTPUT_NAME]
@@ -389,7 +410,7 @@ def _tidied(model: Any) -> bytes:
 
 @contextmanager
 def _temporary_files_in(folder: Path) -> Iterator[None]:
-    """Temporary files of a library go into `folder`, which is removed with the job."""
+    """Let a library write its temporary files into `folder`, which is removed with the job."""
     before, tempfile.tempdir = tempfile.tempdir, str(folder)
     try:
         yield
@@ -399,11 +420,11 @@ def _temporary_files_in(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """Whatever the library raises, as one error of the job; wishes, a full disk and full memory stay what they are."""
+    """Raise whatever the library raises as `QuantizationFailed`, but for the job's own errors, a full disk, full memory."""
     try:
         yield
     except (EspalierError, OSError, MemoryError):
         raise
     except Exception as exc:
-        said = (str(exc).strip() or type(exc).__name__).splitlines()[0][:300]
-        raise QuantizationFailed(f"ONNX Runtime could not quantize the network: {said}") from exc
+        message = (str(exc).strip() or type(exc).__name__).splitlines()[0][:300]
+        raise QuantizationFailed(f"ONNX Runtime could not quantize the network: {message}") from exc

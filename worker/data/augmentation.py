@@ -3,7 +3,7 @@
 There is no loop over images. A crop or a flip is, for every axis of space, a table of source positions (one row an
 image), by which the batch is gathered; cutout compares index grids.
 
-Images have one, two or three axes of space, channels before or behind them: N x C x *space or N x *space x C. Random
+Images have one, two or three axes of space, channels before or after them: N x C x *space or N x *space x C. Random
 numbers come from a CPU generator, so that every device sees the same images.
 """
 
@@ -76,7 +76,7 @@ def cut_out(images: Tensor, axes: Axes, generator: torch.Generator) -> None:
     32 x 32; a quarter is the milder of the two, for short trainings.
     """
     count = images.shape[0]
-    channels_behind = images.shape[axes.first + len(axes.sizes) :].numel()
+    channels_after = images.shape[axes.first + len(axes.sizes) :].numel()
     inside = torch.ones(count, 1)
     for number, size in enumerate(axes.sizes):
         side = max(1, size // CUTOUT_SHARE)
@@ -84,7 +84,7 @@ def cut_out(images: Tensor, axes: Axes, generator: torch.Generator) -> None:
         places = torch.arange(size)
         box = ((places >= starts) & (places < starts + side)).float()
         if number == len(axes.sizes) - 1:
-            box = box.repeat_interleave(channels_behind, dim=1)
+            box = box.repeat_interleave(channels_after, dim=1)
         inside = (inside[:, :, None] * box[:, None, :]).flatten(1)
     # a product over flat runs: `masked_fill_` is not vectorised on a CPU and takes 16 times as long
     kept = (1 - inside).to(images.device, non_blocking=True)

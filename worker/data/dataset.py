@@ -74,7 +74,7 @@ class Split:
 
     @property
     def images(self) -> Images:
-        """The images N x C x ...: a view where the part is all of its source, else a copy in memory."""
+        """The images N x C x ...: a view where the split is all of its source, else a copy in memory."""
         source = self.open()
         return source if self.rows is None else source[self.rows]
 
@@ -83,7 +83,7 @@ class Split:
         return self.source.open() if isinstance(self.source, ImageFile) else self.source
 
     def take(self, index: npt.NDArray[np.int64]) -> Split:
-        """The part that has only the examples `index`, in that order."""
+        """The split that has only the examples `index`, in that order."""
         return Split(self.source, self.labels[index], index if self.rows is None else self.rows[index])
 
     def read(self, index: npt.NDArray[np.int64], source: Images | None = None) -> Images:
@@ -165,7 +165,7 @@ class Splits:
     test: Split
 
 
-def split(dataset: Dataset, data: DataSpec, seed: int) -> Splits:
+def split_dataset(dataset: Dataset, data: DataSpec, seed: int) -> Splits:
     """The parts of a job: `data.limit` training examples, a stratified share of them held out, and the test part.
 
     The limit takes the first n of a seeded permutation. Inside each part the examples keep the file's order.
@@ -178,17 +178,17 @@ def split(dataset: Dataset, data: DataSpec, seed: int) -> Splits:
     return Splits(dataset.train.take(kept[~held_out]), dataset.train.take(kept[held_out]), dataset.test)
 
 
-def measure_preprocessing(part: Split, scale: float) -> Preprocessing:
+def measure_preprocessing(split: Split, scale: float) -> Preprocessing:
     """Scale, and mean and standard deviation per channel after it, of a training part; a constant channel gets 1.
 
     uint8: exact sums of integers, one rounding at the end. float32: two passes in float64.
     """
-    if len(part) == 0:
+    if len(split) == 0:
         raise DataInvalid("the training part is empty", hint="raise data.limit or lower data.validation")
-    source = part.open()
+    source = split.open()
     channels, per_example = source.shape[1], math.prod(source.shape[2:])
-    count = len(part) * per_example
-    mean, variance = _integer_moments(part, channels, count) if source.dtype == np.uint8 else _moments(part, channels)
+    count = len(split) * per_example
+    mean, variance = _integer_moments(split, channels, count) if source.dtype == np.uint8 else _moments(split, channels)
     std = [math.sqrt(value) * scale for value in variance]
     return Preprocessing(
         scale=scale,
@@ -197,9 +197,9 @@ def measure_preprocessing(part: Split, scale: float) -> Preprocessing:
     )
 
 
-def _integer_moments(part: Split, channels: int, count: int) -> tuple[list[float], list[float]]:
+def _integer_moments(split: Split, channels: int, count: int) -> tuple[list[float], list[float]]:
     sums, squares = [0] * channels, [0] * channels
-    for block in part.blocks():
+    for block in split.blocks():
         for channel in range(channels):
             values = block[:, channel]
             sums[channel] += int(values.sum(dtype=np.int64))
@@ -208,11 +208,11 @@ def _integer_moments(part: Split, channels: int, count: int) -> tuple[list[float
     return [total / count for total in sums], variance
 
 
-def _moments(part: Split, channels: int) -> tuple[list[float], list[float]]:
+def _moments(split: Split, channels: int) -> tuple[list[float], list[float]]:
     def mean_of(centre: npt.NDArray[np.float64], power: int) -> list[float]:
         pieces: list[list[float]] = [[] for _ in range(channels)]
         count = 0
-        for block in part.blocks():
+        for block in split.blocks():
             for channel in range(channels):
                 values = block[:, channel].astype(np.float64) - centre[channel]
                 pieces[channel].append(float((values**power).sum()))
@@ -224,7 +224,7 @@ def _moments(part: Split, channels: int) -> tuple[list[float], list[float]]:
 
 
 class BatchLoader:
-    """The examples of a part in batches on a device: float32 images N x C x ... as the network takes them, labels N.
+    """The examples of a split in batches on a device: float32 images N x C x ... as the network takes them, labels N.
 
     Resident on the device in the type they are stored in where they fit, else read from the mapped file, one batch
     ahead. The order of an epoch depends on `seed` and its number, the augmentation of a batch on `seed`, epoch and its
@@ -233,7 +233,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        part: Split,
+        split: Split,
         preprocessing: Preprocessing,
         *,
         batch_size: int,
@@ -246,30 +246,30 @@ class BatchLoader:
         resident: bool | None = None,
     ) -> None:
         """`resident` None: as memory allows. Without `shuffle`: all examples in order, for evaluations."""
-        self._part = part
+        self._split = split
         self._batch_size = batch_size
         self._device = torch.device(device)
         self._augmentation = frozenset(augmentation)
         self._seed = seed
         self._shuffle = shuffle
         self._drop_last = drop_last
-        source = part.open()
+        source = split.open()
         self._channels, *sizes = source.shape[1:]
         self._channels_last = channels_last and len(sizes) in (2, 3)
         self._axes = Axes(1 if self._channels_last else 2, tuple(sizes))
         self._scale = float(np.float32(preprocessing.scale))
         self._mean = self._along_batch(preprocessing.mean)
         self._std = self._along_batch(preprocessing.std)
-        self._labels = torch.from_numpy(part.labels).to(self._device)
+        self._labels = torch.from_numpy(split.labels).to(self._device)
         if resident is None:
-            resident = part.size_bytes <= free_bytes(self._device)
+            resident = split.size_bytes <= free_bytes(self._device)
         self._resident = self._load() if resident else None
 
     def __len__(self) -> int:
         """Batches of one epoch. While training, a last batch of one example is left out: it has no batch statistics."""
-        whole, rest = divmod(len(self._part), self._batch_size)
+        whole, rest = divmod(len(self._split), self._batch_size)
         keep_rest = not self._drop_last and not (self._shuffle and rest == 1)
-        return max(whole + (1 if rest and keep_rest else 0), min(1, len(self._part)))
+        return max(whole + (1 if rest and keep_rest else 0), min(1, len(self._split)))
 
     def epoch(self, number: int, *, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of epoch `number` from batch `start` on: images N x C x ..., labels N."""
@@ -280,9 +280,9 @@ class BatchLoader:
 
     def _order(self, number: int) -> Tensor:
         if not self._shuffle:
-            return torch.arange(len(self._part))
+            return torch.arange(len(self._split))
         generator = torch.Generator().manual_seed(derive_seed(self._seed, "order", number))
-        return torch.randperm(len(self._part), generator=generator)
+        return torch.randperm(len(self._split), generator=generator)
 
     def _raw_batches(self, order: Tensor, start: int) -> Iterator[tuple[int, Tensor]]:
         """(number, stored images in our layout on the device) of every batch from `start` on."""
@@ -294,9 +294,9 @@ class BatchLoader:
                 picked = flat.index_select(0, index.to(self._device))
                 yield step, picked.view(len(index), *self._resident.shape[1:])
             return
-        source = self._part.open()
+        source = self._split.open()
         with closing(ReadAhead()) as ahead:
-            for step, block in zip(steps, ahead.read(self._part, source, chosen), strict=True):
+            for step, block in zip(steps, ahead.read(self._split, source, chosen), strict=True):
                 images = torch.from_numpy(self._arrange(block))
                 if self._device.type == "cuda":
                     images = images.pin_memory()
@@ -331,11 +331,11 @@ class BatchLoader:
         return np.ascontiguousarray(np.moveaxis(block, 1, -1) if self._channels_last else block)
 
     def _load(self) -> Tensor:
-        source = self._part.open()
-        shape = (len(self._part), *self._arrange(source[:0]).shape[1:])
+        source = self._split.open()
+        shape = (len(self._split), *self._arrange(source[:0]).shape[1:])
         images = torch.empty(shape, dtype=torch.uint8 if source.dtype == np.uint8 else torch.float32)
         start = 0
-        for block in self._part.blocks():
+        for block in self._split.blocks():
             images[start : start + len(block)] = torch.from_numpy(self._arrange(block))
             start += len(block)
         return images.to(self._device)
@@ -347,11 +347,11 @@ class ReadAhead:
     def __init__(self) -> None:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
-    def read(self, part: Split, source: Images, chosen: Sequence[Tensor]) -> Iterator[Images]:
+    def read(self, split: Split, source: Images, chosen: Sequence[Tensor]) -> Iterator[Images]:
         """The images of every index in `chosen`, in order."""
         waiting = None
         for index in chosen:
-            following = self._reader.submit(part.read, index.numpy(), source)
+            following = self._reader.submit(split.read, index.numpy(), source)
             if waiting is not None:
                 yield waiting.result()
             waiting = following

@@ -1,4 +1,7 @@
-"""How strongly channels answer to images: the mean absolute output of each, float64 on the CPU."""
+"""The mean absolute output of each channel over images, float64 on the CPU.
+
+Axes: N batch, C channels, x spatial.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,14 @@ from app.network.blocks import block_of
 from app.pruning.channel_classes import Classes
 from app.pruning.channel_rules import FloatArray
 from worker.network import Network, calls_of
+from worker.pruning.eval_mode import eval_mode
 
 
 def mean_activations(network: Network, classes: Classes, batches: Iterable[tuple[Tensor, Tensor]]) -> FloatArray:
     """By class number: the mean over producers, images and positions of the absolute output, in eval mode.
 
-    The output of a producer (a convolution or linear layer, at each place that it has in the network) is taken behind
-    the normalisation and the activation that alone read it (`block_of`): what the layers behind it see. Molchanov et
+    The output of a producer (a convolution or linear layer, at each place that it has in the network) is taken after
+    the normalisation and the activation that alone read it (`block_of`): what the next layers read. Molchanov et
     al., arXiv 1611.06440.
 
     Raises:
@@ -31,19 +35,15 @@ def mean_activations(network: Network, classes: Classes, batches: Iterable[tuple
     producers = [place.name for owner in owners for place in network.graph.places(owner)]
     totals: dict[str, Tensor] = {}
     images = 0
-    hooks = [_watch(network, name, totals) for name in producers]
-    training = {module: module.training for module in network.modules()}
-    network.eval()
+    hooks = [_add_outputs(network, name, totals) for name in producers]
     try:
-        with torch.no_grad():
+        with eval_mode(network), torch.no_grad():
             for images_NCx, _ in batches:
                 network(images_NCx)
                 images += len(images_NCx)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in training.items():
-            module.training = mode
     sums, contributions = np.zeros(classes.slot_count), np.zeros(classes.slot_count, dtype=np.int64)
     for name in producers:
         slots = classes.slots[name]
@@ -55,8 +55,8 @@ def mean_activations(network: Network, classes: Classes, batches: Iterable[tuple
     return sums / np.maximum(contributions, 1)
 
 
-def _watch(network: Network, name: str, totals: dict[str, Tensor]) -> Any:
-    """Add up, per channel, the sum over images of the mean over positions."""
+def _add_outputs(network: Network, name: str, totals: dict[str, Tensor]) -> Any:
+    """Hook the producer `name`: add its mean absolute output over positions, by channel, to `totals` for each image."""
     block = block_of(network.graph, network.graph[name])
     last = block.norm or block.conv
     # applied here: the network may pool before it activates

@@ -1,7 +1,8 @@
 """How much a channel or a weight matters: one number each, float64 on the CPU, higher is kept longer.
 
-    scores = class_scores(network, classes, "l2", seed=seed)                        # class -> score
-    scores = class_scores(network, classes, "taylor", seed=seed, batches=batches)   # needs data
+    scores = channel_scores(network, classes, "l2", seed=seed)                        # class -> score
+    scores = channel_scores(network, classes, "taylor", seed=seed, batches=batches)   # needs data
+    scores = weight_scores("conv1.weight", weight, "l1", seed=seed)                   # one a weight
 
 A class of channels owns slices of several tensors: P, the producers (output side of convolutions and linear layers),
 Q, the consumers (input side), and B, the batch norms between them; n is the number of tensors that contribute.
@@ -17,7 +18,9 @@ Q, the consumers (input side), and B, the batch norms between them; n is the num
 | `activation` | (1/n) sum over P of the mean absolute output | Molchanov et al., arXiv 1611.06440 |
 | `random` | uniform, from the seed and the group | the baseline |
 
-An output is taken behind the normalisation and the activation that alone read it.
+An output is taken after the normalisation and the activation that alone read it.
+
+The names stand in `app/spec/prune.py`; `CHANNEL_SCORES` and `WEIGHT_SCORES` have the function of each.
 
 Sums are taken in float64 by one thread, so that neither the number of threads nor the machine decides a near-tie.
 """
@@ -26,6 +29,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,16 +38,17 @@ import torch
 from torch import Tensor
 
 from app.errors import Diverged
+from app.network.blocks import WEIGHTED
 from app.pruning.channel_classes import Classes, Group
 from app.pruning.channel_rules import FloatArray, IntArray, OwnedAxis, Role
 from app.spec.prune import Criterion
 from worker.network import Network
 from worker.pruning.activations import mean_activations
+from worker.pruning.eval_mode import eval_mode
 
 DISTANCE_ROWS = 512  # of fpgm's distance matrix at a time
-PRUNABLE = frozenset({"conv", "conv_transpose", "linear"})
 
-Batches = Iterable[tuple[Tensor, Tensor]]
+LabelledBatches = Iterable[tuple[Tensor, Tensor]]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -53,12 +58,12 @@ def prunable_weights(network: Network) -> dict[str, Tensor]:
     return {
         f"{node.name}.weight": parameters[f"{node.name}.weight"].detach()
         for node in network.graph.nodes
-        if node.type in PRUNABLE and node.shares is None
+        if node.type in WEIGHTED and node.shares is None
     }
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Nothing where all is finite. Raises Diverged for NaN (`NaN < t` is false, it sorts last) and infinities."""
+    """Raise Diverged where a tensor holds NaN (`NaN < t` is false, and it sorts last) or an infinity."""
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise Diverged(f"{name} holds a value that is not finite, so the network cannot be pruned")
@@ -67,24 +72,38 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
 def weight_scores(name: str, weight: Tensor, criterion: Criterion, *, seed: int) -> npt.NDArray[Any]:
     """The importance of each weight, flat in row-major order, at least 0.
 
-    Its absolute value (`l1`, `l2`) in the weight's own type, so that equal weights are ties; uniform, from the seed and
-    the name (`random`); the square divided by the sum of the squares that are not smaller, of equal weights those from
-    itself on (`lamp`: Lee et al., arXiv 2010.07611), so that the last of the largest has exactly 1.
+    Its absolute value (`l1`, `l2`, and `erk`, which only says how many of each layer stay) in the weight's own type, so
+    that equal weights are ties; uniform, from the seed and the name (`random`); the square divided by the sum of the
+    squares that are not smaller, of equal weights those from itself on (`lamp`: Lee et al., arXiv 2010.07611), so that
+    the last of the largest has exactly 1.
     """
-    if criterion == "random":
-        return _generator(seed, name).random(weight.numel())
-    assert criterion in ("l1", "l2", "lamp"), f"{criterion} does not rank single weights"
-    scores: npt.NDArray[Any] = weight.detach().abs().cpu().numpy().ravel()
-    return _relative(np.square(scores, dtype=np.float64)) if criterion == "lamp" else scores
+    return WEIGHT_SCORES[criterion](name, weight, seed)
 
 
-def class_scores(
+@dataclass(frozen=True)
+class _Channels:
+    """What the scores of channels are computed from; `batches` and `loss` only where a criterion needs data."""
+
+    network: Network
+    classes: Classes
+    seed: int
+    batches: LabelledBatches | None
+    loss: Loss
+
+    @property
+    def data(self) -> LabelledBatches:
+        """The batches of a criterion that needs them."""
+        assert self.batches is not None, "this criterion needs batches"
+        return self.batches
+
+
+def channel_scores(
     network: Network,
     classes: Classes,
     criterion: Criterion,
     *,
     seed: int,
-    batches: Batches | None = None,
+    batches: LabelledBatches | None = None,
     loss: Loss = torch.nn.functional.cross_entropy,
 ) -> dict[int, float]:
     """The importance of every class of the network's graph.
@@ -101,36 +120,8 @@ def class_scores(
         Diverged: A weight, or a gradient, is not finite.
     """
     check_finite(dict(network.named_parameters()))
-    if criterion == "random":
-        scores = _random(classes, seed)
-    elif criterion == "fpgm":
-        scores = _fpgm(network, classes)
-    elif criterion == "taylor":
-        assert batches is not None, "taylor needs batches"
-        scores = _taylor(network, classes, batches, loss)
-    elif criterion == "bn_scale":
-        scores, contributions = _mean_over_tensors(network, classes, ("norm",), np.abs)
-        without = contributions == 0  # classes of groups without normalisation
-        scores[without] = _mean_over_tensors(network, classes, ("out", "in"), np.square)[0][without]
-    elif criterion == "l1":
-        scores, _ = _mean_over_tensors(network, classes, ("out", "in"), np.abs)
-    elif criterion == "activation":
-        assert batches is not None, "activation needs batches"
-        scores = mean_activations(network, classes, batches)
-    else:
-        scores, _ = _mean_over_tensors(network, classes, ("out", "in", "norm"), np.square)
-        if criterion == "lamp":
-            scores = _lamp(scores, classes)
+    scores = CHANNEL_SCORES[criterion](_Channels(network, classes, seed, batches, loss))
     return {c: float(scores[c]) for c in classes.all().tolist()}
-
-
-def without_scales(classes: Classes) -> list[str]:
-    """The layers whose channels pass no normalisation and are therefore ranked by `l2` when `bn_scale` is asked for."""
-    layers: list[str] = []
-    for group in classes.groups:
-        if int(group.classes[0]) not in classes.pins and all(classes.axes[i].role != "norm" for i in group.axes):
-            layers += classes.layers_of(group)
-    return layers
 
 
 def _numpy(tensor: Tensor) -> FloatArray:
@@ -168,16 +159,35 @@ def _mean_over_tensors(
     return sums / np.maximum(contributions, 1), contributions
 
 
-def _random(classes: Classes, seed: int) -> FloatArray:
-    scores = np.zeros(classes.slot_count)
-    for group in classes.groups:
-        key = sorted(f"{layer}.{tensor}.{axis}" for layer, tensor, axis in classes.key(group))
-        scores[group.classes] = _generator(seed, *key).random(len(group.classes))
+def _l1(of: _Channels) -> FloatArray:
+    return _mean_over_tensors(of.network, of.classes, ("out", "in"), np.abs)[0]
+
+
+def _l2(of: _Channels) -> FloatArray:
+    return _mean_over_tensors(of.network, of.classes, ("out", "in", "norm"), np.square)[0]
+
+
+def _bn_scale(of: _Channels) -> FloatArray:
+    scores, contributions = _mean_over_tensors(of.network, of.classes, ("norm",), np.abs)
+    without = contributions == 0  # classes of groups without normalisation
+    scores[without] = _mean_over_tensors(of.network, of.classes, ("out", "in"), np.square)[0][without]
     return scores
 
 
-def _fpgm(network: Network, classes: Classes) -> FloatArray:
-    parameters = dict(network.named_parameters())
+def _activation(of: _Channels) -> FloatArray:
+    return mean_activations(of.network, of.classes, of.data)
+
+
+def _random(of: _Channels) -> FloatArray:
+    scores = np.zeros(of.classes.slot_count)
+    for group in of.classes.groups:
+        key = sorted(f"{layer}.{tensor}.{axis}" for layer, tensor, axis in of.classes.key(group))
+        scores[group.classes] = _generator(of.seed, *key).random(len(group.classes))
+    return scores
+
+
+def _fpgm(of: _Channels) -> FloatArray:
+    classes, parameters = of.classes, dict(of.network.named_parameters())
     scores = np.zeros(classes.slot_count)
     for group in classes.groups:
         producers = [classes.axes[i] for i in group.axes if classes.axes[i].role == "out"]
@@ -206,10 +216,11 @@ def _slices(rows: FloatArray, axis: OwnedAxis, group: Group) -> FloatArray:
     return table.reshape(len(group.classes), -1)
 
 
-def _lamp(scores: FloatArray, classes: Classes) -> FloatArray:
-    """Each score relative to those of its group."""
+def _lamp(of: _Channels) -> FloatArray:
+    """Each `l2` score relative to those of its group."""
+    scores = _l2(of)
     relative = np.zeros_like(scores)
-    for group in classes.groups:
+    for group in of.classes.groups:
         relative[group.classes] = _relative(scores[group.classes])
     return relative
 
@@ -226,22 +237,21 @@ def _relative(squares: FloatArray) -> FloatArray:
     return relative
 
 
-def _taylor(network: Network, classes: Classes, batches: Batches, loss: Loss) -> FloatArray:
+def _taylor(of: _Channels) -> FloatArray:
     """The mean over batches of the squared derivative of the loss by a gate on the producers' outputs.
 
-    The derivative is read off the parameters, without hooks: behind a batch norm it is scale * its gradient + bias *
+    The derivative is read off the parameters, without hooks: after a batch norm it is scale * its gradient + bias *
     its gradient, elsewhere the sum of weight * gradient plus bias * gradient. Eval mode: a removal is judged by what
     the finished network does.
     """
+    network, classes = of.network, of.classes
     gates = _gates(network, classes)
     parameters = {name: p for name, p in network.named_parameters() if name in {f"{a.layer}.{a.tensor}" for a in gates}}
-    training = {module: module.training for module in network.modules()}
-    network.eval()
     squares, count = np.zeros(classes.slot_count), 0
-    try:
-        for images_NCx, labels_N in batches:
+    with eval_mode(network):
+        for images_NCx, labels_N in of.data:
             with torch.enable_grad():
-                value = loss(network(images_NCx), labels_N)
+                value = of.loss(network(images_NCx), labels_N)
                 gradients = torch.autograd.grad(value, list(parameters.values()))
             products = {
                 name: _numpy(p) * _numpy(gradient)
@@ -252,9 +262,6 @@ def _taylor(network: Network, classes: Classes, batches: Batches, loss: Loss) ->
                 gate += _per_class(_rows(products[f"{axis.layer}.{axis.tensor}"], axis.axis).sum(axis=1), axis, classes)
             squares += gate**2
             count += 1
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     if not np.isfinite(squares).all():
         raise Diverged("a gradient is not finite, so taylor cannot rank the channels")
     return squares / max(count, 1)
@@ -263,7 +270,7 @@ def _taylor(network: Network, classes: Classes, batches: Batches, loss: Loss) ->
 def _gates(network: Network, classes: Classes) -> list[OwnedAxis]:
     """The axes whose parameters carry the derivative of a gate on each producer's output.
 
-    Of a producer at several places it is the sum over these: behind the batch norm of each, or behind the layer itself
+    Of a producer at several places it is the sum over these: after the batch norm of each, or after the layer itself
     where one of them has none.
     """
     graph = network.graph
@@ -276,3 +283,37 @@ def _gates(network: Network, classes: Classes) -> list[OwnedAxis]:
         else:
             gates += [a for a in classes.axes if a.layer == name and (a.role == "out" or a.tensor == "bias")]
     return gates
+
+
+def _absolute(name: str, weight: Tensor, seed: int) -> npt.NDArray[Any]:
+    values: npt.NDArray[Any] = weight.detach().abs().cpu().numpy().ravel()
+    return values
+
+
+def _relative_squares(name: str, weight: Tensor, seed: int) -> npt.NDArray[Any]:
+    return _relative(np.square(_absolute(name, weight, seed), dtype=np.float64))
+
+
+def _random_weights(name: str, weight: Tensor, seed: int) -> npt.NDArray[Any]:
+    return _generator(seed, name).random(weight.numel())
+
+
+CHANNEL_SCORES: Mapping[Criterion, Callable[[_Channels], FloatArray]] = {
+    "l1": _l1,
+    "l2": _l2,
+    "taylor": _taylor,
+    "bn_scale": _bn_scale,
+    "fpgm": _fpgm,
+    "lamp": _lamp,
+    "activation": _activation,
+    "random": _random,
+}
+"""By class number; what stands at the numbers of no class has no meaning."""
+WEIGHT_SCORES: Mapping[Criterion, Callable[[str, Tensor, int], npt.NDArray[Any]]] = {
+    "l1": _absolute,
+    "l2": _absolute,
+    "lamp": _relative_squares,
+    "erk": _absolute,
+    "random": _random_weights,
+}
+"""(name of the parameter, weight, seed) -> one a weight."""

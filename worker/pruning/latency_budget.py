@@ -1,7 +1,7 @@
-"""Channels leave until the network answers in time, as measured on this machine in onnxruntime.
+"""Which channels are removed until the network answers in time, as measured on this machine in onnxruntime.
 
-Latency is a staircase over widths (kernels work on blocks of 8 or 16 channels), which no count predicts: so the network
-of each candidate is built and timed, in turns with the dense one. Candidates are those of a budget of MACs, of which
+Latency is a staircase over widths (kernels work on blocks of 8 or 16 channels), which no count predicts: so each
+candidate network is built and timed, in turns with the dense one. Candidates are those of a budget of MACs, of which
 the search finds the largest that is fast enough; widths are multiples of the processor's block.
 """
 
@@ -13,18 +13,19 @@ import torch
 
 from app.errors import BudgetMissed
 from app.network.cost import cost
-from app.pruning.budget import BLOCKS, BudgetUnreachable, Removals
+from app.pruning.budget import BudgetUnreachable, Removals
 from app.pruning.channel_classes import Classes
+from app.pruning.group_limits import BLOCKS
 from app.spec.prune import Budget, Prune
 from worker.latency import Stopwatch
 from worker.network import Network
 from worker.pruning.surgery import shrink
 
 MARGIN = 0.97  # of the time allowed is aimed at: two measurements of one network differ by a few percent
-SEARCH_ROUNDS = 8  # each halves what is left between too slow and fast enough
+SEARCH_ROUNDS = 8  # each halves the distance between too slow and fast enough
 CONFIRMATIONS = 3  # measurements before a network counts as too slow
 
-Choose = Callable[[Prune, float], Removals]
+Choose = Callable[[Prune], Removals]
 
 
 def alignments(step: Prune) -> tuple[int, ...]:
@@ -41,13 +42,13 @@ def alignments(step: Prune) -> tuple[int, ...]:
 def removals_within_time(
     network: Network, classes: Classes, step: Prune, choose: Choose, stopwatch: Stopwatch, *, fraction: float
 ) -> Removals:
-    """What leaves so that one image takes no longer than the budget of `step` allows.
+    """The removals after which one image takes no longer than the budget of `step` allows.
 
     Args:
         network: As it is now.
         classes: Of its graph.
         step: Has a budget of latency; of the `alignments` the first with which the time can be reached counts.
-        choose: (a step with a budget of MACs, part of the way) -> removals.
+        choose: A step with a budget of MACs -> the removals that meet it.
         stopwatch: Of the dense network.
         fraction: Part of the way in (0, 1]: a stage keeps the same part of the time as each other.
 
@@ -59,13 +60,13 @@ def removals_within_time(
     for alignment in better:
         aligned = step.model_copy(update={"round_to": alignment})
         try:
-            return _removals(network, classes, aligned, choose, stopwatch, fraction)
+            return _search_removals(network, classes, aligned, choose, stopwatch, fraction)
         except (BudgetMissed, BudgetUnreachable):
             continue
-    return _removals(network, classes, step.model_copy(update={"round_to": last}), choose, stopwatch, fraction)
+    return _search_removals(network, classes, step.model_copy(update={"round_to": last}), choose, stopwatch, fraction)
 
 
-def _removals(
+def _search_removals(
     network: Network, classes: Classes, step: Prune, choose: Choose, stopwatch: Stopwatch, fraction: float
 ) -> Removals:
     assert step.budget is not None
@@ -74,7 +75,7 @@ def _removals(
     now = cost(network.graph).macs
 
     def within(macs: int) -> Removals:
-        return choose(step.model_copy(update={"budget": Budget(macs=max(2, macs))}), 1.0)
+        return choose(step.model_copy(update={"budget": Budget(macs=max(2, macs))}))
 
     def time_ms(removals: Removals) -> float:
         return stopwatch.time_ms(shrink(network, classes, removals.dropped) if removals.dropped else network)
@@ -98,10 +99,10 @@ def _removals(
 
 
 def confirm_time(network: Network, budget: Budget, stopwatch: Stopwatch) -> float:
-    """The milliseconds of one image; it counts as in time if one of three measurements says so.
+    """Measure the time of one image again, in milliseconds: it is within the budget if one of three measurements is.
 
     Raises:
-        BudgetMissed: None does.
+        BudgetMissed: None of them is.
     """
     allowed_ms = budget.allowed_ms(stopwatch.dense_ms)
     if allowed_ms >= stopwatch.dense_ms:  # the dense network itself may be delivered, and no two of its times are equal

@@ -13,19 +13,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from app.pruning.sparsity_allocation import sparsity_after
 from app.spec.job import Training, retraining
 from app.spec.optimizations import Compression
 from app.spec.prune import Prune
 from worker.training.learning_rate import LearningRate, learning_rate
 
 FINE_TUNE_SHARE = 0.01  # of the highest rate of training: where the original schedules end
-SMALLEST_SHARE = 0.3  # of the highest rate, where schedules do not fall: a low rate recovers 3 to 5 points less
-MOST_MASK_UPDATES = (
-    50  # of a cubic: choosing masks costs more than a step, and 20 to 50 of them draw the curve well enough
-)
-CUBIC_SHARE = (
-    0.7  # of the retraining over which the sparsity rises; the rest trains at a fixed mask with a falling rate
-)
+SMALLEST_RATE_SHARE = 0.3  # of the highest rate, where schedules do not fall: a low rate recovers 3 to 5 points less
+# Of a cubic: choosing masks costs more than a step, and 20 to 50 of them draw the curve well enough.
+MOST_MASK_UPDATES = 50
+# Of the retraining over which the sparsity rises; the rest trains at a fixed mask with a falling rate.
+CUBIC_SHARE = 0.7
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,7 @@ class PruningRound:
         """
         if target is None:
             return None
-        if self.ramp is not None:
-            return 0.0
-        return target if self.fraction == 1 else 1 - (1 - target) ** self.fraction
+        return 0.0 if self.ramp is not None else sparsity_after(target, self.fraction)
 
     def mask_updates(self, target: float | None, steps: int, *, initial: float = 0.0) -> dict[int, float]:
         """Step of the retraining (0 to `steps` - 1) -> sparsity from before it on; empty unless cubic.
@@ -62,7 +59,7 @@ class PruningRound:
         last = min(steps - 1, max(1, round(self.ramp * steps)))
         every = max(1, -(-last // MOST_MASK_UPDATES))
         moments = [*range(every, last, every), last] if last > 0 else [0]
-        first = min(initial, target)  # a curve that falls would take more than was asked for: masks never open
+        first = min(initial, target)  # a curve that falls would ask for fewer zeros later: masks never open
         return {moment: cubic_sparsity(moment, start=0, end=last, initial=first, final=target) for moment in moments}
 
 
@@ -97,12 +94,12 @@ def retrain_schedule(step: Compression, training: Training) -> LearningRate:
 
     `lr_rewind` and `weight_rewind` run the last epochs of the original schedule again (Renda et al., arXiv
     2003.02389): with t epochs of retraining after T of training, the part from 1 - t/T on. Step and constant
-    schedules end at or stay on one rate, which is either too low to recover or too high to settle: they are replaced
+    schedules end at or stay on one rate, which is either too low to recover or too high to converge: they are replaced
     by a line from lr * max(t/T, 0.3) to 0 (Zimmer et al., arXiv 2111.00843, without its correction by the weights'
     norm). `fine_tune` is constant at a hundredth of the highest rate; `none` is 0. `retrain.lr` replaces the highest
-    rate and leaves the form.
+    rate and keeps the form.
 
-    After a training of 0 epochs (the network came trained) the retraining is the whole schedule, warm-up included, as
+    After a training of 0 epochs (the network was trained before) the retraining is the whole schedule, warm-up included, as
     if the training had been as long as it.
     """
     retrain = retraining(step, training)
@@ -116,7 +113,7 @@ def retrain_schedule(step: Compression, training: Training) -> LearningRate:
         training = training.model_copy(update={"epochs": epochs})
     share = min(1.0, epochs / training.epochs)
     if training.schedule.name in ("step", "constant"):
-        highest = retrain.lr if retrain.lr is not None else training.optimizer.lr * max(share, SMALLEST_SHARE)
+        highest = retrain.lr if retrain.lr is not None else training.optimizer.lr * max(share, SMALLEST_RATE_SHARE)
         return lambda progress: highest * (1 - progress)
     original = learning_rate(training)
     start = 1 - share

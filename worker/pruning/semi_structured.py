@@ -3,10 +3,10 @@
     keep = pattern_keep(scores, matrix, 2, 4, dead)                    # one layer
     keep = blocks_keep({name: BlockScores.of(...), ...}, sparsity)     # one ranking over all of these layers
 
-Scores, `dead` and `keep` are flat, in the weight's row-major order; `dead` are the weights that an earlier
-step has pruned: they stay pruned, and go first. What goes is the weakest; of equal scores the first ones go.
+WeightScores, `dead` and `keep` are flat, in the weight's row-major order; `dead` are the weights that an earlier
+step has pruned: they stay pruned, and count first. The weakest are removed; of equal scores the first ones.
 
-No runtime that we export to computes either form faster. 2:4 is what NVIDIA's sparse tensor cores want (Mishra et al.,
+No runtime that we export to computes either form faster. 2:4 is what NVIDIA's sparse tensor cores compute (Mishra et al.,
 arXiv 2104.08378), for matrices in half precision.
 """
 
@@ -20,16 +20,16 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from app.pruning.channel_rules import BoolArray, IntArray
 from app.pruning.sparsity_allocation import blocks_to_remove
 from app.pruning.weight_matrix import WeightMatrix
 from app.spec.prune import Criterion
 
-BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.floating[Any]]
-IntArray = npt.NDArray[np.int64]
+WeightScores = npt.NDArray[np.floating[Any]]
+"""One number a weight, at least 0: float64, or the weight's own type."""
 
 
-def pattern_keep(scores: FloatArray, matrix: WeightMatrix, kept: int, of: int, dead: BoolArray | None) -> BoolArray:
+def pattern_keep(scores: WeightScores, matrix: WeightMatrix, kept: int, of: int, dead: BoolArray | None) -> BoolArray:
     """Which weights stay so that of `of` in a row along the inputs `kept` do, fewer where more are dead.
 
     Args:
@@ -57,14 +57,14 @@ class BlockScores:
     """The blocks of one layer: the block of each weight (flat), and for each block its score and living weights."""
 
     block_of: IntArray
-    scores: FloatArray
+    scores: WeightScores
     alive: IntArray
     dead: BoolArray | None
 
     @classmethod
     def of(
         cls,
-        values: FloatArray,
+        values: WeightScores,
         matrix: WeightMatrix,
         shape: tuple[int, int],
         criterion: Criterion,
@@ -96,7 +96,7 @@ class BlockScores:
 
 
 def _block_of(matrix: WeightMatrix, shape: tuple[int, int]) -> IntArray:
-    """The number of the block of each weight, flat: groups one behind the other, in each of them row by row."""
+    """The number of the block of each weight, flat: group after group, in each of them row by row."""
     height, width = shape
     high, wide = matrix.blocks(height, width)
     block_GOIP = (
@@ -109,10 +109,10 @@ def _block_of(matrix: WeightMatrix, shape: tuple[int, int]) -> IntArray:
 
 
 def blocks_keep(layers: Mapping[str, BlockScores], sparsity: float) -> dict[str, BoolArray]:
-    """Which weights stay when the weakest blocks of all `layers` go, as many as bring `sparsity` (0 to 1) nearest.
+    """Which weights stay when the weakest blocks of all `layers` are removed, with as many as come nearest to `sparsity`.
 
-    Nearest to `round(sparsity * n)` zeros of the n weights, dead ones counted: `blocks_to_remove`. The last of the
-    strongest blocks of each layer never goes.
+    Nearest to `round(sparsity * n)` zeros of the n weights, dead ones counted: `blocks_to_remove`. `sparsity` is from 0
+    to 1. The last of the strongest blocks of each layer always stays.
     """
     scores = np.concatenate([layer.scores for layer in layers.values()])
     alive = np.concatenate([layer.alive for layer in layers.values()])

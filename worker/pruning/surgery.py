@@ -1,4 +1,4 @@
-"""Channels leave a trained network: the same function, physically smaller.
+"""A trained network without some of its channels: the same function, physically smaller.
 
     smaller = shrink(network, classes, dropped)      # new graph, new parameters: the optimizer is built anew
     ema = shrink_tensors(ema, classes, dropped)      # anything else that carries the parameters' names
@@ -34,19 +34,19 @@ def shrink(network: Network, classes: Classes, dropped: Collection[int]) -> Netw
     """
     graph = shrink_graph(network.graph, dropped, classes)
     images_NCx = _random_images(network)
-    # First, so that the masked copy is gone when the smaller network comes: with both it is 3.2 times the weights.
-    expected_NK = _answer(masked_reference(network, classes, dropped), images_NCx)
+    # First, so that the masked copy is freed before the smaller network is built: with both it is 3.2 times the weights.
+    expected_NK = _logits_of(masked_reference(network, classes, dropped), images_NCx)
     with torch.device("meta"):
         smaller = Network(graph)
     state = shrink_tensors(network.state_dict(), classes, dropped)
     expected = {key: tensor.shape for key, tensor in graph.tensors().items()}
     found = {key: tuple(state[key].shape) for key in expected}
-    assert found == expected, f"surgery left {found}, the graph says {expected}"
+    assert found == expected, f"surgery gave {found}, the graph says {expected}"
     smaller.load_state_dict(state, strict=True, assign=True)
     for (name, parameter), (old_name, old) in zip(smaller.named_parameters(), network.named_parameters(), strict=True):
         assert name == old_name
         parameter.requires_grad_(old.requires_grad)
-    _check(_answer(smaller, images_NCx), expected_NK)
+    _check_same_logits(_logits_of(smaller, images_NCx), expected_NK)
     smaller.train(network.training)
     return smaller
 
@@ -78,7 +78,7 @@ def masked_reference(network: Network, classes: Classes, dropped: Collection[int
     parameters = dict(masked.named_parameters())
     for axis in classes.axes:
         key = f"{axis.layer}.{axis.tensor}"
-        if key in parameters:  # running statistics stay: nothing depends on them behind a scale and a bias of zero
+        if key in parameters:  # running statistics stay: nothing depends on them after a scale and a bias of zero
             places = torch.from_numpy(np.flatnonzero(~kept[axis.slots.runs(1)])).to(parameters[key].device)
             parameters[key].index_fill_(axis.axis, places, 0.0)
     return masked
@@ -92,13 +92,13 @@ def _random_images(network: Network) -> Tensor:
 
 
 @torch.no_grad()
-def _answer(network: Network, images_NCx: Tensor) -> Tensor:
+def _logits_of(network: Network, images_NCx: Tensor) -> Tensor:
     logits: Tensor = network.eval()(images_NCx)
     return logits
 
 
-def _check(found_NK: Tensor, expected_NK: Tensor) -> None:
+def _check_same_logits(found_NK: Tensor, expected_NK: Tensor) -> None:
     difference = (found_NK - expected_NK).abs().max()
-    # Not `<=`: a network that overflows has no difference, and is found out where it is evaluated.
+    # Not `<=`: a network that overflows has no difference, and fails where it is evaluated.
     too_large = bool(difference > TOLERANCE * (1 + expected_NK.abs().max()))
     assert not too_large, f"the smaller network differs by {float(difference)}"

@@ -1,4 +1,4 @@
-"""Writes checkpoints beside the training."""
+"""Checkpoints of a run: tensors are copied at once, and written while the training goes on."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from worker.checkpoint import STEM, write_checkpoint
 from worker.journal import Journal, Phase, SavedCheckpoint
 from worker.run.state import Reached
 
-REST_FACTOR = (
-    20  # a checkpoint at most every 20 times as long as the last one took to write: 5 % of the time at the most
-)
+# A checkpoint inside an epoch comes at most every 20 times as long as the last one took to write: 5 % of the time.
+REST_FACTOR = 20
 
 
 class CheckpointWriter:
@@ -54,7 +53,7 @@ class CheckpointWriter:
     @property
     def latest(self) -> Path | None:
         """The folder of the newest checkpoint that is on the disk; None if there is none."""
-        self.settle()
+        self.wait_for_write()
         return self._latest if (self._latest / f"{STEM}.json").exists() else None
 
     @property
@@ -63,12 +62,12 @@ class CheckpointWriter:
         return time.monotonic() - self._last_at >= max(self._interval_s, REST_FACTOR * self._last_took_s)
 
     def save(self, reached: Reached, *, phase: Phase, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Copy what was reached and have it written. Nothing happens if this step has its checkpoint already.
+        """Copy what was reached and have it written, unless this step has its checkpoint already.
 
         Raises:
             DiskFull: the disk was full twice in a row.
         """
-        self.settle()
+        self.wait_for_write()
         if reached.step == self._last_step:
             return
         arrays, state = reached.capture()
@@ -81,13 +80,13 @@ class CheckpointWriter:
             failpoint("checkpoint_write")
             tensors = self._write(self._folder, f"{step:012d}", arrays, state)
             document = tensors.with_suffix(".json")
-            self._keep(tensors, document)
+            self._link_latest(tensors, document)
             self._last_took_s = time.monotonic() - began
             self._journal.checkpoint(SavedCheckpoint(step, epoch, phase, tensors, document, metrics))
 
         self._pending = self._writer.submit(write)
 
-    def settle(self) -> None:
+    def wait_for_write(self) -> None:
         """Wait until the last checkpoint is written. If the disk was full: an event, the second time an error."""
         pending, self._pending = self._pending, None
         if pending is None:
@@ -110,7 +109,7 @@ class CheckpointWriter:
         """End the thread; a checkpoint that is being written is finished."""
         self._writer.shutdown(wait=True)
 
-    def _keep(self, tensors: Path, document: Path) -> None:
+    def _link_latest(self, tensors: Path, document: Path) -> None:
         self._latest.mkdir(exist_ok=True)
         for source, ending in ((tensors, "safetensors"), (document, "json")):
             sibling = self._latest / f".{STEM}.{ending}"

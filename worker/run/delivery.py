@@ -1,8 +1,9 @@
-"""The end of a job: latencies, files, the proof of each in a clean process, the report. Nothing leaves unproven."""
+"""The end of a job: latencies, files, the verification of each in a clean process, the report."""
 
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ import torch
 
 from app.errors import DiskFull, JsonValue
 from app.network.cost import cost
+from app.schemas.report import ClassRowSchema, ReportFileSchema
 from worker.evaluation import Scores, score
 from worker.export.files import export_network, file_sha256, kind_of, media_type_of, write_json, write_manifest
 from worker.latency import Latency, measure_latency
-from worker.network import Network, build_network, floating_tensors, put
-from worker.run.int8 import Int8File, int8_document, int8_measures, int8_rows, make_int8, write_int8
-from worker.run.preparation import Job
-from worker.run.report import class_rows, compressed_bytes, environment, measures, sparse_row, step_rows
+from worker.network import Network, assign_tensors, build_network, floating_tensors
+from worker.run.handlers import Ending, step_rows
+from worker.run.int8 import Int8File, int8_document, int8_measures, int8_row, make_int8, write_int8
+from worker.run.job import Job
+from worker.run.report import class_rows, compressed_bytes, environment, measures, sparse_file
 from worker.run.sensitivity import table_document
-from worker.verification.verification import Logits, NetworkKey, compute_logits, prove
+from worker.verification.verification import Logits, NetworkKey, Verification, compute_logits, verify_files
 
 REPORT = "report.json"
 
@@ -58,7 +61,7 @@ class Delivered:
 
 
 def deliver(job: Job, *, stopped_early: bool) -> Delivered:
-    """Measure, export and prove what was reached.
+    """Measure, export and verify what was reached.
 
     Raises:
         VerificationFailed: a file does not reproduce the network.
@@ -74,11 +77,50 @@ def deliver(job: Job, *, stopped_early: bool) -> Delivered:
         raise DiskFull("the worker's disk is full: the result could not be written") from exc
 
 
+@dataclass(frozen=True)
+class _Result:
+    """What is delivered: both networks on the CPU, the 8-bit file, the files with their verification, the latencies."""
+
+    dense: Network
+    pruned: Network
+    int8: Int8File | None
+    latency: Latency
+    folder: Path
+    files: list[Path]
+    verified: Verification
+
+
 def _deliver(job: Job, stopped_early: bool) -> Delivered:
+    result = _produce(job)
+    labels = job.splits.test.labels
+    baseline_scores, final_scores = (score(result.verified.logits[key], labels) for key in ("baseline", "pruned"))
+    final = _measured(result.pruned, final_scores, result.latency.pruned, result.folder / "pruned.safetensors")
+    summary = {
+        "baseline": _measured(
+            result.dense, baseline_scores, result.latency.dense, result.folder / "baseline.safetensors"
+        ),
+        "final": final,
+    }
+    if result.int8 is not None and result.int8.met:
+        summary["int8"] = int8_measures(result.int8, final, result.latency.int8)
+    job.monitor.add_elapsed()
+    report = _report(job, result, summary, class_rows(job.dataset.class_names, baseline_scores, final_scores))
+    report = _shaped(report | {"stopped_early": stopped_early})
+    files = [*result.files, result.folder / REPORT]
+    write_json(result.folder / REPORT, report)
+    verification, task = result.verified.document(), job.task
+    files.append(
+        write_manifest(result.folder, job_id=task.job_id, attempt=task.attempt, files=files, verification=verification)
+    )
+    job.journal.progress(job.tracker.progress(1.0))
+    return Delivered([_delivery(path) for path in files], summary, report, stopped_early)
+
+
+def _produce(job: Job) -> _Result:
+    """Make the 8-bit file if one is asked for, measure latencies, export, and verify every file."""
     dense = build_network(job.plan.baseline)
-    put(dense, {name: tensor.cpu() for name, tensor in job.reached.kept["baseline"].items()})
-    pruned = on_cpu(job.reached.network)
-    test = job.splits.test
+    assign_tensors(dense, {name: tensor.cpu() for name, tensor in job.reached.kept["baseline"].items()})
+    pruned, test = on_cpu(job.reached.network), job.splits.test
     references: dict[NetworkKey, Logits] = {
         "pruned": compute_logits(pruned, test.images, job.preprocessing),
         "baseline": compute_logits(dense, test.images, job.preprocessing),
@@ -89,68 +131,57 @@ def _deliver(job: Job, stopped_early: bool) -> Delivered:
     files = _export(job, dense, pruned, int8, folder)
     if int8 is not None and int8.met:
         references["int8"] = int8.logits
-    proof = prove(
+    verified = verify_files(
         folder,
         images=test.images,
         labels=test.labels,
         reference_logits=references,
         scheme="int8_static" if int8 is None else int8.step.scheme,
         threads=torch.get_num_threads(),
-        waiting=job.monitor.look_to_leave,
+        waiting=job.monitor.check_cancel_or_pause,
     )
-    baseline_scores = score(proof.logits["baseline"], test.labels)
-    final_scores = score(proof.logits["pruned"], test.labels)
-    baseline = _measured(dense, baseline_scores, latency.dense, folder / "baseline.safetensors")
-    final = _measured(pruned, final_scores, latency.pruned, folder / "pruned.safetensors")
-    summary = {"baseline": baseline, "final": final}
-    if int8 is not None and int8.met:
-        summary["int8"] = int8_measures(int8, final, latency.int8)
-    job.monitor.charge()
-    rows = int8_rows(job, int8, pruned, final, latency.int8)
-    report = {
+    return _Result(dense, pruned, int8, latency, folder, files, verified)
+
+
+def _report(job: Job, result: _Result, summary: Mapping[str, Any], classes: Sequence[ClassRowSchema]) -> dict[str, Any]:
+    """The parts of the report; None: the report has no such part."""
+    int8, latency, final = result.int8, result.latency, summary["final"]
+    row = int8_row(job, int8, result.pruned, final, latency.int8)
+    return {
         "job_id": job.task.job_id,
         "attempt": job.task.attempt,
-        "stopped_early": stopped_early,
-        "baseline": baseline,
+        "baseline": summary["baseline"],
         "final": final,
-        **({} if int8 is None else {"int8": int8_document(int8, final, latency.int8)}),
-        "steps": step_rows(job.task.spec.get("optimizations", []), job.plan.graphs, job.reached.record, final, rows),
-        "classes": class_rows(job.dataset.class_names, baseline_scores, final_scores),
-        **({} if job.plan.spec.sensitivity is None else {"sensitivity": table_document(job)}),
-        "verification": proof.document(),
+        "int8": None if int8 is None else int8_document(int8, final, latency.int8),
+        "steps": step_rows(job, Ending(final, row)),
+        "classes": classes,
+        "sensitivity": None if job.plan.spec.sensitivity is None else table_document(job),
+        "verification": result.verified.document(),
         "latency": dict(latency.conditions),
-        "compressed_bytes": compressed_bytes([path for path in files if path.suffix == ".safetensors"]),
-        **sparse_row(folder),
+        "compressed_bytes": compressed_bytes([path for path in result.files if path.suffix == ".safetensors"]),
+        "sparse": sparse_file(result.folder),
         "data": _data(job),
         "environment": environment(job.precision) | {"seed": job.training.seed},
         "seconds": round(job.reached.record.seconds, 3),
         "notes": _notes(job),
     }
-    write_json(folder / REPORT, report)
-    files.append(folder / REPORT)
-    files.append(
-        write_manifest(
-            folder,
-            job_id=job.task.job_id,
-            attempt=job.task.attempt,
-            files=files,
-            verification=proof.document(),
-        )
-    )
-    job.journal.progress(job.monitor.tracker.progress(1.0))
-    return Delivered([_delivery(path) for path in files], summary, report, stopped_early)
+
+
+def _shaped(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The report as its schema has it."""
+    stated = {name: part for name, part in parts.items() if part is not None}
+    return ReportFileSchema.model_validate(stated).model_dump(exclude_unset=True)
 
 
 def _measure(job: Job, dense: Network, pruned: Network, int8: Int8File | None) -> Latency:
-    """The latencies of both networks and the 8-bit file; what they have to say is noted."""
-    phase = len(job.stages) + (1 if job.quantization is None else 2)
-    job.monitor.enter(phase, message="measuring latencies, dense and pruned in turns")
+    """The latencies of both networks and the 8-bit file; what they show is noted."""
+    job.monitor.enter("measuring", message="measuring latencies, dense and pruned in turns")
     latency = measure_latency(
         dense,
         pruned,
         int8=None if int8 is None else int8.model,
         seconds=job.task.latency_s,
-        waiting=job.monitor.look_to_leave,
+        waiting=job.monitor.check_cancel_or_pause,
     )
     if any(record.rounds for record in job.reached.record.steps):
         for sentence in latency.notes:
@@ -162,10 +193,9 @@ def _measure(job: Job, dense: Network, pruned: Network, int8: Int8File | None) -
 
 
 def _export(job: Job, dense: Network, pruned: Network, int8: Int8File | None, folder: Path) -> list[Path]:
-    """The files of both networks, written into `folder`; of the 8-bit file only if it meets the wish."""
-    phase = len(job.stages) + (2 if job.quantization is None else 3)
-    job.monitor.enter(phase, message="exporting, and proving each file in a clean process")
-    job.monitor.look_to_leave()
+    """The files of both networks, written into `folder`; the 8-bit file only if it keeps to max_accuracy_drop."""
+    job.monitor.enter("exporting", message="exporting, and proving each file in a clean process")
+    job.monitor.check_cancel_or_pause()
     masks = job.reached.masks
     files: list[Path] = []
     for stem, network in (("pruned", pruned), ("baseline", dense)):
@@ -186,7 +216,7 @@ def _export(job: Job, dense: Network, pruned: Network, int8: Int8File | None, fo
 def on_cpu(network: Network) -> Network:
     """A copy of the network on the CPU, in torch's usual layout: what is exported, and what gives the reference."""
     copy = build_network(network.graph)
-    put(copy, {name: tensor.cpu() for name, tensor in floating_tensors(network).items()})
+    assign_tensors(copy, {name: tensor.cpu() for name, tensor in floating_tensors(network).items()})
     return copy.eval()
 
 
@@ -210,7 +240,7 @@ def _data(job: Job) -> dict[str, Any]:
 
 
 def _notes(job: Job) -> list[str]:
-    """What was noted on the way, and what the data and the device have to say."""
+    """What was noted on the way, and what the data and the device add."""
     notes = [*job.reached.record.notes, *job.dataset.notes, *job.precision.notes]
     if job.validation is None:
         notes.append("nothing was held out for validation: the last weights were taken, not the best epoch's")

@@ -19,7 +19,6 @@ from app.compression.int8 import INTEGER, float_layers
 from app.network.cost import cost
 from app.spec.quantize import Quantize
 from worker.compression.quantization import (
-    Logits,
     Quantized,
     Quantizer,
     Sample,
@@ -33,10 +32,10 @@ from worker.data.dataset import derive_seed
 from worker.evaluation import Scores, score
 from worker.export.files import INT8_MODEL, portable_tensors, write_whole
 from worker.network import Network
-from worker.run.preparation import Job
+from worker.run.job import QUANTIZING, Job
 from worker.run.removal import layer_rows
 from worker.verification.saturation import EVERYWHERE, SATURATES_ABOVE, PairSums, read_pair_sums
-from worker.verification.verification import proof_batch_size
+from worker.verification.verification import Logits, verification_batch_size
 
 MOST_CHOSEN_ON, FEWEST_CHOSEN_ON = 10_000, 500  # images; between them as many as CHOSEN_ON_MACS allow
 CHOSEN_ON_MACS = 5e11
@@ -50,7 +49,7 @@ USUAL_AGREEMENT, USUAL_RMSE_RATIO = 0.97, 0.05  # what is worse is said in the r
 
 @dataclass(frozen=True)
 class Int8File:
-    """The 8-bit file: its bytes, logits `N x K` and scores on the test part, and whether it meets the wish.
+    """The 8-bit file: its bytes, logits `N x K` and scores on the test part, and whether it keeps to max_accuracy_drop.
 
     `agreement` and `rmse_ratio` are against float32; `left` has every layer in float32 with the reason; `chosen_on`
     says on what it was chosen, `pair_sums` on which processors it is right.
@@ -83,23 +82,21 @@ def make_int8(job: Job, network: Network, wanted_NK: Logits) -> Int8File | None:
     """
     if job.quantization is None:
         return None
-    _, step = job.quantization
+    step = job.quantization
     if step.scheme == "int8_vnni" and saturates():
         job.journal.event("warning", UNPROVABLE, level="warn", scheme=step.scheme)
         job.reached.record.note(UNPROVABLE)
         return None
     began = time.monotonic()
-    job.monitor.enter(
-        len(job.stages) + 1, message="quantizing to 8 bits: ranges from training images, then a comparison"
-    )
-    job.monitor.look_to_leave()
+    job.monitor.enter(QUANTIZING, message="quantizing to 8 bits: ranges from training images, then a comparison")
+    job.monitor.check_cancel_or_pause()
     folder = job.task.scratch / "int8"
     folder.mkdir()
     try:
         int8 = _make(job, network, wanted_NK, step, began)
     finally:
         shutil.rmtree(folder)
-    _tell(job, int8, network)
+    _report_int8(job, int8, network)
     return int8
 
 
@@ -115,12 +112,12 @@ def _make(job: Job, network: Network, wanted_NK: Logits, step: Quantize, began: 
         folder=job.task.scratch / "int8",
         scheme=step.scheme,
         threads=torch.get_num_threads(),
-        waiting=job.monitor.look_to_leave,
+        waiting=job.monitor.check_cancel_or_pause,
     )
     found = quantize(quantizer, chosen_on, most_drop=step.max_accuracy_drop, exclude=step.exclude)
     # batches as in the clean process of the proof
     largest = max((graph, job.plan.baseline), key=lambda one: cost(one).macs)
-    test = Sample(job.splits.test, job.preprocessing, proof_batch_size(largest))
+    test = Sample(job.splits.test, job.preprocessing, verification_batch_size(largest))
     logits_NK = quantizer.logits(found.file, test)
     labels_N = job.splits.test.labels
     before, scores = score(wanted_NK, labels_N), score(logits_NK, labels_N)
@@ -157,7 +154,7 @@ def _samples(job: Job, step: Quantize, network: Network) -> tuple[Sample, Sample
     train, held_out, seed = job.splits.train, job.splits.validation, job.training.seed
     order = np.random.default_rng(derive_seed(seed, "int8")).permutation(len(train))
     drawn, rest = order[: step.calibration_images], order[step.calibration_images :]
-    size = proof_batch_size(network.graph)
+    size = verification_batch_size(network.graph)
     calibration = Sample(train.take(drawn), job.preprocessing, calibration_batch_size(network.graph))
     affordable = int(CHOSEN_ON_MACS / max(1, cost(network.graph).macs))
     most = max(FEWEST_CHOSEN_ON, min(MOST_CHOSEN_ON, affordable))
@@ -168,8 +165,8 @@ def _samples(job: Job, step: Quantize, network: Network) -> tuple[Sample, Sample
     return calibration, Sample(train.take(remaining), job.preprocessing, size), "train"
 
 
-def _tell(job: Job, int8: Int8File, network: Network) -> None:
-    """The event, and the sentences of the report."""
+def _report_int8(job: Job, int8: Int8File, network: Network) -> None:
+    """Write the event, and the sentences of the report."""
     quantized = [node.name for node in network.graph.nodes if node.type in INTEGER and node.name not in int8.left]
     left = [node.name for node in network.graph.nodes if node.home in int8.found.in_float]
     job.journal.event(
@@ -246,17 +243,16 @@ def int8_measures(int8: Int8File, final: Mapping[str, Any], latency_ms: Mapping[
     }
 
 
-def int8_rows(
+def int8_row(
     job: Job, int8: Int8File | None, network: Network, final: Mapping[str, Any], latency_ms: Mapping[str, Any]
-) -> dict[int, dict[str, Any]]:
-    """The row of the report's `steps` (without the optimization itself), by its position; empty: none was asked for."""
+) -> dict[str, Any] | None:
+    """The row of the report's `steps` (without the optimization itself); None: no 8-bit file was asked for."""
     if job.quantization is None:
-        return {}
-    position, step = job.quantization
+        return None
     if int8 is None:
         unchanged = {"before": final, "after": final, "layers": [], "seconds": 0.0}
-        return {position: {"applied": False, **unchanged, "scheme": step.scheme, "reason": UNPROVABLE}}
-    return {position: _step(int8, network, final, latency_ms) | int8.pair_sums.document()}
+        return {"applied": False, **unchanged, "scheme": job.quantization.scheme, "reason": UNPROVABLE}
+    return _step(int8, network, final, latency_ms) | int8.pair_sums.document()
 
 
 def _step(int8: Int8File, network: Network, final: Mapping[str, Any], latency_ms: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Who looks over a job's training: passes on what happens, keeps checkpoints, and obeys what the user wishes."""
+"""The monitor of a job's trainings: it writes metrics and events, has checkpoints saved, and obeys wishes."""
 
 from __future__ import annotations
 
 import time
+from typing import Protocol
 
 from app.errors import EspalierError
 from worker.evaluation import NO_LOSS
@@ -15,113 +16,113 @@ from worker.training.loop import EpochResult, Fit, Window
 
 
 class Interrupted(EspalierError):
-    """The user wishes that the job leaves its training."""
+    """The user asked the job to leave its training."""
 
     code = "interrupted"
 
     def __init__(self, wish: Wish) -> None:
-        super().__init__(f"the user wishes: {wish}")
+        super().__init__(f"the user asked for: {wish}")
         self.wish: Wish = wish
 
 
-class JobMonitor:
-    """The watch of all trainings of one job."""
+class Monitored(Protocol):
+    """A job, as far as its monitor knows it."""
 
+    journal: Journal
+    tracker: ProgressTracker
+    checkpoints: CheckpointWriter
     reached: Reached
+    rewind_epochs: frozenset[int]
 
-    def __init__(self, journal: Journal, tracker: ProgressTracker, checkpoints: CheckpointWriter) -> None:
-        """`reached` is set once the job knows where it stands, before its first stage."""
-        self.journal = journal
-        self.tracker = tracker
-        self.checkpoints = checkpoints
-        self.keep_epochs: frozenset[int] = (
-            frozenset()
-        )  # of the first training: weights for retraining with weight_rewind
+
+class JobMonitor:
+    """The monitor of all trainings of one job: writes down what happens, and ends them when the user asks."""
+
+    def __init__(self, job: Monitored) -> None:
+        self._job = job
         self._images_per_s: float | None = None
         self._metrics: dict[str, float] = {}
-        self._charged_at = time.monotonic()
+        self._counted_until = time.monotonic()
 
-    def enter(self, part: int, *, message: str, resumed: bool = False) -> None:
-        """Begin a part of the course: an event, progress, and the user's wish is looked at.
-
-        Raises:
-            Interrupted: the user wishes something.
-        """
-        self.tracker.enter(part)
-        phase = self.tracker.part.phase
+    def enter(self, phase_name: str, *, message: str, resumed: bool = False) -> None:
+        """Begin the phase of this name: write an event, and the progress."""
+        self._job.tracker.enter(phase_name)
+        phase = self._job.tracker.part.phase
         self._images_per_s = None
-        self.journal.event(
+        self._job.journal.event(
             "phase.started",
             message,
             phase=phase,
-            epochs=self.tracker.part.epochs,
-            steps=self.tracker.part.steps,
+            epochs=self._job.tracker.part.epochs,
+            steps=self._job.tracker.part.steps,
             resumed=resumed,
         )
         if not resumed:  # else the fraction would fall until its training says where it stands
-            self.journal.progress(self.tracker.progress(0.0))
+            self._job.journal.progress(self._job.tracker.progress(0.0))
 
-    def look(self) -> None:
-        """Obey a wish between two phases: everything reached is in the last checkpoint.
+    def check_interrupts(self) -> None:
+        """Obey a wish between two phases, where everything reached is in the last checkpoint.
 
         Raises:
             Interrupted: cancel, pause or stop.
         """
-        wish = self.journal.wish()
+        wish = self._job.journal.wish()
         if wish == "pause":
             self.checkpoint()
-            self.checkpoints.settle()
+            self._job.checkpoints.wait_for_write()
         if wish is not None:
             raise Interrupted(wish)
 
-    def look_to_leave(self) -> None:
+    def check_cancel_or_pause(self) -> None:
         """Obey a wish when all training is over: only cancel and pause mean anything then. Raises Interrupted."""
-        wish = self.journal.wish()
+        wish = self._job.journal.wish()
         if wish in ("cancel", "pause"):
-            self.checkpoints.settle()
+            self._job.checkpoints.wait_for_write()
             raise Interrupted(wish)
 
     def checkpoint(self) -> None:
         """Have a checkpoint of this moment written."""
-        self.charge()
-        fit = self.reached.fit
-        epoch = fit.position.epoch if fit is not None else self.tracker.part.epochs
-        self.checkpoints.save(self.reached, phase=self.tracker.part.phase, epoch=epoch, metrics=self._metrics)
+        self.add_elapsed()
+        fit = self._job.reached.fit
+        epoch = fit.position.epoch if fit is not None else self._job.tracker.part.epochs
+        self._job.checkpoints.save(
+            self._job.reached, phase=self._job.tracker.part.phase, epoch=epoch, metrics=self._metrics
+        )
 
-    def charge(self) -> None:
-        """Add the seconds since the last charge to the job's, and to those of the compression under way."""
+    def add_elapsed(self) -> None:
+        """Add the seconds since the last call to those of the job, and of the compression under way."""
         now = time.monotonic()
-        seconds, self._charged_at = now - self._charged_at, now
-        self.reached.record.seconds += seconds
-        for record in self.reached.record.steps[-1:]:
+        seconds, self._counted_until = now - self._counted_until, now
+        self._job.reached.record.seconds += seconds
+        for record in self._job.reached.record.steps[-1:]:
             record.seconds += seconds if record.after is None else 0.0
 
     def before_step(self, fit: Fit) -> None:
         """Obey a wish, or write a checkpoint if one is due."""
-        wish = self.journal.wish()
-        if wish is None and not self.checkpoints.due:
+        wish = self._job.journal.wish()
+        if wish is None and not self._job.checkpoints.due:
             return
         if wish != "cancel":
-            fit.look(self)  # a loss that is no number must not be kept
+            fit.read_losses(self)  # a loss that is no number must not be kept
             if wish != "stop":
                 self.checkpoint()
         if wish is not None:
-            self.checkpoints.settle()
+            self._job.checkpoints.wait_for_write()
             raise Interrupted(wish)
 
     def window(self, fit: Fit, window: Window) -> None:
-        """Metrics and progress."""
+        """Write the metrics of these steps, and the progress."""
         step = self._job_step(window.step)
         for name, value in window.losses.items():
-            self.journal.metric(f"train.{name}", step, value)
-        self.journal.metric("train.lr", step, window.rate)
-        self.journal.metric("train.images_per_s", step, window.images_per_s)
+            self._job.journal.metric(f"train.{name}", step, value)
+        self._job.journal.metric("train.lr", step, window.rate)
+        self._job.journal.metric("train.images_per_s", step, window.images_per_s)
         self._images_per_s = window.images_per_s
         self._metrics = {"train.loss": window.losses["loss"]}
         self._report_progress(fit)
 
     def epoch_finished(self, fit: Fit, result: EpochResult) -> None:
-        """Metrics, an event, progress, and a checkpoint unless the phase is over: its end has one."""
+        """Write metrics, an event and the progress; save a checkpoint unless the phase is over: its end has one."""
         step = self._job_step(fit.position.step)
         self._metrics = {"train.loss": result.loss}
         if result.accuracy is not None and result.validation_loss is not None:
@@ -130,22 +131,22 @@ class JobMonitor:
                 self._metrics["val.loss"] = result.validation_loss
         for name, value in self._metrics.items():
             if name.startswith("val."):
-                self.journal.metric(name, step, value)
+                self._job.journal.metric(name, step, value)
         if fit.masks is not None:
             zeros, weights = fit.masks.zeros(), fit.masks.sizes()
-            self.journal.metric("sparsity", step, zeros / weights)
+            self._job.journal.metric("sparsity", step, zeros / weights)
             _assert_zeros(fit)
-        self._tell_epoch(fit, result)
-        if fit.recipe.phase == "training" and result.epoch in self.keep_epochs:
-            self.reached.kept[f"rewind/{result.epoch}"] = snapshot(fit.network)
+        self._report_epoch(fit, result)
+        if fit.recipe.phase == "training" and result.epoch in self._job.rewind_epochs:
+            self._job.reached.kept[f"rewind/{result.epoch}"] = snapshot(fit.network)
         self._report_progress(fit)
         if not fit.finished:
             self.checkpoint()
 
-    def _tell_epoch(self, fit: Fit, result: EpochResult) -> None:
+    def _report_epoch(self, fit: Fit, result: EpochResult) -> None:
         epochs = fit.recipe.epochs
         held_out = "" if result.accuracy is None else f", validation accuracy {result.accuracy:.4f}"
-        self.journal.event(
+        self._job.journal.event(
             "epoch.finished",
             f"{fit.recipe.phase}: epoch {result.epoch} of {epochs}, loss {result.loss:.4f}{held_out}",
             phase=fit.recipe.phase,
@@ -158,19 +159,19 @@ class JobMonitor:
             best=result.improved,
         )
         if fit.finished and result.epoch < epochs:
-            self.journal.event(
+            self._job.journal.event(
                 "training.stopped_early",
                 f"no better for {fit.stale_epochs} epochs: {fit.recipe.phase} ends after epoch {result.epoch}",
                 epoch=result.epoch,
             )
 
     def _job_step(self, step: int) -> int:
-        return self.tracker.progress(0.0).step + step
+        return self._job.tracker.steps_before + step
 
     def _report_progress(self, fit: Fit) -> None:
         position = fit.position
-        self.journal.progress(
-            self.tracker.progress(
+        self._job.journal.progress(
+            self._job.tracker.progress(
                 position.step / max(1, fit.steps),
                 epoch=min(fit.recipe.epochs, position.epoch + (1 if position.batch else 0)),
                 step=position.step,

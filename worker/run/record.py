@@ -1,7 +1,8 @@
-"""What a job writes down on its way for its report: it survives in checkpoints, so it is made of JSON values."""
+"""What a job notes for its report. It is kept in checkpoints, so it is made of JSON values."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -14,8 +15,8 @@ class StepRecord:
 
     `start` is the network before its first removal (as `model.layers`), `sparsity_before` the part of what
     it prunes that earlier steps had pruned. `after` is None while the step is under way. `rounds` has one entry for each
-    removal, with the accuracy on the test part right after the cut and after batch norm was recalibrated. `fates` says
-    of a step that replaces layers what became of each.
+    removal, with the accuracy on the test part right after the cut and after batch norm was recalibrated. `outcomes`
+    says what became of each layer in a step that replaces layers; checkpoints call it "fates".
     """
 
     position: int
@@ -25,7 +26,7 @@ class StepRecord:
     after: dict[str, Any] | None = None
     layers: list[dict[str, Any]] = field(default_factory=list)
     rounds: list[dict[str, Any]] = field(default_factory=list)
-    fates: dict[str, dict[str, Any]] = field(default_factory=dict)
+    outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: float = 0.0
     complete: bool = False
 
@@ -34,7 +35,7 @@ class StepRecord:
 class RunRecord:
     """The report so far: `seconds` of all attempts, scores of the dense network and of the latest one.
 
-    `sensitivity` has a row for each group of channels that a job of this kind has looked at.
+    `sensitivity` has a row for each group of channels that a job of this kind has measured.
     """
 
     baseline: Scores | None = None
@@ -50,11 +51,11 @@ class RunRecord:
             self.notes.append(sentence)
 
     def document(self) -> dict[str, Any]:
-        """The ledger as JSON values; `from_document` reads them back."""
+        """The record as JSON values; `from_document` reads them back."""
         return {
             "baseline": None if self.baseline is None else self.baseline.document(),
             "latest": None if self.latest is None else self.latest.document(),
-            "steps": [asdict(step) for step in self.steps],
+            "steps": [_renamed(asdict(step), "outcomes", "fates") for step in self.steps],
             "notes": list(self.notes),
             "sensitivity": list(self.sensitivity),
             "seconds": self.seconds,
@@ -62,13 +63,17 @@ class RunRecord:
 
     @classmethod
     def from_document(cls, document: dict[str, Any]) -> Self:
-        """The ledger that `document()` wrote."""
+        """The record that `document()` wrote."""
         baseline, latest = document["baseline"], document["latest"]
         return cls(
             baseline=None if baseline is None else Scores.from_document(baseline),
             latest=None if latest is None else Scores.from_document(latest),
-            steps=[StepRecord(**step) for step in document["steps"]],
+            steps=[StepRecord(**_renamed(step, "fates", "outcomes")) for step in document["steps"]],
             notes=list(document["notes"]),
             sensitivity=list(document.get("sensitivity", ())),
             seconds=document["seconds"],
         )
+
+
+def _renamed(document: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
+    return {new if name == old else name: value for name, value in document.items()}

@@ -4,45 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from app.errors import BudgetMissed
+from app.network.blocks import WEIGHTED
 from app.network.cost import Cost, cost
 from app.network.graph import Graph
 from app.network.node import Node
 from app.pruning.budget import (
-    BLOCKS,
-    CLOSE_ENOUGH,
     BudgetUnreachable,
-    Removals,
-    allowed_cost,
-    choose_block,
     choose_removals,
-    why_kept,
+    choose_removals_in_blocks,
 )
 from app.pruning.channel_classes import channel_classes
+from app.pruning.group_limits import why_kept
 from app.pruning.weight_matrix import why_dense
 from app.spec.low_rank import Separable
 from app.spec.optimizations import Compression
 from app.spec.prune import Prune
 from app.spec.quantize import Quantize
 from worker.latency import Stopwatch
-from worker.network import Network, put
+from worker.network import Network, assign_tensors
 from worker.precision import Precision
-from worker.pruning.importance import class_scores
+from worker.pruning.importance import channel_scores
 from worker.pruning.latency_budget import confirm_time, removals_within_time
 from worker.pruning.loss_curves import loss_curves
 from worker.pruning.recalibration import recalibrate_batch_norm
 from worker.pruning.schedules import PruningRound
 from worker.pruning.surgery import shrink
-from worker.pruning.weight_masks import weight_masks
+from worker.pruning.weight_masks import joined_masks
 from worker.training.losses import cross_entropy
 from worker.training.masks import Masks
 
-LARGE = ("conv", "conv_transpose", "linear")
 RECALIBRATION_IMAGES = 4096
 
 Pairs = Iterator[tuple[Tensor, Tensor]]
@@ -50,7 +47,7 @@ Pairs = Iterator[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class RemovalContext:
-    """What a removal needs beside the network: images of the training part without augmentation, seeds, the dense cost.
+    """What a removal needs besides the network: images of the training part without augmentation, seeds, the dense cost.
 
     `plain` gives batches of images and labels, the same at each call; `seed` is the job's; `dense_network` gives the
     trained network before the first compression; `images` is how many the training part has; `frozen` are the layers
@@ -76,7 +73,7 @@ def cut_weights(
 ) -> Masks:
     """The masks after this removal; the network's pruned weights are zero.
 
-    `rewind` are the weights of an earlier epoch: they take the place of the trained ones, on which the choice is made.
+    `rewind` are the weights of an earlier epoch: they replace the trained ones after the choice, which is made on the trained ones.
 
     Raises:
         LayerEmptied: a threshold leaves nothing of a layer.
@@ -84,19 +81,9 @@ def cut_weights(
     """
     masks = joined_masks(network, step, stage.sparsity(step.sparsity), previous, seed=context.seed)
     if rewind is not None:
-        put(network, rewind)
+        assign_tensors(network, rewind)
     masks.apply(network)
     return masks
-
-
-def joined_masks(network: Network, step: Prune, sparsity: float | None, previous: Masks | None, *, seed: int) -> Masks:
-    """The masks of `step` at this sparsity, and those of earlier steps for layers that it leaves alone."""
-    new = weight_masks(network, step, sparsity, seed=seed, previous=previous)
-    if previous is None:
-        return new
-    names = [name for name, _ in network.named_parameters()]
-    held = {name: previous[name] for name in names if name in previous and name not in new}
-    return Masks(held | {name: new[name] for name in names if name in new})
 
 
 def cut_channels(
@@ -108,7 +95,7 @@ def cut_channels(
         BudgetMissed: the budget is below what the floors allow, or what this machine can reach.
     """
     classes = channel_classes(network.graph, start)
-    scores = class_scores(
+    scores = channel_scores(
         network, classes, step.criterion, seed=context.seed, batches=context.plain(), loss=cross_entropy
     )
     losses = None
@@ -124,45 +111,29 @@ def cut_channels(
             frozen=context.frozen,
         )
 
-    def choose(wanted: Prune, fraction: float) -> Removals:
-        return choose_removals(
-            network.graph,
-            classes,
-            scores,
-            wanted,
-            start=start,
-            baseline=context.baseline,
-            fraction=fraction,
-            losses=losses,
-            block=block,
-        )
-
+    choose = partial(
+        choose_removals, network.graph, classes, scores, start=start, baseline=context.baseline, losses=losses
+    )
     try:
         if step.budget is not None and step.budget.latency_ms is not None:
-            block = BLOCKS[0]  # round_to is stated whenever it chooses
             stopwatch = Stopwatch(context.dense_network())
             removals = removals_within_time(network, classes, step, choose, stopwatch, fraction=stage.fraction)
         else:
-            block, _ = choose_block(start, channel_classes(start), step, baseline=context.baseline)
-            removals = choose(step, stage.fraction)
-            while block > 1 and not _comes_near(removals, network.graph, step, context.baseline, stage.fraction):
-                block //= 2  # shares that are not equal may miss in blocks with which equal ones come near
-                finer = choose(step, stage.fraction)
-                removals = max(removals, finer, key=lambda found: found.cost.macs)
+            removals = choose_removals_in_blocks(
+                network.graph,
+                classes,
+                scores,
+                step,
+                start=start,
+                baseline=context.baseline,
+                fraction=stage.fraction,
+                losses=losses,
+            )
     except BudgetUnreachable as exc:
         raise BudgetMissed(str(exc)) from exc
     smaller = shrink(network, classes, removals.dropped)
-    context.precision.place(smaller)
+    context.precision.to_device(smaller)
     return smaller
-
-
-def _comes_near(removals: Removals, graph: Graph, step: Prune, baseline: Cost, fraction: float) -> bool:
-    """Whether at least nine tenths of the budget are used, or nothing finer was asked for."""
-    if step.budget is None or step.round_to is not None:
-        return True
-    measure = step.budget.measure
-    most = min(allowed_cost(step, baseline, fraction), getattr(cost(graph), measure))
-    return bool(getattr(removals.cost, measure) >= CLOSE_ENOUGH * most)
 
 
 def recalibrate(network: Network, context: RemovalContext) -> bool:
@@ -180,7 +151,7 @@ def recalibrate(network: Network, context: RemovalContext) -> bool:
 
 
 def check_budget(network: Network, step: Compression, context: RemovalContext) -> None:
-    """Nothing, if the network is within the step's budget; a latency is measured once more.
+    """Check that the network is within the step's budget; a latency is measured once more.
 
     Raises:
         BudgetMissed: it is not; the message has both numbers.
@@ -206,7 +177,7 @@ def layer_rows(network: Network, before: Graph, step: Compression | Quantize) ->
     parameters = dict(network.named_parameters())
     rows = []
     for node in network.graph.nodes:
-        if node.type not in LARGE:
+        if node.type not in WEIGHTED:
             continue
         weight = parameters[f"{node.home}.weight"]
         count, nonzero = (weight.numel(), int(torch.count_nonzero(weight))) if node.shares is None else (0, 0)

@@ -6,6 +6,7 @@ import gzip
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,118 +14,54 @@ import numpy as np
 import torch
 
 from app.network.cost import Cost, cost
-from app.network.graph import Graph
-from app.spec.optimizations import COMPRESSIONS
+from app.schemas.answer import MeasuresSchema
+from app.schemas.report import ClassRowSchema, SparseFileSchema
 from worker.evaluation import Scores
 from worker.export.sparse_file import SPARSE_WEIGHTS
 from worker.network import Network
 from worker.precision import Precision
-from worker.run.record import RunRecord, StepRecord
 
-COMPRESSION_TYPES = frozenset(step.model_fields["type"].default for step in COMPRESSIONS)
 LARGEST_TO_COMPRESS = 64 << 20  # gzip reads about 30 MB/s
 
 Measures = dict[str, Any]
+Row = dict[str, Any]
 
 
 def measures(network: Network, scores: Scores | None, *, latency_ms: Mapping[str, Any] | None = None) -> Measures:
     """`M` of a network: accuracy and loss on the test part, parameters, non-zero ones, MACs, bytes, latency."""
     nonzero = sum(int(torch.count_nonzero(parameter)) for parameter in network.parameters())
-    return {**_scored(scores), **cost(network.graph).document(), "nonzero_params": nonzero, "latency_ms": latency_ms}
+    return _measures(replace(cost(network.graph), nonzero_params=nonzero), scores, latency_ms)
 
 
 def measures_of_cost(found: Cost) -> Measures:
     """`M` of a network that was never trained: cost only."""
-    return {**_scored(None), **found.document(), "latency_ms": None}
+    return _measures(found, None, None)
 
 
-def _scored(scores: Scores | None) -> Measures:
-    return {"accuracy": None, "loss": None} if scores is None else {"accuracy": scores.accuracy, "loss": scores.loss}
+def _measures(found: Cost, scores: Scores | None, latency_ms: Mapping[str, Any] | None) -> Measures:
+    return MeasuresSchema(
+        accuracy=None if scores is None else scores.accuracy,
+        loss=None if scores is None else scores.loss,
+        params=found.params,
+        nonzero_params=found.nonzero_params,
+        macs=found.macs,
+        bytes=found.bytes,
+        latency_ms=None if latency_ms is None else dict(latency_ms),
+    ).model_dump()
 
 
-def step_rows(
-    sent: Sequence[Mapping[str, Any]],
-    graphs: Sequence[Graph],
-    run_record: RunRecord,
-    final: Measures,
-    at_the_end: Mapping[int, Mapping[str, Any]],
-) -> list[dict[str, Any]]:
-    """The report's `steps`, one for each optimization in order.
-
-    Args:
-        sent: the optimizations as they were sent.
-        graphs: of each optimization, the graph after it (before any pruning); the first entry is the given graph.
-        run_record: has the compressions.
-        final: measures of the delivered network, for compressions that were not reached.
-        at_the_end: rows of optimizations that come after all stages, by position.
-    """
-    records: dict[int, StepRecord] = {record.position: record for record in run_record.steps}
-    rows = []
-    for position, optimization in enumerate(sent):
-        row: dict[str, Any] = {"optimization": dict(optimization), "applied": True}
-        if position in records:
-            record = records[position]
-            row |= {
-                "before": record.before,
-                "after": record.after,
-                "layers": record.layers,
-                "seconds": round(record.seconds, 3),
-                "after_cut": _last(record.rounds, "after_cut"),
-                "after_recalibration": _last(record.rounds, "after_recalibration"),
-                "rounds": record.rounds,
-                "complete": record.complete,
-            }
-        elif position in at_the_end:
-            row |= at_the_end[position]
-        elif optimization["type"] in COMPRESSION_TYPES:
-            row |= {"applied": False, "before": final, "after": final, "layers": [], "seconds": 0.0}
-        else:
-            before, after = (measures_of_cost(cost(graph)) for graph in graphs[position : position + 2])
-            row |= {
-                "before": before,
-                "after": after,
-                "layers": _inserted(*graphs[position : position + 2]),
-                "seconds": 0.0,
-            }
-        rows.append(row)
-    return rows
-
-
-def _last(rounds: Sequence[Mapping[str, Any]], key: str) -> Any:
-    return rounds[-1].get(key) if rounds else None
-
-
-def _inserted(before: Graph, after: Graph) -> list[dict[str, Any]]:
-    """The layers that a rewrite brought or changed."""
-    return [
-        {
-            "name": node.name,
-            "type": node.type,
-            "channels_before": before[node.name].shape[0] if node.name in before else None,
-            "channels_after": node.shape[0],
-            "weights": node.params,
-            "nonzero": node.params,
-            "sparsity": 0.0,
-        }
-        for node in after.nodes
-        if node.name not in before or before[node.name].layer != node.layer
-    ]
-
-
-def class_rows(names: Sequence[str], baseline: Scores, final: Scores) -> list[dict[str, Any]]:
+def class_rows(names: Sequence[str], baseline: Scores, final: Scores) -> list[ClassRowSchema]:
     """The report's `classes`: what pruning did to each; accuracies are None where the test part has no example."""
-    rows = []
-    for name, before, after, examples in zip(names, baseline.correct, final.correct, final.examples, strict=True):
-        rows.append(
-            {
-                "name": name,
-                "baseline_accuracy": before / examples if examples else None,
-                "final_accuracy": after / examples if examples else None,
-                "change": (after - before) / examples if examples else None,
-                "examples": examples,
-            }
+    return [
+        ClassRowSchema(
+            name=name,
+            baseline_accuracy=before / examples if examples else None,
+            final_accuracy=after / examples if examples else None,
+            change=(after - before) / examples if examples else None,
+            examples=examples,
         )
-    return rows
+        for name, before, after, examples in zip(names, baseline.correct, final.correct, final.examples, strict=True)
+    ]
 
 
 def compressed_bytes(files: Sequence[Path]) -> dict[str, int]:
@@ -136,17 +73,17 @@ def compressed_bytes(files: Sequence[Path]) -> dict[str, int]:
     return sizes
 
 
-def sparse_row(folder: Path) -> dict[str, Any]:
-    """`{"sparse": ...}` with the size of the file without zeros beside that of the same weights with them; or nothing."""
+def sparse_file(folder: Path) -> SparseFileSchema | None:
+    """The size of the file without zeros beside that of the same weights with them; None: there is no such file."""
     sparse = folder / SPARSE_WEIGHTS
     if not sparse.is_file():
-        return {}
-    sizes = {"size_bytes": sparse.stat().st_size, "dense_bytes": (folder / "pruned.safetensors").stat().st_size}
-    return {"sparse": {"name": sparse.name, **sizes}}
+        return None
+    dense_bytes = (folder / "pruned.safetensors").stat().st_size
+    return SparseFileSchema(name=sparse.name, size_bytes=sparse.stat().st_size, dense_bytes=dense_bytes)
 
 
 def environment(precision: Precision) -> dict[str, Any]:
-    """Where the job ran: versions, device, threads, number format, layout. Nothing that names the machine."""
+    """Where the job ran: versions, device, threads, number format, layout; not the name of the machine."""
     import onnxruntime
 
     device = torch.cuda.get_device_name(precision.device) if precision.device.type == "cuda" else _processor()

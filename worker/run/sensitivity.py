@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 
 from app.network.cost import cost
-from app.pruning.budget import choose_removals, prunable_groups, why_kept
+from app.pruning.budget import choose_removals
 from app.pruning.channel_classes import Classes, Group, channel_classes
+from app.pruning.group_limits import prunable_groups, why_kept
 from app.spec.sensitivity import Sensitivity
 from worker.evaluation import score
 from worker.network import Network
-from worker.pruning.importance import class_scores
+from worker.pruning.importance import channel_scores
 from worker.pruning.surgery import shrink
-from worker.run.preparation import Job
+from worker.run.job import Job
 from worker.run.removal import recalibrate
 from worker.training.losses import cross_entropy
 from worker.verification.verification import compute_logits
@@ -28,7 +29,7 @@ def tabulate(job: Job) -> None:
     """Fill `run_record.sensitivity`, a row for each group, from where an earlier attempt left it; a checkpoint after each.
 
     Raises:
-        Interrupted: the user wishes something; the rows so far stay.
+        Interrupted: the user asked for something; the rows so far stay.
         Diverged: a weight is not finite.
     """
     options = job.plan.spec.sensitivity
@@ -37,7 +38,7 @@ def tabulate(job: Job) -> None:
     network = reached.network
     classes = channel_classes(network.graph)
     groups = prunable_groups(network.graph, classes, options.step(options.kept[-1]))
-    scores = class_scores(
+    scores = channel_scores(
         network,
         classes,
         options.criterion,
@@ -46,11 +47,11 @@ def tabulate(job: Job) -> None:
         loss=cross_entropy,
     )
     for group in groups[len(rows) :]:
-        job.monitor.look()
+        job.monitor.check_interrupts()
         rows.append(_row(job, network, classes, group, scores, options))
         reached.passed += 1
         job.journal.event("sensitivity.measured", _sentence(rows[-1]), **rows[-1])
-        job.journal.progress(job.monitor.tracker.progress(len(rows) / len(groups)))
+        job.journal.progress(job.tracker.progress(len(rows) / len(groups)))
         job.monitor.checkpoint()
 
 
@@ -80,7 +81,7 @@ def _row(
     for kept in options.kept:
         removals = choose_removals(network.graph, classes, scores, options.step(kept), only=group.index)
         smaller = shrink(network, classes, removals.dropped)
-        job.precision.place(smaller)
+        job.precision.to_device(smaller)
         after_cut = _accuracy(job, smaller, options)
         recalibrated = recalibrate(smaller, job.removal_context)
         found = cost(smaller.graph)
@@ -107,7 +108,7 @@ def _accuracy(job: Job, network: Network, options: Sensitivity) -> float:
 
 
 def _test_positions(job: Job, options: Sensitivity) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Which test images are looked at: all, or so many at equal distances."""
+    """Which test images are used: all, or so many at equal distances."""
     count = len(job.splits.test.labels)
     return np.linspace(0, count - 1, min(count, options.images or count)).round().astype(np.int64)
 

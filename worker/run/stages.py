@@ -1,4 +1,4 @@
-"""What each phase of a job does: train, evaluate, prune, retrain. `carry_out` runs them from where the job stands."""
+"""What each phase of a job does: train, evaluate, prune, retrain. `run_stages` runs them from where the job stands."""
 
 from __future__ import annotations
 
@@ -6,34 +6,31 @@ import gc
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from app.errors import Diverged, OutOfMemory
-from app.network.graph import Graph, build_graph
-from app.network.layers.registry import read_layers
-from app.network.node import Limits
 from app.spec.job import retraining
 from app.spec.optimizations import Compression
 from app.spec.prune import Prune
-from worker.compression.low_rank import loss_note, replace_trained_layers, replaced_rows
 from worker.data.dataset import derive_seed
 from worker.network import Network, snapshot
-from worker.pruning.schedules import PruningRound, retrain_schedule, rewind_epoch
-from worker.pruning.weight_masks import pruned_part
+from worker.pruning.schedules import retrain_schedule
+from worker.pruning.weight_masks import joined_masks, pruned_part
+from worker.run.handlers import compression_handler
+from worker.run.job import Job, Stage, stage_name
 from worker.run.monitor import Interrupted
-from worker.run.preparation import Job, Stage
 from worker.run.record import StepRecord
-from worker.run.removal import check_budget, cut_channels, cut_weights, joined_masks, layer_rows, recalibrate
+from worker.run.removal import check_budget, recalibrate
 from worker.run.report import measures
 from worker.run.sensitivity import tabulate
 from worker.training.learning_rate import learning_rate
 from worker.training.loop import Fit, NonFiniteLoss, Recipe
 from worker.training.masks import Masks
+from worker.training.resume import restore_fit
 
 ALLOCATION_FAILED = ("can't allocate memory", "not enough memory", "DefaultCPUAllocator")
 
 
-def carry_out(job: Job) -> bool:
+def run_stages(job: Job) -> bool:
     """Run all stages that are left; True if the user stopped the job before the last.
 
     A loss that is no number is tried once more from the last checkpoint; memory that runs out once more with half the
@@ -66,13 +63,13 @@ def carry_out(job: Job) -> bool:
 def _carry_out_one(job: Job) -> None:
     reached, number = job.reached, job.reached.stage
     stage = job.stages[number]
-    job.monitor.enter(number + 1, message=_announcement(job, stage), resumed=reached.suspended is not None)
+    job.monitor.enter(stage_name(number), message=_announcement(job, stage), resumed=reached.suspended is not None)
     if all(later.phase == "evaluating" and not later.table for later in job.stages[number:]):
-        job.monitor.look_to_leave()
+        job.monitor.check_cancel_or_pause()
     else:
-        job.monitor.look()
+        job.monitor.check_interrupts()
     ACTIONS[stage.phase](job, stage)
-    job.monitor.charge()
+    job.monitor.add_elapsed()
     reached.finish_stage()
     job.monitor.checkpoint()
 
@@ -91,7 +88,7 @@ def _announcement(job: Job, stage: Stage) -> str:
     if stage.phase == "retraining":
         return f"retraining for {stage.removal.epochs} epochs{of_rounds}"
     step = job.compression(stage)
-    return f"pruning {step.structure}{of_rounds}" if isinstance(step, Prune) else f"applying {step.type}"
+    return compression_handler(step).title(step) + of_rounds
 
 
 # --- stages ----------------------------------------------------------------------------------------------------------
@@ -99,7 +96,7 @@ def _announcement(job: Job, stage: Stage) -> str:
 
 def _train(job: Job, stage: Stage) -> None:
     reached = job.reached
-    if 0 in job.monitor.keep_epochs and "rewind/0" not in reached.kept:
+    if 0 in job.rewind_epochs and "rewind/0" not in reached.kept:
         reached.kept["rewind/0"] = snapshot(reached.network)
     fit = begin_fit(job, stage)
     fit.run(job.monitor)
@@ -144,9 +141,10 @@ def _compress(job: Job, stage: Stage) -> None:
                 sparsity_before=pruned_part(reached.network, step, reached.masks) if isinstance(step, Prune) else 0.0,
             )
         )
-    record = reached.record.steps[-1]
-    _announce_removal(job, step, stage.removal)
-    _remove(job, step, stage.removal, record)
+    record, handler = reached.record.steps[-1], compression_handler(step)
+    message, data = handler.planned(step)
+    job.journal.event("prune.planned", message, **data, round=stage.removal.number, rounds=stage.removal.count)
+    handler.remove(job, step, stage.removal, record)
     after_cut = job.score(reached.network)
     recalibrated = recalibrate(reached.network, job.removal_context)
     reached.record.latest = job.score(reached.network) if recalibrated else after_cut
@@ -161,48 +159,11 @@ def _compress(job: Job, stage: Stage) -> None:
             "macs": found["macs"],
         }
     )
-    _tell_removal(job, record, step)
+    _report_removal(job, record, handler.done(step))
 
 
-def _announce_removal(job: Job, step: Compression, removal: PruningRound) -> None:
-    if isinstance(step, Prune):
-        data: dict[str, str] = {"structure": step.structure, "criterion": step.criterion, "scope": step.scope}
-        message = f"{step.structure} by {step.criterion}, scope {step.scope}, to the {_target(step)} asked for"
-    else:
-        data, message = {"structure": step.type}, f"{step.type}: layers are replaced by products of smaller ones"
-    job.journal.event("prune.planned", message, **data, round=removal.number, rounds=removal.count)
-
-
-def _target(step: Prune) -> str:
-    named = [name for name in ("threshold", "budget", "sparsity") if getattr(step, name) is not None]
-    return named[0] if named else "pattern"
-
-
-def _remove(job: Job, step: Compression, removal: PruningRound, record: StepRecord) -> None:
-    """Take away what this removal takes: masks, channels, or ranks."""
-    reached = job.reached
-    if isinstance(step, Prune) and step.zeros:
-        rewind, before = _rewind_weights(job, step), 0 if reached.masks is None else reached.masks.zeros()
-        reached.masks = cut_weights(reached.network, step, removal, reached.masks, job.removal_context, rewind)
-        if removal.ramp is None and reached.masks.zeros() == before:
-            reached.record.note(
-                f"/optimizations/{record.position}: no further weight became zero; the rows of its layers say why"
-            )
-    elif isinstance(step, Prune):
-        reached.network = cut_channels(reached.network, step, removal, job.removal_context, start=_start(job, record))
-    else:
-        network, record.fates = replace_trained_layers(reached.network, step, baseline=job.removal_context.baseline)
-        if network is reached.network:
-            reached.record.note(
-                f"/optimizations/{record.position}: no layer was replaced; the rows of its layers say why"
-            )
-        job.precision.place(network)
-        reached.network = network
-
-
-def _tell_removal(job: Job, record: StepRecord, step: Compression) -> None:
+def _report_removal(job: Job, record: StepRecord, what: str) -> None:
     latest, before = record.rounds[-1], record.before
-    what = f"{step.structure} pruned" if isinstance(step, Prune) else f"{step.type} applied"
     job.journal.event(
         "prune.applied",
         f"{what}: {latest['nonzero_params']} of {before['params']} parameters and {latest['macs']} of "
@@ -211,7 +172,7 @@ def _tell_removal(job: Job, record: StepRecord, step: Compression) -> None:
         **latest,
     )
     if job.reached.masks is not None:
-        step_now = job.monitor.tracker.progress(0.0).step
+        step_now = job.tracker.steps_before
         job.journal.metric("sparsity", step_now, _sparsity(job.reached.masks))
     chance = 1.5 / len(job.dataset.class_names)
     if latest["after_recalibration"] <= chance < before["accuracy"]:
@@ -247,9 +208,9 @@ def begin_fit(job: Job, stage: Stage) -> Fit:
         micro_batches=reached.micro_batches,
     )
     if reached.suspended is not None:
-        fit.restore(reached.suspended.tensors, reached.suspended.state)
+        restore_fit(fit, reached.suspended.tensors, reached.suspended.state)
         reached.suspended = None
-        job.monitor.tracker.resume_at(fit.position.step / max(1, fit.steps))
+        job.tracker.resume_at(fit.position.step / max(1, fit.steps))
     reached.fit = fit
     return fit
 
@@ -264,14 +225,14 @@ def _recipe(job: Job, stage: Stage, steps_per_epoch: int) -> Recipe:
             training=job.training,
             seed=seed,
             regularizations=job.regularizations,
-            distillation=job.lesson,
+            distillation=job.distillation_of_training,
             frozen=job.plan.frozen,
             rate_factors=job.plan.rate_factors,
         )
     step = job.compression(stage)
     record = job.reached.record.steps[-1]
-    # what stands in the place of a layer is new and trains like any other: it has to make good what the product lost
-    new = {name for past in job.reached.record.steps for name, fate in past.fates.items() if "parts" in fate}
+    # what replaces a layer is new and trains like any other: it has to recover what the product lost
+    new = {name for past in job.reached.record.steps for name, outcome in past.outcomes.items() if "parts" in outcome}
 
     def regrow(network: Network, sparsity: float, previous: Masks | None) -> Masks:
         assert isinstance(step, Prune), "only masks grow during a retraining"
@@ -296,24 +257,6 @@ def _recipe(job: Job, stage: Stage, steps_per_epoch: int) -> Recipe:
     )
 
 
-def _rewind_weights(job: Job, step: Compression) -> dict[str, Tensor] | None:
-    """The weights that `weight_rewind` goes back to; None for other policies.
-
-    Where the training was stopped before that epoch, the trained weights stay, and a note says so.
-    """
-    epoch = rewind_epoch(step, job.training)
-    if epoch is None:
-        return None
-    weights = job.reached.kept.get(f"rewind/{epoch}")
-    if weights is None:
-        job.reached.record.note(f"weight_rewind: training ended before epoch {epoch}, so the trained weights stayed")
-    return weights
-
-
-def _start(job: Job, record: StepRecord) -> Graph:
-    return build_graph(read_layers(record.start), job.plan.baseline.input_shape, limits=Limits.none())
-
-
 def _sparsity(masks: Masks | None) -> float:
     return 0.0 if masks is None else masks.zeros() / max(1, masks.sizes())
 
@@ -321,14 +264,9 @@ def _sparsity(masks: Masks | None) -> float:
 def _close_record(job: Job, step: Compression, *, complete: bool) -> None:
     reached = job.reached
     record = reached.record.steps[-1]
-    job.monitor.charge()
+    job.monitor.add_elapsed()
     record.after = measures(reached.network, reached.record.latest)
-    if isinstance(step, Prune):
-        record.layers = layer_rows(reached.network, _start(job, record), step)
-    else:
-        record.layers = replaced_rows(reached.network, _start(job, record), record.fates)
-        if sentence := loss_note(step.type, record.before, record.after, record.fates):
-            reached.record.note(sentence)
+    record.layers = compression_handler(step).layers(job, step, record)
     record.complete = complete
 
 
@@ -380,7 +318,7 @@ def _return_to_checkpoint(job: Job) -> None:
     gc.collect()
     if job.precision.device.type == "cuda":
         torch.cuda.empty_cache()
-    job.monitor.reached = job.take_up(job.checkpoints.latest or job.task.resume)
+    job.return_to_checkpoint()
 
 
 def _ran_out_of_memory(error: BaseException) -> bool:

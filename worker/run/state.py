@@ -16,6 +16,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,17 +29,21 @@ from app.errors import EspalierError
 from app.network.graph import Graph, build_graph
 from app.network.layers.registry import read_layers
 from app.network.node import Limits
-from worker.checkpoint import Arrays, CheckpointRefused, LoadedCheckpoint
-from worker.network import Network, build_network, put
+from app.planning.plan import Plan
+from worker.checkpoint import Arrays, CheckpointRefused, LoadedCheckpoint, read_checkpoint
+from worker.journal import Journal
+from worker.network import Network, assign_tensors, build_network
 from worker.precision import Precision
 from worker.run.record import RunRecord
+from worker.run.references import put_weights, start_notes
 from worker.training.loop import Fit
 from worker.training.masks import Masks
+from worker.training.resume import fit_state, fit_tensors
 
 
 @dataclass
 class Suspended:
-    """A training in progress as a checkpoint has it: for the phase that goes on with it."""
+    """A training in progress as a checkpoint has it: for the stage that goes on with it."""
 
     tensors: dict[str, Tensor]
     state: dict[str, Any]
@@ -73,7 +78,7 @@ class Reached:
         self.stage += 1
 
     def capture(self) -> tuple[Arrays, dict[str, Any]]:
-        """Copies of all tensors, on the host, and the JSON beside them. The fit's losses have been looked at."""
+        """Copies of all tensors, on the host, and the JSON beside them. The fit's losses have been read."""
         tensors = {f"network/{name}": tensor for name, tensor in self.network.state_dict().items()}
         for what, weights in self.kept.items():
             tensors |= {f"kept/{what}/{name}": tensor for name, tensor in weights.items()}
@@ -81,7 +86,7 @@ class Reached:
         if masks is not None:
             tensors |= {f"masks/{name}": mask for name, mask in masks.state().items()}
         if self.fit is not None:
-            tensors |= {f"fit/{name}": tensor for name, tensor in self.fit.tensors().items()}
+            tensors |= {f"fit/{name}": tensor for name, tensor in fit_tensors(self.fit).items()}
         state = {
             "stage": self.stage,
             "passed": self.passed,
@@ -90,10 +95,51 @@ class Reached:
             "input_shape": list(self.network.graph.input_shape),
             "layers": self.network.graph.to_layers(),
             "ledger": self.record.document(),
-            "fit": None if self.fit is None else self.fit.state(),
+            "fit": None if self.fit is None else fit_state(self.fit),
             "environment": environment(),
         }
         return {name: _on_host(tensor) for name, tensor in tensors.items()}, state
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a job can always begin again from: its plan, the networks that it names, and which checkpoints are its own."""
+
+    plan: Plan
+    sources: Path | None
+    precision: Precision
+    spec_sha256: str
+    data_sha256: str
+
+    def start(self, *, micro_batches: int = 1) -> Reached:
+        """Before the first step: new weights from the job's seed, or those of its source where it has one."""
+        network = build_network(self.plan.baseline, seed=self.plan.spec.training.seed)
+        record, start = RunRecord(), self.plan.start
+        if start is not None:
+            put_weights(network, start.reference, self.sources, fresh=start.fresh)
+            for sentence in start_notes(start, network):
+                record.note(sentence)
+        self.precision.to_device(network)
+        return Reached(network, record, micro_batches=micro_batches)
+
+    def resume(self, folder: Path | None, journal: Journal, *, micro_batches: int = 1) -> Reached:
+        """What the checkpoint in `folder` holds; the start if there is none or, with an event, if it is refused."""
+        if folder is None:
+            return self.start(micro_batches=micro_batches)
+        try:
+            checkpoint = read_checkpoint(folder, spec_sha256=self.spec_sha256)
+            if checkpoint.state.get("data_sha256") != self.data_sha256:
+                raise CheckpointRefused("the checkpoint was made from other data")
+            reached = restore(checkpoint, self.precision)
+        except CheckpointRefused as refused:
+            message = f"{refused.message}: the job starts from the beginning"
+            journal.event("checkpoint.corrupt", message, level="warn", code=refused.code)
+            return self.start(micro_batches=micro_batches)
+        reached.micro_batches = max(reached.micro_batches, micro_batches)
+        if reached.differs is not None:
+            message = f"this is not the machine of the last attempt ({reached.differs}): the bits will differ"
+            journal.event("warning", message, level="warn")
+        return reached
 
 
 def restore(checkpoint: LoadedCheckpoint, precision: Precision) -> Reached:
@@ -165,11 +211,11 @@ def _network(graph: Graph, tensors: Mapping[str, Tensor], precision: Precision) 
         raise KeyError(f"tensors that are only on one side: {', '.join(sorted(foreign))}")
     if wrong := [name for name, tensor in tensors.items() if own[name].dtype != tensor.dtype]:
         raise RuntimeError(f"{wrong[0]} has type {tensors[wrong[0]].dtype}, not {own[wrong[0]].dtype}")
-    put(network, {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()})
+    assign_tensors(network, {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()})
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             own[name].copy_(tensor)
-    precision.place(network)
+    precision.to_device(network)
     return network
 
 

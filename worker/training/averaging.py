@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from worker.network import Network, floating_tensors, put, snapshot
+from worker.network import Network, assign_tensors, floating_tensors, snapshot
 
 
 class Average:
@@ -31,10 +31,10 @@ class Average:
 
     @contextmanager
     def inside(self, network: Network) -> Iterator[None]:
-        """The network has the average's values inside the block, and its own again behind it."""
+        """The network has the average's values inside the block, and its own again after it."""
         own = snapshot(network)
-        put(network, self.tensors)
+        assign_tensors(network, self.tensors)
         try:
             yield
         finally:
-            put(network, own)
+            assign_tensors(network, own)

@@ -2,7 +2,7 @@
 
     term = GroupLasso(network).value()         # sum over classes of sqrt(size) * |all weights of the class|_2
 
-A class is what leaves together when a channel does: the slices of producers and consumers, and the scales of norms.
+A class is everything that is removed with a channel: the slices of producers and consumers, and the scales of norms.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SMALLEST_SQUARE = 1e-24  # below it a class counts as zero, where the root has n
 
 
 class GroupLasso:
-    """The term over the classes of a network that may be removed; built anew after every surgery."""
+    """The term over the classes of a network that may be removed; build another one after every surgery."""
 
     def __init__(self, network: Network) -> None:
         classes = channel_classes(network.graph)

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions from progress (0 at the first step, 1 behind the last) to the rate.
+"""Learning-rate schedules: pure functions from progress (0 at the first step, 1 after the last) to the rate.
 
 They depend on the share of the training done and on nothing else, so that a resumed training, another batch size or a
 rewound retraining reads the same curve.
@@ -21,10 +21,10 @@ def learning_rate(training: Training) -> LearningRate:
 
     A linear warm-up from lr/25 to lr, then: `one_cycle` falls linearly to 0 (Smith & Topin, arXiv 1708.07120, with one
     ramp on either side and without its last, lower leg); `cosine` falls to 0 as half a cosine (Loshchilov & Hutter,
-    arXiv 1608.03983, one period); `step` is multiplied by `gamma` behind each milestone; `constant` stays.
+    arXiv 1608.03983, one period); `step` is multiplied by `gamma` after each milestone; `constant` stays.
     """
     schedule, peak = training.schedule, training.optimizer.lr
-    epochs = max(1, training.epochs)  # of 0 epochs nobody asks for a rate
+    epochs = max(1, training.epochs)  # with 0 epochs no rate is asked for
     warm = min(1.0, training.warmup_epochs / epochs)
     milestones = tuple(epoch / epochs for epoch in training.milestones)
 

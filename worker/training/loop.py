@@ -1,11 +1,11 @@
-"""The training loop: one for all phases. It knows a network, batches and a recipe; who watches it decides the rest.
+"""The training loop: one for all phases. It knows a network, batches and a recipe; its monitor decides the rest.
 
-    fit = Fit(network, batches, recipe, precision, validation=...)
-    fit.run(watch)          # watch.before_step may raise: the position is exact, and fit.tensors() + fit.state()
-    describe it fit.conclude()          # the network gets the weights that are kept
+    fit = Fit(network, batches, recipe, precision, validation=...)     # resume.py puts it back to a checkpoint
+    fit.run(monitor)        # monitor.before_step may raise: the fit stands exactly between two steps
+    fit.conclude()          # the network gets the weights that are kept
 
-Nothing is read from the device at each step: losses gather there and are looked at about every 50 steps, when the
-watch gets their mean and a loss that is no number ends the loop. The order of one step keeps zeros at zero: gradients
+Nothing is read from the device at each step: losses gather there and are read about every 50 steps. Then the monitor
+gets their mean, and a loss that is not finite ends the loop. The order of one step keeps zeros at zero: gradients
 masked (before clipping), step, weights masked, average updated, average masked.
 
 Axes: N batch, K classes.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,16 +28,16 @@ from app.spec.optimizations import Regularization
 from app.spec.prune import Distillation
 from worker.evaluation import evaluate
 from worker.journal import Phase
-from worker.network import Network, put, snapshot
+from worker.network import Network, assign_tensors, snapshot
 from worker.precision import Precision
 from worker.training.averaging import Average
 from worker.training.freezing import freeze, train_mode
 from worker.training.learning_rate import LearningRate
 from worker.training.losses import Penalty, cross_entropy, decoupled_decay, distillation
 from worker.training.masks import Masks
-from worker.training.optimizers import build_optimizer, optimizer_tensors, restore_optimizer
+from worker.training.optimizers import build_optimizer
 
-WINDOW_STEPS = 50  # between two looks at the losses: each waits for the device
+WINDOW_STEPS = 50  # between two readings of the losses: each waits for the device
 WINDOW_S = 2.0  # or sooner, where steps are slow: somebody is watching
 
 
@@ -67,7 +67,7 @@ class Recipe:
     """How one phase trains. `rate` maps progress (0 to 1) to the learning rate; `seed` is this phase's own.
 
     `mask_updates` maps a step of this phase to the sparsity from before that step on, for masks that grow while
-    training; `regrow` makes the masks of a sparsity. Only epochs behind the last update can be the best one. `frozen`
+    training; `regrow` makes the masks of a sparsity. Only epochs after the last update can be the best one. `frozen`
     names layers that do not train, `rate_factors` has a factor on the learning rate for some layers.
     """
 
@@ -86,7 +86,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Window:
-    """What happened since the last look: means over `steps` steps ended before step `step` of the phase."""
+    """What happened since the last reading: means over `steps` steps ended before step `step` of the phase."""
 
     step: int
     steps: int
@@ -108,16 +108,16 @@ class EpochResult:
 
 
 class Monitor(Protocol):
-    """Who looks over a training: told before each step, at each look at the losses, and after each epoch."""
+    """What a training calls: before each step, each time the losses are read, and after each epoch."""
 
     def before_step(self, fit: Fit) -> None:
-        """The fit stands exactly between two steps; raise to leave it there."""
+        """React to the fit, which stands exactly between two steps; raise to leave it there."""
 
     def window(self, fit: Fit, window: Window) -> None:
-        """The losses were looked at; all are finite."""
+        """Take the losses since the last window; all are finite."""
 
     def epoch_finished(self, fit: Fit, result: EpochResult) -> None:
-        """An epoch is over; the fit stands before the next one."""
+        """Take the result of an epoch; the fit stands before the next one."""
 
 
 @dataclass
@@ -171,7 +171,7 @@ class Fit:
         self.position = Position()
         self.best: Best | None = None
         self.stale_epochs = 0
-        self._mark: float | None = None
+        self.mark: float | None = None
         freeze(network, recipe.frozen)
         self.optimizer = build_optimizer(network, recipe.training.optimizer, recipe.rate_factors)
         decay = recipe.training.ema_decay
@@ -182,15 +182,20 @@ class Fit:
         self._micro_batches = micro_batches
         self._penalty = Penalty(network, recipe.regularizations)
         self._decay = decoupled_decay(network, recipe.regularizations, recipe.rate_factors)
-        self._scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.scales_gradients)
+        self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.scales_gradients)
         self._losses = _Losses(precision.device)
-        self._rate = recipe.rate(0.0)
+        self.rate = recipe.rate(0.0)
         torch.manual_seed(recipe.seed)  # dropout; order and augmentation have seeds of their own
 
     @property
     def steps(self) -> int:
         """Steps of the whole phase, if it is not stopped early."""
         return self.recipe.epochs * len(self._batches)
+
+    @property
+    def unread_losses(self) -> bool:
+        """Whether losses of steps wait on the device: `read_losses` has to come before a checkpoint."""
+        return not self._losses.empty
 
     @property
     def finished(self) -> bool:
@@ -214,14 +219,14 @@ class Fit:
                 failpoint("step")
                 self._step(images, labels_N)
                 if self._losses.due(first=self.position.step == 1):
-                    self.look(monitor)
-            self.look(monitor)
+                    self.read_losses(monitor)
+            self.read_losses(monitor)
             result = self._end_epoch()
             monitor.epoch_finished(self, result)
 
-    def look(self, monitor: Monitor) -> None:
-        """Read the losses that gathered on the device and tell the watch; raises NonFiniteLoss."""
-        window = self._losses.read(self.position.step, self._rate)
+    def read_losses(self, monitor: Monitor) -> None:
+        """Read the losses that gathered on the device and give them to the monitor. Raises NonFiniteLoss."""
+        window = self._losses.read(self.position.step, self.rate)
         if window is not None:
             for loss in self._losses.last_losses:
                 self.position.loss_sum += loss  # one by one: the sum is the same wherever the windows are cut
@@ -231,86 +236,40 @@ class Fit:
     def conclude(self) -> None:
         """Give the network the weights that are kept: the best epoch's, else the average's, else the last.
 
-        Nothing of it is frozen any more: criteria need gradients of all layers.
+        All layers train again after it: criteria need gradients of all of them.
         """
         freeze(self.network, ())
         if self.best is not None:
-            put(self.network, self.best.tensors)
+            assign_tensors(self.network, self.best.tensors)
         elif self.average is not None:
-            put(self.network, self.average.tensors)
+            assign_tensors(self.network, self.average.tensors)
         if self.masks is not None:
             self.masks.apply(self.network)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor that the fit needs to go on beside the network's and the masks': name -> tensor, not copies."""
-        tensors = {f"optimizer/{path}": t for path, t in optimizer_tensors(self.optimizer, self.network).items()}
-        if self.average is not None:
-            tensors |= {f"average/{name}": tensor for name, tensor in self.average.tensors.items()}
-        if self.best is not None:
-            tensors |= {f"best/{name}": tensor for name, tensor in self.best.tensors.items()}
-        tensors["rng/cpu"] = torch.get_rng_state()
-        if self.precision.device.type == "cuda":
-            tensors["rng/cuda"] = torch.cuda.get_rng_state(self.precision.device)
-        return tensors
-
-    def state(self) -> dict[str, Any]:
-        """Everything else that the fit needs to go on, as JSON values."""
-        assert self._losses.empty, "losses that nobody looked at: call look() first"
-        best = self.best
-        return {
-            "position": vars(self.position).copy(),
-            "stale_epochs": self.stale_epochs,
-            "mark": self._mark,
-            "best": None if best is None else {"epoch": best.epoch, "accuracy": best.accuracy, "loss": best.loss},
-            "optimizer_steps": self.optimizer.steps,
-            "scaler": self._scaler.state_dict(),
-        }
-
-    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Stand where `tensors()` and `state()` were taken; network and masks are the caller's."""
-        self.position = Position(**state["position"])
-        self.stale_epochs = state["stale_epochs"]
-        self._mark = state["mark"]
-        self._rate = self.recipe.rate(self._progress())
-        device = self.precision.device
-        memory = _below("optimizer/", tensors)
-        restore_optimizer(self.optimizer, self.network, memory, steps=state["optimizer_steps"])
-        if self.average is not None:
-            for name, tensor in _below("average/", tensors).items():
-                self.average.tensors[name].copy_(tensor)
-        if state["best"] is not None:
-            layout = snapshot(self.network)
-            values = {name: layout[name].copy_(tensor) for name, tensor in _below("best/", tensors).items()}
-            self.best = Best(tensors=values, **state["best"])
-        if self._scaler.is_enabled():
-            self._scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(tensors["rng/cpu"])
-        if device.type == "cuda" and "rng/cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["rng/cuda"], device)
-
-    def _progress(self) -> float:
+    def progress(self) -> float:
+        """The share of the phase's steps that are done (0 to 1)."""
         return self.position.step / max(1, self.steps)
 
     def _step(self, images: Tensor, labels_N: Tensor) -> None:
         if self.position.step in self.recipe.mask_updates:
             self._grow_masks(self.recipe.mask_updates[self.position.step])
-        self._rate = self.recipe.rate(self._progress())
+        self.rate = self.recipe.rate(self.progress())
         for group in self.optimizer.param_groups:
-            group["lr"] = self._rate
+            group["lr"] = self.rate
         self.optimizer.zero_grad()
         losses = self._backward(images, labels_N)
-        if self._scaler.is_enabled():
-            self._scaler.unscale_(self.optimizer)  # type: ignore[arg-type]
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)  # type: ignore[arg-type]
         if self.masks is not None:
             self.masks.mask_gradients(self.network)
         if self.recipe.training.gradient_clipping is not None:
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.training.gradient_clipping)
         for decay, parameters in self._decay:
             with torch.no_grad():
-                torch._foreach_mul_(parameters, 1 - self._rate * decay)
-        if self._scaler.is_enabled():
-            self._scaler.step(self.optimizer)  # type: ignore[arg-type]
-            self._scaler.update()
+                torch._foreach_mul_(parameters, 1 - self.rate * decay)
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)  # type: ignore[arg-type]
+            self.scaler.update()
         else:
             self.optimizer.step()
         if self.masks is not None:
@@ -330,19 +289,19 @@ class Fit:
         for images_part, labels_part in zip(images.tensor_split(pieces), labels_N.tensor_split(pieces), strict=True):
             share = len(labels_part) / len(labels_N)
             total, terms = self._objective(images_part, labels_part)
-            self._scaler.scale(total * share if pieces > 1 else total).backward()  # type: ignore[no-untyped-call]
+            self.scaler.scale(total * share if pieces > 1 else total).backward()  # type: ignore[no-untyped-call]
             for name, term in terms.items():
                 losses[name] = losses[name] + term * share if name in losses else term * share
         if self._penalty:
             penalties = self._penalty.terms()
             total = torch.stack(list(penalties.values())).sum()
             if total.requires_grad:  # else they are over frozen layers only
-                self._scaler.scale(total).backward()  # type: ignore[no-untyped-call]
+                self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
             losses |= {name: term.detach() for name, term in penalties.items()}
         return losses
 
     def _objective(self, images: Tensor, labels_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of some images, without penalties, and its parts: a teacher's word replaces label smoothing."""
+        """The loss of some images, without penalties, and its parts. With a teacher there is no label smoothing."""
         with self.precision.autocast():
             logits_NK = self.network(images)
         recipe = self.recipe
@@ -353,8 +312,8 @@ class Fit:
             teacher_NK = self._teacher(images)
         alpha = recipe.distillation.alpha
         own = cross_entropy(logits_NK, labels_N)
-        taught = distillation(logits_NK, teacher_NK, temperature=recipe.distillation.temperature)
-        return (1 - alpha) * own + alpha * taught, {"loss": own.detach(), "distillation": taught.detach()}
+        distance = distillation(logits_NK, teacher_NK, temperature=recipe.distillation.temperature)
+        return (1 - alpha) * own + alpha * distance, {"loss": own.detach(), "distillation": distance.detach()}
 
     def _grow_masks(self, sparsity: float) -> None:
         assert self.recipe.regrow is not None
@@ -385,8 +344,8 @@ class Fit:
             return False
         stopping = self.recipe.training.early_stopping
         needed = 0.0 if stopping is None else stopping.min_delta
-        if self._mark is None or accuracy > self._mark + needed:
-            self._mark, self.stale_epochs = accuracy, 0
+        if self.mark is None or accuracy > self.mark + needed:
+            self.mark, self.stale_epochs = accuracy, 0
         else:
             self.stale_epochs += 1
         before = self.best
@@ -400,7 +359,7 @@ class Fit:
 
 
 class _Losses:
-    """Loss terms of the steps since the last look, on the device."""
+    """Loss terms of the steps since the last reading, on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -446,7 +405,3 @@ class _Losses:
 
 def _rank(accuracy: float, loss: float) -> tuple[float, float]:
     return accuracy, -loss
-
-
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""What a training makes small: cross-entropy, the terms of the mission's regularization, and a teacher's opinion.
+"""What a training makes small: cross-entropy, the terms of the mission's regularization, and the distance to a teacher's logits.
 
 Axes: N batch, K classes.
 """
@@ -18,7 +18,7 @@ from worker.network import Network
 from worker.training.group_lasso import GroupLasso
 from worker.training.optimizers import layer_of
 
-_WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
+MODULES_WITH_WEIGHTS = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 def cross_entropy(logits_NK: Tensor, labels_N: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
@@ -50,7 +50,7 @@ class Penalty:
     """
 
     def __init__(self, network: Network, regularizations: Sequence[Regularization]) -> None:
-        weights = _trained(module.weight for module in network.modules() if isinstance(module, _WEIGHTED))
+        weights = _trained(module.weight for module in network.modules() if isinstance(module, MODULES_WITH_WEIGHTS))
         scales = _trained(module.weight for module in network.modules() if isinstance(module, _BatchNorm))
         everything = _trained(network.parameters())
         self._l1: list[tuple[float, list[Tensor]]] = []
@@ -82,7 +82,7 @@ def decoupled_decay(
     The weights of convolutions and linear layers, with `all` every parameter; of those only what trains. Layers with a
     factor on the learning rate have it in their decay.
     """
-    weights = [module.weight for module in network.modules() if isinstance(module, _WEIGHTED)]
+    weights = [module.weight for module in network.modules() if isinstance(module, MODULES_WITH_WEIGHTS)]
     own: dict[Tensor, float] = {
         parameter: factors.get(layer_of(name), 1.0) for name, parameter in network.named_parameters()
     }

@@ -9,7 +9,7 @@
     masks.mask_tensors(ema)
 
 All four are needed: a masked gradient alone does not hold a weight at zero, because momentum, Adam's averages and the
-average of the weights remember. Masking the weight alone does not either: its momentum stays alive, and it jumps when
+average of the weights keep its past. Masking the weight alone does not either: its momentum stays alive, and it jumps when
 the mask opens.
 """
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,12 +25,12 @@ from torch import Tensor
 from worker.network import Network
 
 
-class Remembering(Protocol):
-    """An optimizer: torch's, or one that keeps what it remembers in the same place."""
+class StatefulOptimizer(Protocol):
+    """An optimizer: torch's, or one that keeps its state in the same place."""
 
     @property
     def state(self) -> Mapping[Tensor, Mapping[str, Any]]:
-        """Parameter -> key -> what is remembered."""
+        """Parameter -> key -> value: momentum, averages of gradients and of squares."""
 
 
 class Masks:
@@ -66,23 +66,23 @@ class Masks:
     @torch.no_grad()
     def apply(self, network: Network) -> None:
         """Set every pruned weight to +0.0. A weight that is not finite stays visible: zero times NaN is NaN."""
-        parameters, masks = self._bound(network)
+        parameters, masks = self._pairs_of(network)
         if parameters:
             torch._foreach_mul_(parameters, masks)
             torch._foreach_add_(parameters, 0.0)  # -0.0 + 0.0 = +0.0: the same bytes whatever sign the weight had
 
     @torch.no_grad()
     def mask_gradients(self, network: Network) -> None:
-        """Set the gradients of pruned weights to zero. To be called before clipping."""
-        parameters, masks = self._bound(network)
+        """Set the gradients of pruned weights to zero; call it before clipping."""
+        parameters, masks = self._pairs_of(network)
         pairs = [(p.grad, mask) for p, mask in zip(parameters, masks, strict=True) if p.grad is not None]
         if pairs:
             torch._foreach_mul_([grad for grad, _ in pairs], [mask for _, mask in pairs])
 
     @torch.no_grad()
-    def mask_optimizer(self, optimizer: Remembering, network: Network) -> None:
-        """Set the optimizer's memory of pruned weights (momentum, averages of gradients and squares) to zero."""
-        for parameter, mask in zip(*self._bound(network), strict=True):
+    def mask_optimizer(self, optimizer: StatefulOptimizer, network: Network) -> None:
+        """Set the optimizer's state of pruned weights (momentum, averages of gradients and squares) to zero."""
+        for parameter, mask in zip(*self._pairs_of(network), strict=True):
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == mask.shape:
                     value.copy_(torch.where(mask.to(value.device) != 0, value, torch.zeros_like(value)))
@@ -99,12 +99,8 @@ class Masks:
         """The masks as bool tensors on the CPU, by parameter name: one byte a weight in a checkpoint."""
         return {name: (mask != 0).cpu() for name, mask in self._masks.items()}
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Self:
-        """The masks that `state()` wrote, on `device`."""
-        return cls({name: mask.to(device=device, dtype=torch.float32) for name, mask in state.items()})
-
-    def _bound(self, network: Network) -> tuple[list[Tensor], list[Tensor]]:
+    def _pairs_of(self, network: Network) -> tuple[list[Tensor], list[Tensor]]:
+        """(the masked parameters of the network, their masks)."""
         if self._seen is None or self._seen() is not network:
             parameters = dict(network.named_parameters())
             self._pairs = ([parameters[name] for name in self._masks], list(self._masks.values()))

@@ -1,7 +1,8 @@
-"""The clean process of a proof: loads delivered files as a user would and writes down the logits they give.
+"""The clean process of a verification: loads delivered files as a user would and writes the logits that they give.
 
-Run as `python -I -B clean_process.py ORDER.json` by `worker/verification/verification.py`. Needs numpy, and torch + safetensors or
-onnxruntime; nothing of Espalier is imported, so that what is proven is what the user downloads. The order:
+Run as `python -I -B clean_process.py ORDER.json` by `worker/verification/verification.py`. Needs numpy, and torch +
+safetensors or onnxruntime; nothing of Espalier is imported, so that what is verified is what the user downloads. The
+order:
 
     {"parent": pid, "runtime": "torch" | "onnxruntime", "threads": n, "batch_size": n, "result": path,
      "images": {"path": raw pictures as .npy, "layout": "channels_first" | "channels_last" | "no_channels"},
@@ -23,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
-ORPHANED = 75  # the exit code of a process whose parent is gone
+ORPHANED = 75  # the exit code of a process whose parent has ended
 
 
-def die_with(parent: int) -> None:
-    """Arranges that this process is killed when the process `parent`, which started it, ends."""
+def end_with_parent(parent: int) -> None:
+    """Arrange that this process is killed when the process `parent`, which started it, ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the line above
@@ -79,7 +80,7 @@ def onnx_network(path: str, threads: int) -> Callable[[Any], Any]:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the torch proof wants the cores too
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the torch process needs the cores too
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def logits(images_NCx: Any) -> Any:
@@ -98,7 +99,7 @@ def channels_first(images: Any, layout: str) -> Any:
 def run_over(
     images_NCx: Any, architecture: dict[str, Any], network: Callable[[Any], Any], batch: int, out: str
 ) -> None:
-    """Writes the logits of every picture, preprocessed as the delivered `architecture.json` says, to `out` (.npy)."""
+    """Write the logits of every picture, preprocessed as the delivered `architecture.json` says, to `out` (.npy)."""
     import numpy as np
 
     steps = architecture["preprocessing"]
@@ -114,9 +115,9 @@ def run_over(
 
 
 def main(order_path: str) -> None:
-    """Carries out one order."""
+    """Carry out one order: write the logits of each run, then the result."""
     order = json.loads(Path(order_path).read_text())
-    die_with(order["parent"])
+    end_with_parent(order["parent"])
     import numpy as np
 
     images = channels_first(np.load(order["images"]["path"], mmap_mode="r"), order["images"]["layout"])

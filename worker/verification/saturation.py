@@ -26,7 +26,7 @@ LARGEST_ACTIVATION = 255  # uint8; the runtime shifts int8 activations to uint8 
 SATURATES_ABOVE = 32_767  # int16; the other end, -32,768, is no multiple of 255: one limit serves both signs
 EVERYWHERE = "every processor"
 VNNI_ONLY = "processors with VNNI or AMX, and ARM"
-WEIGHTS = {
+WEIGHT_OPERANDS = {
     "Conv": 1,
     "Gemm": 1,
     "MatMul": 1,
@@ -51,7 +51,7 @@ class PairSums:
 
     @property
     def right_on(self) -> str:
-        """The processors on which the file computes what was proven, by arithmetic."""
+        """The processors on which the file computes what was verified, by arithmetic."""
         return EVERYWHERE if self.largest <= SATURATES_ABOVE else VNNI_ONLY
 
     def document(self) -> dict[str, JsonValue]:
@@ -96,8 +96,8 @@ def layer_sums(model: Any, name: str) -> dict[str, int]:
     makers = {value: node for node in model.graph.node for value in node.output}
     sums = {}
     for node in model.graph.node:
-        if node.op_type in WEIGHTS:
-            operand = node.input[WEIGHTS[node.op_type]]
+        if node.op_type in WEIGHT_OPERANDS:
+            operand = node.input[WEIGHT_OPERANDS[node.op_type]]
             maker = makers.get(operand)
             while maker is not None and maker.op_type in ("DequantizeLinear", "Identity"):
                 operand, maker = maker.input[0], makers.get(maker.input[0])
@@ -106,7 +106,9 @@ def layer_sums(model: Any, name: str) -> dict[str, int]:
             elif operand in constants:
                 tensor = constants[operand]
             else:
-                raise VerificationFailed(f"{name} cannot be proven: the weights of layer {node.name} are no constants")
+                raise VerificationFailed(
+                    f"{name} cannot be verified: the weights of layer {node.name} are no constants"
+                )
             if tensor.data_type == onnx.TensorProto.INT8:  # the kernels for uint8 weights add in 32 bits
                 sums[node.name] = largest_pair_sum(_rows(node, numpy_helper.to_array(tensor)))
     return sums

@@ -1,4 +1,4 @@
-"""Nothing is delivered unproven: every exported file is loaded again in a clean process and must give the same logits.
+"""Every exported file is verified before it is delivered: a clean process loads it and must give the same logits.
 
 Axes: N batch, C channels, x spatial, K classes.
 """
@@ -40,17 +40,17 @@ OTHER_RUNTIME = 1e-4  # of the largest logit: onnxruntime adds up in another ord
 CLOSE_CALL = 1e-3  # of the largest logit: two classes nearer than this may change places
 MOST_ELEMENTS = 1 << 22  # of the largest activation of one batch: 16 MiB, near the caches
 LARGEST_BATCH = 128
-SLOWEST_MACS_PER_S = 2e8  # a machine that needs longer than this is taken for hung
+SLOWEST_MACS_PER_S = 2e8  # a machine that is slower than this counts as hung
 START_ALLOWANCE_S = 300.0  # import of torch from a cold disk on a busy machine
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # layout by number of axes, as in the clean process
 
 Logits = NDArray[np.float32]
 NetworkKey = Stem | Literal["int8"]
-Layout = Literal["channels_first", "channels_last", "no_channels"]
+StoredLayout = Literal["channels_first", "channels_last", "no_channels"]
 
 
 @dataclass(frozen=True)
-class FileProof:
+class FileVerification:
     """What one delivered file gave on the test split, against the trained network's logits.
 
     `pair_sums` bounds the arithmetic of an 8-bit file; of others it is None.
@@ -79,26 +79,26 @@ class FileProof:
 
 @dataclass(frozen=True)
 class Verification:
-    """The proofs of all files, the logits that the delivered files gave (by network), and the sha256 of what was read."""
+    """What each file gave, the logits of the delivered files by network, and the sha256 of every file that was read."""
 
-    files: Mapping[str, FileProof]
+    files: Mapping[str, FileVerification]
     logits: Mapping[NetworkKey, Logits]
     sha256: Mapping[str, str]
 
     def document(self) -> dict[str, JsonValue]:
         """The report's `verification`."""
-        return {name: proof.document() for name, proof in self.files.items()}
+        return {name: file.document() for name, file in self.files.items()}
 
 
 @dataclass(frozen=True)
 class _Check:
-    """One run of one file: what is loaded, where its logits go, which names it proves.
+    """One run of one file: what is loaded, where its logits are written, the names of the files that it verifies.
 
-    `twin` is a second file of the same weights: it is proven by having the same bits.
+    `twin` is a second file of the same weights: it is verified by having the same bits.
     """
 
     network: NetworkKey
-    proves: tuple[str, ...]
+    names: tuple[str, ...]
     weights: Path
     architecture: Path
     logits: Path
@@ -119,7 +119,7 @@ class _Check:
 
 @dataclass
 class _CleanProcess:
-    """A started proof: the process, what it has to check, and the files through which it answers."""
+    """A process that was started: what it has to check, and the files to which it writes."""
 
     checks: Sequence[_Check]
     process: subprocess.Popen[bytes]
@@ -129,10 +129,14 @@ class _CleanProcess:
     names: str = field(init=False)
 
     def __post_init__(self) -> None:
-        self.names = ", ".join(name for check in self.checks for name in check.proves)
+        self.names = ", ".join(name for check in self.checks for name in check.names)
 
     def finished(self) -> bool:
-        """Whether it ended well; raises `VerificationFailed` when it crashed or is out of time."""
+        """Whether it ended well.
+
+        Raises:
+            VerificationFailed: It crashed, or is out of time.
+        """
         code = self.process.poll()
         if code is None:
             if time.monotonic() > self.deadline:
@@ -140,18 +144,18 @@ class _CleanProcess:
             return False
         if code != 0:
             lines = self.errors.read_text(errors="replace").strip().splitlines()
-            last = lines[-1][:300] if lines else "it said nothing"
+            last = lines[-1][:300] if lines else "it wrote no error"
             raise VerificationFailed(f"{self.names}: the clean process that loads them ended with code {code}: {last}")
         return True
 
     def end(self) -> None:
-        """Leave no process behind."""
+        """Kill the process if it still runs, and wait for its end."""
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
 
 
-def proof_batch_size(graph: Graph) -> int:
+def verification_batch_size(graph: Graph) -> int:
     """Examples per batch, so that the largest activation of a batch stays within 16 MiB."""
     largest = max(node.elements for node in graph.nodes)
     return max(1, min(LARGEST_BATCH, MOST_ELEMENTS // largest))
@@ -160,47 +164,43 @@ def proof_batch_size(graph: Graph) -> int:
 def compute_logits(network: Network, images: NDArray[Any], preprocessing: Preprocessing) -> Logits:
     """Logits `N x K`, float32, of raw images `N x C x ...` in eval mode, on the network's device; its mode stays.
 
-    On the CPU it is a float32 copy that computes, laid out and batched as in the clean process: the reference that
-    `prove` compares with, from which a right file differs by exactly 0.
+    On the CPU a float32 copy computes them, laid out and batched as in the clean process: they are the reference of
+    `verify_files`, from which a right file differs by exactly 0.
     """
-    place = next((tensor.device for tensor in network.parameters()), torch.device("cpu"))
-    if place.type == "cpu":
+    device = next((tensor.device for tensor in network.parameters()), torch.device("cpu"))
+    if device.type == "cpu":
         copy: Any = portable_network(network)
         rank = max((tensor.dim() for tensor in copy.parameters()), default=0)
         network = copy.to(memory_format=CHANNELS_LAST.get(rank, torch.contiguous_format))
     layout = CHANNELS_LAST.get(images.ndim, torch.contiguous_format)
-    batch = proof_batch_size(network.graph)
+    batch = verification_batch_size(network.graph)
     was_training = network.training
     network.eval()
     parts: list[Logits] = []
     with torch.inference_mode():
         for start in range(0, len(images), batch):
             ready = torch.from_numpy(preprocessing.apply(images[start : start + batch]))
-            parts.append(network(ready.to(place).contiguous(memory_format=layout)).float().cpu().numpy())
+            parts.append(network(ready.to(device).contiguous(memory_format=layout)).float().cpu().numpy())
     network.train(was_training)
     return np.concatenate(parts)
 
 
-def compare(name: str, found_NK: Logits, wanted_NK: Logits, labels_N: NDArray[np.int64], bound: float) -> FileProof:
-    """The proof that `found` are the logits `wanted`, within `bound` times the largest wanted logit (at least 1).
+def compare(
+    name: str, found_NK: Logits, wanted_NK: Logits, labels_N: NDArray[np.int64], bound: float
+) -> FileVerification:
+    """What the file `name` gave, `found`, against `wanted`: within `bound` times the largest wanted logit (at least 1).
 
     Raises:
         VerificationFailed: a number is not finite, differs by more, or an answer changed that was no close call.
     """
-    if found_NK.shape != wanted_NK.shape:
-        raise VerificationFailed(f"{name} gives logits {found_NK.shape}, the trained network {wanted_NK.shape}")
-    broken = int(np.size(found_NK) - np.isfinite(found_NK).sum())
-    if broken:
-        raise VerificationFailed(f"{name} gives {broken} logits of {np.size(found_NK)} that are not finite numbers")
-    if not np.isfinite(wanted_NK).all():
-        raise VerificationFailed(f"{name} cannot be proven: the trained network's own logits are not finite numbers")
+    _check_finite_logits(name, found_NK, wanted_NK)
     scale = max(1.0, float(np.abs(wanted_NK).max()))
     difference = float(np.abs(found_NK.astype(np.float64) - wanted_NK).max())
     ranked_NK = np.sort(wanted_NK, axis=1)
     changed_N = found_NK.argmax(axis=1) != wanted_NK.argmax(axis=1)
     close_N = (ranked_NK[:, -1] - ranked_NK[:, -2] < CLOSE_CALL * scale) if ranked_NK.shape[1] > 1 else changed_N
     scores = score(found_NK, labels_N)
-    proof = FileProof(
+    file = FileVerification(
         max_abs_difference=difference,
         tolerance=bound * scale,
         accuracy=scores.accuracy,
@@ -209,16 +209,27 @@ def compare(name: str, found_NK: Logits, wanted_NK: Logits, labels_N: NDArray[np
         changed_answers=int(changed_N.sum()),
     )
     wrong = int((changed_N & ~close_N).sum())
-    if difference > proof.tolerance or wrong:
+    if difference > file.tolerance or wrong:
         raise VerificationFailed(
             f"{name} does not reproduce the trained network: logits differ by up to {difference:.3g} "
-            f"(allowed {proof.tolerance:.3g}) and {proof.changed_answers} of {len(found_NK)} answers change; accuracy "
-            f"{proof.accuracy:.4f} instead of {score(wanted_NK, labels_N).accuracy:.4f}"
+            f"(allowed {file.tolerance:.3g}) and {file.changed_answers} of {len(found_NK)} answers change; accuracy "
+            f"{file.accuracy:.4f} instead of {score(wanted_NK, labels_N).accuracy:.4f}"
         )
-    return proof
+    return file
 
 
-def prove(
+def _check_finite_logits(name: str, found_NK: Logits, wanted_NK: Logits) -> None:
+    """Raise `VerificationFailed` where logits have another shape than the wanted ones, or are not finite."""
+    if found_NK.shape != wanted_NK.shape:
+        raise VerificationFailed(f"{name} gives logits {found_NK.shape}, the trained network {wanted_NK.shape}")
+    broken = int(np.size(found_NK) - np.isfinite(found_NK).sum())
+    if broken:
+        raise VerificationFailed(f"{name} gives {broken} logits of {np.size(found_NK)} that are not finite numbers")
+    if not np.isfinite(wanted_NK).all():
+        raise VerificationFailed(f"{name} cannot be verified: the trained network's own logits are not finite numbers")
+
+
+def verify_files(
     folder: Path,
     *,
     images: NDArray[Any],
@@ -229,7 +240,7 @@ def prove(
     waiting: Callable[[], None] | None = None,
     timeout_s: float | None = None,
 ) -> Verification:
-    """The proofs of all files of `folder`: torch and onnxruntime each in its own clean process, side by side.
+    """Load all files of `folder` in clean processes and compare: torch and onnxruntime each in its own, side by side.
 
     Args:
         folder: where `export_network` wrote `pruned.*` and, if `reference_logits` has it, `baseline.*`.
@@ -237,18 +248,18 @@ def prove(
         labels: N class numbers.
         reference_logits: `N x K` of the trained network on the CPU (`compute_logits`), by stem ("pruned", "baseline");
             of "int8" those that its file gave when it was made, in the settings of the clean process.
-        scheme: of the 8-bit file. Its logits prove it on this processor only; that it is right on all of them is
-            shown by the arithmetic of its weights.
+        scheme: of the 8-bit file. Its logits verify it on this processor only; the arithmetic of its weights shows
+            that it is right on all of them.
         threads: of each process; the reference's count gives the same bits.
         waiting: called a few times per second; may raise to give up.
         timeout_s: of the processes; default by the work there is.
 
     Raises:
-        VerificationFailed: a file crashes, is missing, gives other logits or a file says something else than another,
+        VerificationFailed: a file crashes, is missing, gives other logits, or contradicts another file,
             or sums of the 8-bit file can saturate against its scheme.
     """
     failpoint("proof")
-    with TemporaryDirectory(prefix="proof-", dir=folder.parent) as temporary, ExitStack() as stack:
+    with TemporaryDirectory(prefix="verification-", dir=folder.parent) as temporary, ExitStack() as stack:
         scratch = Path(temporary)
         torch_checks, onnx_checks, graph = _checks(folder, scratch, tuple(reference_logits), scheme)
         path, layout = _stored(images, scratch)
@@ -256,23 +267,29 @@ def prove(
         order = {
             "parent": os.getpid(),
             "threads": threads,
-            "batch_size": proof_batch_size(graph),
+            "batch_size": verification_batch_size(graph),
             "images": {"path": str(path), "layout": layout},
         }
         running = []
         for runtime, checks in (("torch", torch_checks), ("onnxruntime", onnx_checks)):
             if checks:
-                started = _start(runtime, checks, order, scratch, seconds)
+                started = _start_process(runtime, checks, order, scratch, seconds)
                 stack.callback(started.end)
                 running.append(started)
-        while sum(not process.finished() for process in running):
-            if waiting is not None:
-                waiting()
-            time.sleep(0.05)
-        sha256: dict[str, str] = {}
-        for process in running:
-            sha256 |= json.loads(process.result.read_text())["sha256"]
-        return _judge([*torch_checks, *onnx_checks], reference_logits, labels, sha256)
+        sha256 = _wait_for_hashes(running, waiting)
+        return _compare_all([*torch_checks, *onnx_checks], reference_logits, labels, sha256)
+
+
+def _wait_for_hashes(running: Sequence[_CleanProcess], waiting: Callable[[], None] | None) -> dict[str, str]:
+    """Wait until all processes have ended; the sha256 of each file that they read, by its name."""
+    while sum(not process.finished() for process in running):
+        if waiting is not None:
+            waiting()
+        time.sleep(0.05)
+    sha256: dict[str, str] = {}
+    for process in running:
+        sha256 |= json.loads(process.result.read_text())["sha256"]
+    return sha256
 
 
 def _checks(
@@ -282,44 +299,59 @@ def _checks(
     torch_checks, onnx_checks, graphs = [], [], []
     for stem in networks:
         if stem == "int8":
-            file, architecture = folder / INT8_MODEL, folder / architecture_name("pruned")
-            if not file.is_file():
-                raise VerificationFailed(f"{file.name} was not written")
-            check = _Check(stem, (file.name,), file, architecture, scratch / "int8.npy", SAME_RUNTIME)
-            onnx_checks.append(replace(check, pair_sums=check_pair_sums(file, scheme)))
+            onnx_checks.append(_int8_check(folder, scratch, scheme))
             continue
-        weights, architecture = folder / f"{stem}.safetensors", folder / architecture_name(stem)
-        for path in (weights, architecture):
-            if not path.is_file():
-                raise VerificationFailed(f"{path.name} was not written")
-        sparse = folder / SPARSE_WEIGHTS
-        twin = sparse if stem == "pruned" and sparse.is_file() else None
-        source = model_source(*read_architecture(json.loads(architecture.read_text())), sparse=twin is not None)
-        graphs.append(read_architecture(json.loads(architecture.read_text()))[0])
-        model = folder / MODEL_SOURCE
-        proves: tuple[str, ...] = (weights.name,) if twin is None else (weights.name, twin.name)
-        if stem == "pruned" and model.is_file():
-            if model.read_text() != source:
-                raise VerificationFailed(f"{model.name} is not the network that {architecture.name} describes")
-            proves += (model.name,)
-        else:  # not asked for, or the baseline: the description alone has to be enough to read the weights
-            model = scratch / f"{stem}_model.py"
-            model.write_text(source)
-        torch_checks.append(
-            _Check(stem, proves, weights, architecture, scratch / f"{stem}.torch.npy", SAME_RUNTIME, model, twin)
-        )
+        check, graph = _torch_check(stem, folder, scratch)
+        torch_checks.append(check)
+        graphs.append(graph)
         onnx = folder / f"{stem}.onnx"
         if onnx.is_file():
             onnx_checks.append(
-                _Check(stem, (onnx.name,), onnx, architecture, scratch / f"{stem}.onnx.npy", OTHER_RUNTIME)
+                _Check(stem, (onnx.name,), onnx, check.architecture, scratch / f"{stem}.onnx.npy", OTHER_RUNTIME)
             )
     return torch_checks, onnx_checks, max(graphs, key=lambda graph: cost(graph).macs)
 
 
-def _start(
+def _int8_check(folder: Path, scratch: Path, scheme: Scheme) -> _Check:
+    """The check of the 8-bit file, whose weights are bounded here."""
+    file = folder / INT8_MODEL
+    _check_written(file)
+    architecture, pair_sums = folder / architecture_name("pruned"), check_pair_sums(file, scheme)
+    return _Check("int8", (file.name,), file, architecture, scratch / "int8.npy", SAME_RUNTIME, pair_sums=pair_sums)
+
+
+def _torch_check(stem: Stem, folder: Path, scratch: Path) -> tuple[_Check, Graph]:
+    """The check of the weights of one network, with the source and the sparse file where they are; and its graph."""
+    weights, architecture = folder / f"{stem}.safetensors", folder / architecture_name(stem)
+    _check_written(weights, architecture)
+    sparse = folder / SPARSE_WEIGHTS
+    twin = sparse if stem == "pruned" and sparse.is_file() else None
+    graph, class_names, preprocessing = read_architecture(json.loads(architecture.read_text()))
+    source = model_source(graph, class_names, preprocessing, sparse=twin is not None)
+    model = folder / MODEL_SOURCE
+    names: tuple[str, ...] = (weights.name,) if twin is None else (weights.name, twin.name)
+    if stem == "pruned" and model.is_file():
+        if model.read_text() != source:
+            raise VerificationFailed(f"{model.name} is not the network that {architecture.name} describes")
+        names += (model.name,)
+    else:  # not asked for, or the baseline: the description alone has to be enough to read the weights
+        model = scratch / f"{stem}_model.py"
+        model.write_text(source)
+    logits = scratch / f"{stem}.torch.npy"
+    return _Check(stem, names, weights, architecture, logits, SAME_RUNTIME, model, twin), graph
+
+
+def _check_written(*paths: Path) -> None:
+    """Raise `VerificationFailed` for the first of these files that is not there."""
+    for path in paths:
+        if not path.is_file():
+            raise VerificationFailed(f"{path.name} was not written")
+
+
+def _start_process(
     runtime: str, checks: Sequence[_Check], order: Mapping[str, Any], scratch: Path, seconds: float
 ) -> _CleanProcess:
-    """Start the clean process of one runtime. It gets no environment but what is listed here."""
+    """Start the clean process of one runtime, with no environment but what is listed here."""
     result, errors, order_path = (scratch / f"{runtime}.{ending}" for ending in ("result.json", "stderr", "order.json"))
     order_path.write_text(
         json.dumps({**order, "runtime": runtime, "result": str(result), "runs": [check.order() for check in checks]})
@@ -347,26 +379,26 @@ def _start(
     return _CleanProcess(checks, process, result, errors, time.monotonic() + seconds)
 
 
-def _judge(
+def _compare_all(
     checks: Sequence[_Check],
     reference_logits: Mapping[NetworkKey, Logits],
     labels: NDArray[np.int64],
     sha256: Mapping[str, str],
 ) -> Verification:
-    """The proofs of all checks that ended."""
-    files: dict[str, FileProof] = {}
+    """The verification by all checks, whose processes have ended."""
+    files: dict[str, FileVerification] = {}
     logits: dict[NetworkKey, Logits] = {}
     for check in checks:
         found = np.load(check.logits)
-        for name in check.proves:
-            proof = compare(name, found, reference_logits[check.network], labels, check.bound)
-            files[name] = replace(proof, pair_sums=check.pair_sums)
+        for name in check.names:
+            file = compare(name, found, reference_logits[check.network], labels, check.bound)
+            files[name] = replace(file, pair_sums=check.pair_sums)
         if check.model is not None or check.network == "int8":
             logits[check.network] = found
     return Verification(files, logits, sha256)
 
 
-def _stored(images: NDArray[Any], scratch: Path) -> tuple[Path, Layout]:
+def _stored(images: NDArray[Any], scratch: Path) -> tuple[Path, StoredLayout]:
     """A `.npy` with these images and the layout in it: the file they are a view of, or a copy in `scratch`."""
     owner: Any = images
     while not isinstance(owner, np.memmap) and isinstance(owner, np.ndarray):
@@ -375,7 +407,7 @@ def _stored(images: NDArray[Any], scratch: Path) -> tuple[Path, Layout]:
         whole = np.load(owner.filename, mmap_mode="r")
         if whole.size == images.size and whole.dtype == images.dtype and owner.offset == whole.offset:
             first = tuple(range(1, whole.ndim - 1))
-            views: dict[Layout, NDArray[Any]] = {
+            views: dict[StoredLayout, NDArray[Any]] = {
                 "channels_first": whole,
                 "channels_last": whole.transpose(0, whole.ndim - 1, *first) if whole.ndim > 1 else whole,
                 "no_channels": whole[:, None],
@@ -385,7 +417,7 @@ def _stored(images: NDArray[Any], scratch: Path) -> tuple[Path, Layout]:
                     return Path(owner.filename), layout
     path = scratch / "images.npy"
     header = {"descr": np.lib.format.dtype_to_descr(images.dtype), "fortran_order": False, "shape": images.shape}
-    with path.open("wb") as file:  # no memory map: a full disk would be a signal there, here it is an error
+    with path.open("wb") as file:  # no memory map: a full disk is a signal there, here it is an error
         np.lib.format.write_array_header_1_0(file, header)
         for start in range(0, len(images), 1024):
             file.write(np.ascontiguousarray(images[start : start + 1024]).data)

@@ -244,7 +244,7 @@ def test_a_budget_is_met_from_below_and_no_rank_can_be_one_step_larger(
             assert ranks[mode] == width or (ranks[mode] % round_to == 0 and ranks[mode] >= max(8, 0.1 * width))
             larger = [rank for rank in layer.grid(mode, round_to) if rank > ranks[mode]][:1]
             for rank in larger:
-                raised = layer.settled((*ranks[:mode], rank, *ranks[mode + 1 :]), measure)
+                raised = layer.worthwhile_ranks((*ranks[:mode], rank, *ranks[mode + 1 :]), measure)
                 assert getattr(cost(factorize(found, choice.ranks | {layer_name: raised})), measure) > allowed
     assert cost(after).macs <= cost(found).macs
     assert cost(after).params <= cost(found).params

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
 
+from app.network.cost import cost
+from app.network.graph import build_graph
+from app.network.layers.registry import read_layers
 from app.planning.plan import Plan
+from app.pruning.budget import choose_block, choose_removals, choose_removals_in_blocks
+from app.pruning.channel_classes import channel_classes
+from app.spec.prune import Prune
 from tests.support.jobs.specs import COLOUR, misplanned, plan
 
 Layers = list[dict[str, Any]]
@@ -111,3 +118,28 @@ def test_what_is_stated_is_never_changed() -> None:
 def test_a_sparsity_of_narrow_layers_is_met_too() -> None:
     planned = pruned("narrow chain", sparsity=0.5, structure="channels")
     assert widths(planned) == {"conv1": 4, "conv2": 4, "conv3": 8}
+
+
+@pytest.mark.parametrize(("seed", "helps"), [(10, True), (15, True), (2, False)])
+def test_shares_that_miss_the_budget_in_large_blocks_are_taken_in_smaller_ones(seed: int, helps: bool) -> None:
+    graph = build_graph(read_layers(NETWORKS["shuffle 32"]), (3, 32, 32), classes=10)
+    classes, dense = channel_classes(graph), cost(graph)
+    numbers = random.Random(seed)
+    scores = {c: numbers.random() ** 3 for c in classes.all().tolist()}
+    step = Prune.model_validate({"budget": {"macs": 0.85}, "scope": "global"})
+    allowed = int(0.85 * dense.macs)
+    block, _ = choose_block(graph, classes, step)
+    coarse = choose_removals(graph, classes, scores, step, block=block)
+    fine = choose_removals_in_blocks(graph, classes, scores, step, start=graph, baseline=dense, fraction=1.0)
+    assert coarse.cost.macs < 0.9 * allowed
+    assert fine == coarse if not helps else 0.9 * allowed <= fine.cost.macs <= allowed
+
+
+def test_blocks_are_not_halved_for_a_sparsity() -> None:
+    graph = build_graph(read_layers(NETWORKS["shuffle 32"]), (3, 32, 32), classes=10)
+    classes = channel_classes(graph)
+    scores = dict(zip(classes.all().tolist(), range(10_000), strict=False))
+    step = Prune.model_validate({"structure": "channels", "sparsity": 0.3, "scope": "global"})
+    block, _ = choose_block(graph, classes, step)
+    found = choose_removals_in_blocks(graph, classes, scores, step, start=graph, baseline=cost(graph), fraction=1.0)
+    assert found == choose_removals(graph, classes, scores, step, block=block)

@@ -14,8 +14,9 @@ from app.network.cost import Cost, cost
 from app.network.graph import Graph, build_graph
 from app.network.layers.registry import read_layers
 from app.network.presets.registry import preset_layers
-from app.pruning.budget import BudgetUnreachable, Removals, choose_removals, why_kept
+from app.pruning.budget import BudgetUnreachable, Removals, choose_removals
 from app.pruning.channel_classes import Classes, channel_classes, shrink_graph
+from app.pruning.group_limits import why_kept
 from app.spec.prune import Prune, PruneOverride
 from tests.support.networks.dags import random_graph
 from tests.support.networks.topologies import HEAD, Layers, conv, layer, topology
@@ -60,7 +61,7 @@ def budget_between(graph: Graph, step: dict[str, Any], measure: str, share: floa
 def strongest_dropped(
     classes: Classes, dropped: frozenset[int], scores: dict[int, float], together: int
 ) -> list[set[int]]:
-    """For each group the quantum that left last: what giving back means."""
+    """For each group the block that left last: what giving back means."""
     channel_blocks = []
     for group in classes.groups:
         gone = sorted((c for c in group.classes.tolist() if c in dropped), key=lambda c: (scores[c], c))
@@ -70,7 +71,7 @@ def strongest_dropped(
     return channel_blocks
 
 
-def test_equally_wide_quanta_are_given_back_whole_when_widths_are_aligned() -> None:
+def test_equally_wide_blocks_are_given_back_whole_when_widths_are_aligned() -> None:
     graph = preset("simple_cnn", shape=(1, 28, 28))
     classes = channel_classes(graph)
     scores = random_scores(classes, 3)
@@ -180,7 +181,7 @@ def test_the_dry_run_lands_where_the_real_scores_do() -> None:
         assert chosen(graph, step, seed=None).cost == chosen(graph, step, seed=1).cost
         together = step.model_copy(update={"scope": "global"})
         planned, real = (chosen(graph, together, seed=seed).cost.macs for seed in (None, 1))
-        assert abs(planned - real) < 0.06 * cost(graph).macs  # one quantum of 8 of 16 channels in one block
+        assert abs(planned - real) < 0.06 * cost(graph).macs  # 8 of 16 channels of one layer
 
 
 def test_widths_are_whole_or_multiples_and_narrow_groups_are_left_alone() -> None:

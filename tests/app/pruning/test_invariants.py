@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from app.network.cost import cost
 from app.network.graph import Graph, build_graph
 from app.network.layers.registry import read_layers
-from app.pruning.budget import BLOCKS, STEPS, choose_block, choose_removals, prunable_groups
+from app.pruning.budget import choose_block, choose_removals
 from app.pruning.channel_classes import Classes, Group, channel_classes, shrink_graph
+from app.pruning.group_limits import BLOCKS, STEPS, prunable_groups
 from app.pruning.incremental_cost import IncrementalCost
 from app.spec.prune import Prune
 from tests.support.networks.dags import one_class, random_drop, random_graph
@@ -27,7 +28,7 @@ from tests.support.networks.traps import TRAPS, trap
 SEEDS = st.integers(0, 100_000)
 MEASURES = ("macs", "params", "bytes")
 FEW = 25
-SAMPLED = 4  # groups of a large network whose last quantum is given back
+SAMPLED = 4  # groups of a large network whose last block is given back
 
 
 def prune(**fields: Any) -> Prune:
@@ -185,7 +186,7 @@ def test_classes_depend_neither_on_names_nor_on_the_order_of_layers(seed: int) -
     other, names = in_another_order(graph, seed)
     mine, theirs = partition(graph, {name: name for name in names.values()}), partition(other, names)
     assert mine.keys() == theirs.keys()
-    for places, reason in mine.items():  # of two reasons the first layer's is told
+    for places, reason in mine.items():  # of two reasons the first layer's counts
         assert (reason is None) == (theirs[places] is None)
 
 
@@ -199,8 +200,8 @@ def together(group: Group, step: Prune, block: int) -> int:
     return aligned // math.gcd(aligned, group.channels)
 
 
-def quanta_of(group: Group, scores: dict[int, float], step: Prune, block: int) -> list[list[int]]:
-    """The classes of a group in the quanta in which they may leave, weakest first."""
+def blocks_of(group: Group, scores: dict[int, float], step: Prune, block: int) -> list[list[int]]:
+    """The classes of a group in the blocks in which they may leave, weakest first."""
     ascending = sorted(group.classes.tolist(), key=lambda c: (scores[c], c))
     width, size = len(ascending), together(group, step, block)
     least = max(1, math.ceil((1 - step.max_sparsity) * width - 1e-9), math.ceil(step.min_channels / group.channels))
@@ -213,14 +214,14 @@ def quanta_of(group: Group, scores: dict[int, float], step: Prune, block: int) -
 def order_of(
     graph: Graph, classes: Classes, scores: dict[int, float], step: Prune, block: int
 ) -> list[tuple[int, list[int]]]:
-    """(group, classes) of every quantum in the order in which they leave: the definition, word for word."""
+    """(group, classes) of every block in the order in which they leave: the definition, word for word."""
     ranked = []
     for group in classes.groups:
         if int(group.classes[0]) in classes.pins:
             continue
         mean = sum(scores[c] for c in group.classes.tolist()) / len(group.classes)
         gone, highest = 0, 0.0
-        for place, channel_block in enumerate(quanta_of(group, scores, step, block)):
+        for place, channel_block in enumerate(blocks_of(group, scores, step, block)):
             gone += len(channel_block)
             strength = sum(scores[c] for c in channel_block) / len(channel_block)
             highest = max(highest, strength if step.criterion == "taylor" else strength / mean)
@@ -277,7 +278,7 @@ def test_a_budget_takes_the_first_prefix_that_fits_and_gives_back_what_may_retur
 
 
 def check_budget(graph: Graph, step: Prune, seed: int) -> None:
-    """The removal for `step`: exact, from below, aligned, above the floors, and no quantum can be given back."""
+    """The removal for `step`: exact, from below, aligned, above the floors, and no block can be given back."""
     assert step.budget is not None
     classes = channel_classes(graph)
     scores = random_scores(classes, seed)
@@ -291,7 +292,7 @@ def check_budget(graph: Graph, step: Prune, seed: int) -> None:
     assert removals.floor == cost(shrink_graph(graph, removals.floor_dropped, classes))
     last = []
     for group in classes.groups:
-        channel_blocks = quanta_of(group, scores, step, block) if int(group.classes[0]) not in classes.pins else []
+        channel_blocks = blocks_of(group, scores, step, block) if int(group.classes[0]) not in classes.pins else []
         gone = [channel_block for channel_block in channel_blocks if removals.dropped.issuperset(channel_block)]
         assert sum(map(len, gone)) == len(removals.dropped.intersection(group.classes.tolist()))
         assert gone == channel_blocks[: len(gone)]

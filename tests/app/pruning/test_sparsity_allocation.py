@@ -72,7 +72,7 @@ def test_as_many_blocks_go_as_come_nearest_and_of_two_that_are_equally_near_the_
         *[0, 0, 0, 1, 1],
         *[1, 2, 10, 10],
     ]
-    assert blocks_to_remove([6, 1, 1], 0, 4) == 1  # the weakest goes, though 6 and 0 are both off
+    assert blocks_to_remove([6, 1, 1], 0, 4) == 1  # the weakest is removed, though 6 and 0 are both off
     assert blocks_to_remove([6, 1, 1], 0, 2) == 0
     assert blocks_to_remove([], 0, 5) == 0
 

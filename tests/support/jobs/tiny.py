@@ -11,8 +11,9 @@ from app.datasets.ingest.synthetic import ensure_synthetic
 from app.spec.data import Synthetic
 from worker.checkpoint import STEM
 from worker.journal import MemoryJournal, SavedCheckpoint
-from worker.run.preparation import Task, prepare
-from worker.run.stages import carry_out
+from worker.run.job import Task
+from worker.run.preparation import prepare
+from worker.run.stages import run_stages
 from worker.run.state import Reached
 
 SYNTHETIC = {"classes": 3, "train": 120, "test": 30, "seed": 0}
@@ -61,7 +62,7 @@ def train_alone(task: Task, journal: MemoryJournal) -> Reached:
     """What a job reached at the end of its stages, without its delivery. Raises what the stages raise."""
     job = prepare(task, journal)
     try:
-        carry_out(job)
+        run_stages(job)
         return job.reached
     finally:
         job.close()

@@ -168,11 +168,11 @@ def test_a_network_whose_ranks_suffice_computes_the_same_from_fewer_weights(geom
     network = network_of(geometry)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     step = LowRank(energy=1 - 1e-9, round_to=1)
-    smaller, fates = replace_trained_layers(network, step, baseline=cost(network.graph))
+    smaller, outcomes = replace_trained_layers(network, step, baseline=cost(network.graph))
     assert smaller is not network
     assert cost(smaller.graph).macs < cost(network.graph).macs
     assert cost(smaller.graph).params < cost(network.graph).params
-    assert fates["a"]["relative_error"] < 1e-10
+    assert outcomes["a"]["relative_error"] < 1e-10
     assert float((logits(smaller, network) - logits(network, network)).abs().max()) < 1e-10
     assert {name: tuple(t.shape) for name, t in smaller.state_dict().items() if "num_batches" not in name} == {
         name: tensor.shape for name, tensor in smaller.graph.tensors().items()
@@ -191,8 +191,8 @@ def test_a_network_of_one_kernel_an_input_computes_the_same_when_it_is_separated
     with torch.no_grad():
         outer = torch.einsum("oi,ik->oik", weights(*weight.shape[:2]), weights(weight.shape[1], weight[0, 0].numel()))
         weight.copy_(outer.reshape(weight.shape) / 10)
-    smaller, fates = replace_trained_layers(network, Separable(), baseline=cost(network.graph))
-    assert fates["a"]["parts"] == ["a_depthwise", "a"]
+    smaller, outcomes = replace_trained_layers(network, Separable(), baseline=cost(network.graph))
+    assert outcomes["a"]["parts"] == ["a_depthwise", "a"]
     assert cost(smaller.graph).macs < cost(network.graph).macs
     assert float((logits(smaller, network) - logits(network, network)).abs().max()) < 1e-10
 
@@ -204,20 +204,22 @@ def test_every_layer_keeps_the_energy_that_was_asked_for() -> None:
             if parameter.ndim == 4:
                 left, values, right = torch.linalg.svd(parameter.flatten(1), full_matrices=False)
                 parameter.copy_(((left * values.square()) @ right).reshape(parameter.shape))
-    smaller, fates = replace_trained_layers(network, LowRank(energy=0.9, round_to=1), baseline=cost(network.graph))
-    errors = [fate["relative_error"] ** 2 for fate in fates.values() if "parts" in fate]
+    smaller, outcomes = replace_trained_layers(network, LowRank(energy=0.9, round_to=1), baseline=cost(network.graph))
+    errors = [outcome["relative_error"] ** 2 for outcome in outcomes.values() if "parts" in outcome]
     assert len(errors) > 10
     assert 0.02 < max(errors) <= 0.1
     assert cost(smaller.graph).macs < 0.9 * cost(network.graph).macs
-    assert {name for name, fate in fates.items() if "reason" in fate} >= {"conv1", "linear1"}
+    assert {name for name, outcome in outcomes.items() if "reason" in outcome} >= {"conv1", "linear1"}
 
 
 def test_a_budget_is_met_on_trained_weights_and_an_impossible_one_fails() -> None:
     network = build_network(preset_graph("deep_cnn"), seed=0)
     dense = cost(network.graph)
-    smaller, fates = replace_trained_layers(network, LowRank.model_validate({"budget": {"macs": 0.4}}), baseline=dense)
+    smaller, outcomes = replace_trained_layers(
+        network, LowRank.model_validate({"budget": {"macs": 0.4}}), baseline=dense
+    )
     assert 0.37 * dense.macs < cost(smaller.graph).macs <= 0.4 * dense.macs
-    assert fates["conv1"] == {"reason": "3 input channels, fewer than 16"}
+    assert outcomes["conv1"] == {"reason": "3 input channels, fewer than 16"}
     with pytest.raises(BudgetMissed, match="conv1 has"):
         replace_trained_layers(network, LowRank.model_validate({"budget": {"macs": 0.05}}), baseline=dense)
 
@@ -226,8 +228,8 @@ def test_weights_that_are_zero_or_no_numbers_are_told_apart() -> None:
     network = build_network(graph_of([conv(32, 3, name="a"), *HEAD], (16, 6, 6)), seed=0)
     with torch.no_grad():
         network.get_parameter("a.weight").zero_()
-    smaller, fates = replace_trained_layers(network, LowRank(energy=0.9), baseline=cost(network.graph))
-    assert fates["a"]["relative_error"] == 0
+    smaller, outcomes = replace_trained_layers(network, LowRank(energy=0.9), baseline=cost(network.graph))
+    assert outcomes["a"]["relative_error"] == 0
     assert smaller.graph["a_core"].shape[0] == 8
     with torch.no_grad():
         network.get_parameter("a.weight")[0] = float("nan")
@@ -237,21 +239,22 @@ def test_weights_that_are_zero_or_no_numbers_are_told_apart() -> None:
 
 def test_a_network_that_no_rank_makes_cheaper_is_given_back() -> None:
     network = build_network(graph_of([conv(32, 3, name="a"), *HEAD], (16, 6, 6)), seed=0)
-    same, fates = replace_trained_layers(network, LowRank(energy=0.999), baseline=cost(network.graph))
+    same, outcomes = replace_trained_layers(network, LowRank(energy=0.999), baseline=cost(network.graph))
     assert same is network
-    assert fates["a"] == {"reason": "the ranks that keep 0.999 of its energy cost no less"}
+    assert outcomes["a"] == {"reason": "the ranks that keep 0.999 of its energy cost no less"}
 
 
 def test_a_loss_of_more_than_a_point_is_said_with_the_layers_it_comes_from() -> None:
-    fates: dict[str, dict[str, Any]] = {
+    outcomes: dict[str, dict[str, Any]] = {
         "a": {"parts": ["a_reduce", "a"], "relative_error": 0.25},
         "b": {"parts": ["b_reduce", "b"], "relative_error": 0.5},
         "c": {"reason": "excluded"},
     }
-    assert loss_note("low_rank", {"accuracy": 0.9}, {"accuracy": 0.891}, fates) is None
-    sentence = loss_note("low_rank", {"accuracy": 0.9}, {"accuracy": 0.85}, fates)
+    assert loss_note("low_rank", {"accuracy": 0.9}, {"accuracy": 0.891}, outcomes) is None
+    sentence = loss_note("low_rank", {"accuracy": 0.9}, {"accuracy": 0.85}, outcomes)
     assert sentence is not None
-    assert sentence.startswith("low_rank cost 5.0 points of accuracy: its products start b 50%, a 25% away")
+    assert sentence.startswith("low_rank cost 5.0 points of accuracy: before retraining, its products differ from the")
+    assert "by b 50%, a 25% of their norm" in sentence
     assert "Larger ranks, more epochs of retraining" in sentence
 
 

@@ -287,12 +287,12 @@ def test_excluded_layers_stay_out_of_the_search(tmp_path: Path) -> None:
         quantize(quantizer, judged(quantizer), most_drop=0.02, exclude=quantizer.names)
 
 
-def test_neighbours_are_looked_at_together_where_there_are_many_layers(
+def test_neighbours_are_measured_together_where_there_are_many_layers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from worker.compression import quantization
 
-    monkeypatch.setattr(quantization, "MOST_LOOKED_AT", 2)
+    monkeypatch.setattr(quantization, "MOST_MEASURED", 2)
     quantizer = quantizer_of(trained(topology("residual")), tmp_path)
     errors = quantizer.errors()
     assert list(errors) == sorted(quantizer.names, key=list(errors).index)

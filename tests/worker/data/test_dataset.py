@@ -16,7 +16,15 @@ from app.errors import DataInvalid
 from app.network.architecture import Preprocessing
 from app.spec.data import DataSpec
 from tests.support.services.uploads import class_folders, images, labels, npz, picture, zipped
-from worker.data.dataset import BatchLoader, Dataset, Split, derive_seed, free_bytes, measure_preprocessing, split
+from worker.data.dataset import (
+    BatchLoader,
+    Dataset,
+    Split,
+    derive_seed,
+    free_bytes,
+    measure_preprocessing,
+    split_dataset,
+)
 
 ALL = ("random_crop", "horizontal_flip", "cutout")
 DATA = DataSpec(dataset="x")
@@ -87,7 +95,7 @@ def test_pictures_of_one_size_are_resized_only_for_another_one(tmp_path: Path) -
 
 def test_validation_is_a_stratified_share_and_the_parts_do_not_overlap(tmp_path: Path) -> None:
     dataset = Dataset.open(arrays(tmp_path, (5,), count=100), (1, 5))
-    parts = split(dataset, DataSpec(dataset="x", validation=0.2), 0)
+    parts = split_dataset(dataset, DataSpec(dataset="x", validation=0.2), 0)
     assert (len(parts.train), len(parts.validation), len(parts.test)) == (80, 20, 8)
     assert np.bincount(parts.validation.labels).tolist() == [5, 5, 5, 5]
     rows = [row.tobytes() for part in (parts.train, parts.validation) for row in part.images]
@@ -100,7 +108,7 @@ def test_validation_is_a_stratified_share_and_the_parts_do_not_overlap(tmp_path:
 
 def test_without_validation_all_is_for_training(tmp_path: Path) -> None:
     dataset = Dataset.open(arrays(tmp_path, (5,)), (1, 5))
-    parts = split(dataset, DataSpec(dataset="x", validation=0.0), 0)
+    parts = split_dataset(dataset, DataSpec(dataset="x", validation=0.0), 0)
     assert (len(parts.train), len(parts.validation)) == (40, 0)
     assert (
         list(BatchLoader(parts.validation, Preprocessing(1, (0.0,), (1.0,)), batch_size=4, shuffle=False).epoch(0))
@@ -112,7 +120,7 @@ def test_the_limit_takes_the_first_of_a_seeded_permutation(tmp_path: Path) -> No
     dataset = Dataset.open(arrays(tmp_path, (5,), count=100), (1, 5))
 
     def rows(limit: int, seed: int) -> set[int]:
-        parts = split(dataset, DataSpec(dataset="x", limit=limit), seed)
+        parts = split_dataset(dataset, DataSpec(dataset="x", limit=limit), seed)
         assert parts.train.rows is not None
         assert parts.validation.rows is not None
         assert len(parts.test) == 8, "the test part is never cut"
@@ -127,7 +135,7 @@ def test_the_limit_takes_the_first_of_a_seeded_permutation(tmp_path: Path) -> No
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
 def test_the_preprocessing_is_that_of_the_training_part_exactly(tmp_path: Path, dtype: str) -> None:
     dataset = Dataset.open(arrays(tmp_path, (6, 8, 3), dtype=dtype), (3, 6, 8))
-    part = split(dataset, DATA, 0).train
+    part = split_dataset(dataset, DATA, 0).train
     found = measure_preprocessing(part, dataset.scale)
     exact = part.images.astype(np.longdouble) * dataset.scale
     np.testing.assert_allclose(found.mean, exact.mean(axis=(0, 2, 3)).astype(float), rtol=1e-13)

@@ -18,8 +18,8 @@ from worker.checkpoint import Arrays
 from worker.export.files import export_network
 from worker.journal import MemoryJournal, Progress, Wish
 from worker.network import build_network
+from worker.run.job import Task
 from worker.run.monitor import Interrupted
-from worker.run.preparation import Task
 from worker.run.state import Reached
 
 PRUNE_WEIGHTS = {

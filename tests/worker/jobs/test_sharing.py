@@ -29,7 +29,7 @@ from worker.export.pytorch_source import model_source
 from worker.journal import MemoryJournal
 from worker.network import Network, build_network, calls_of
 from worker.pipeline import Delivered, run
-from worker.pruning.importance import class_scores
+from worker.pruning.importance import channel_scores
 from worker.pruning.weight_masks import weight_masks
 from worker.run.removal import layer_rows
 from worker.training.freezing import freeze
@@ -143,7 +143,7 @@ def test_taylor_is_the_squared_derivative_by_a_gate_at_every_place(layers: Layer
     normed = "two" in network.graph
     # "s" and "b" are the two inputs of the convolution, and it reads its own output: all of them are one class
     places = {"s": "s", "a": "one" if normed else "a", "b": "two" if normed else "b"}
-    found = class_scores(network, classes, "taylor", seed=0, batches=[batch()])
+    found = channel_scores(network, classes, "taylor", seed=0, batches=[batch()])
     for c in classes.slots["a"].ids.tolist():
         derivative = (gated(network, c, places, 1 + 1e-5) - gated(network, c, places, 1 - 1e-5)) / 2e-5
         assert found[c] == pytest.approx(derivative**2, rel=1e-4, abs=1e-12)
@@ -160,7 +160,7 @@ def test_activation_is_the_mean_over_every_place_behind_its_own_norm_and_activat
     images, _ = batch()
     with torch.no_grad():
         network.eval()(images)
-    found = class_scores(network, classes, "activation", seed=0, batches=[batch()])
+    found = channel_scores(network, classes, "activation", seed=0, batches=[batch()])
     means = [answers[name].abs().mean(dim=(0, 2, 3)) for name in ("tanh1", "relu1", "sigmoid1")]
     wanted = torch.stack(means).mean(0).tolist()
     assert [found[c] for c in classes.slots["a"].ids.tolist()] == pytest.approx(wanted, rel=1e-12)
@@ -186,7 +186,7 @@ def test_activation_tells_the_places_of_one_module_apart() -> None:
         )
     with torch.no_grad():
         network.eval()(batch()[0])
-    found = class_scores(network, classes, "activation", seed=0, batches=[batch()])
+    found = channel_scores(network, classes, "activation", seed=0, batches=[batch()])
     wanted = torch.stack([answers[name].abs().mean(dim=(0, 2, 3)) for name in answers]).mean(0).tolist()
     assert [found[c] for c in classes.slots["a"].ids.tolist()] == pytest.approx(wanted, rel=1e-12)
 

@@ -20,7 +20,8 @@ from worker.export.files import export_network
 from worker.journal import MemoryJournal
 from worker.network import Network, build_network
 from worker.pipeline import Delivered, run
-from worker.run.preparation import Job, prepare
+from worker.run.job import Job
+from worker.run.preparation import prepare
 from worker.run.state import Reached
 
 NAMES = ("class 0", "class 1", "class 2")

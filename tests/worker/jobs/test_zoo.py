@@ -25,7 +25,7 @@ from tests.support.networks.dags import one_class, random_drop
 from tests.support.networks.topologies import pictures, trained
 from worker.export.files import export_network
 from worker.network import Network, build_network
-from worker.pruning.importance import class_scores
+from worker.pruning.importance import channel_scores
 from worker.pruning.surgery import masked_reference, shrink
 
 EXACT = 1e-10
@@ -94,7 +94,7 @@ def test_a_step_lowers_the_loss_before_and_after_half_of_the_work_is_gone(name: 
     labels = torch.arange(2 * CLASSES) % CLASSES
     classes = channel_classes(graph)
     step = Prune.model_validate({"type": "prune", "budget": {"macs": 0.5}, "round_to": 1})
-    removals = choose_removals(graph, classes, class_scores(network, classes, "l2", seed=0), step)
+    removals = choose_removals(graph, classes, channel_scores(network, classes, "l2", seed=0), step)
     smaller = shrink(network, classes, removals.dropped)
     assert cost(smaller.graph) == removals.cost
     assert cost(smaller.graph).macs <= 0.5 * cost(graph).macs

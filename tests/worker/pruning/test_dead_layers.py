@@ -32,7 +32,7 @@ from worker.export.folding import fold_batch_norms
 from worker.journal import MemoryJournal
 from worker.network import Network, build_network
 from worker.pipeline import Delivered, run
-from worker.pruning.importance import class_scores
+from worker.pruning.importance import channel_scores
 from worker.pruning.recalibration import recalibrate_batch_norm
 from worker.pruning.surgery import masked_reference, shrink
 from worker.pruning.weight_masks import weight_masks
@@ -88,7 +88,7 @@ def batches(network: Network) -> list[tuple[Tensor, Tensor]]:
 
 def scores_of(network: Network, criterion: Criterion) -> dict[int, float]:
     classes = channel_classes(network.graph)
-    return class_scores(network, classes, criterion, seed=0, batches=batches(network))
+    return channel_scores(network, classes, criterion, seed=0, batches=batches(network))
 
 
 def logits(network: Network) -> Tensor:
@@ -185,9 +185,9 @@ def test_gradients_and_outputs_that_are_no_numbers_are_refused() -> None:
     classes, (images, labels) = channel_classes(network.graph), batches(network)[0]
     images[0, 0, 0, 0] = float("nan")
     with pytest.raises(Diverged, match="a gradient is not finite"):
-        class_scores(network, classes, "taylor", seed=0, batches=[(images, labels)])
+        channel_scores(network, classes, "taylor", seed=0, batches=[(images, labels)])
     with pytest.raises(Diverged, match="an output of conv1 is not finite"):
-        class_scores(network, classes, "activation", seed=0, batches=[(images, labels)])
+        channel_scores(network, classes, "activation", seed=0, batches=[(images, labels)])
     network.get_buffer("batch_norm1.running_mean").fill_(float("nan"))
     for criterion in ("taylor", "activation"):
         with pytest.raises(Diverged):
@@ -199,7 +199,7 @@ def test_scores_that_are_no_numbers_never_decide() -> None:
     classes = channel_classes(graph)
     scores = dict.fromkeys(classes.all().tolist(), 1.0) | {int(classes.groups[1].classes[0]): float("nan")}
     step = Prune(structure="channels", sparsity=0.25, round_to=1)
-    with pytest.raises(AssertionError, match="NaN is neither weak nor strong"):
+    with pytest.raises(AssertionError, match="scores are finite"):
         choose_removals(graph, classes, scores, step)
 
 
@@ -256,9 +256,9 @@ def test_products_of_dead_layers_are_numbers_and_dead_themselves(death: str, ste
     layers = [conv(32, name="a"), layer("batch_norm"), layer("relu"), conv(32, name="b"), layer("relu"), *HEAD]
     network = trained(build_graph(read_layers(layers), PICTURE)).double()
     DEATHS[death](network)
-    smaller, fates = replace_trained_layers(network, step, baseline=cost(network.graph))
-    assert any("parts" in fate for fate in fates.values())
-    assert all(np.isfinite(fate.get("relative_error", 0.0)) for fate in fates.values())
+    smaller, outcomes = replace_trained_layers(network, step, baseline=cost(network.graph))
+    assert any("parts" in outcome for outcome in outcomes.values())
+    assert all(np.isfinite(outcome.get("relative_error", 0.0)) for outcome in outcomes.values())
     assert bool(torch.isfinite(logits(smaller)).all())
     if death in ("no_weights", "all_alike"):  # of rank one, or none: nothing is lost
         assert float((logits(smaller) - logits(network)).abs().max()) <= 1e-9 * (1 + float(logits(network).abs().max()))

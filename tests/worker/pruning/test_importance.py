@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,12 +14,11 @@ from app.errors import Diverged
 from app.network.graph import build_graph
 from app.network.layers.registry import read_layers
 from app.pruning.channel_classes import Classes, channel_classes
-from app.spec.prune import Criterion
+from app.spec.prune import CHANNEL_CRITERIA, PATTERN_CRITERIA, WEIGHT_CRITERIA, Criterion
 from tests.support.networks.topologies import HEAD, PICTURE, TOPOLOGIES, Layers, conv, layer, topology, trained
 from worker.network import Network
-from worker.pruning.importance import class_scores, weight_scores, without_scales
+from worker.pruning.importance import CHANNEL_SCORES, WEIGHT_SCORES, channel_scores, weight_scores
 
-CRITERIA: tuple[Criterion, ...] = ("l1", "l2", "bn_scale", "fpgm", "taylor", "lamp", "activation", "random")
 CHAIN: Layers = [conv(6, name="a"), layer("batch_norm", name="n"), layer("relu"), conv(4, name="b"), *HEAD]
 
 
@@ -40,16 +39,22 @@ def batches(network: Network, count: int = 3) -> list[tuple[Tensor, Tensor]]:
 def scores(network: Network, criterion: Criterion, **more: Any) -> dict[int, float]:
     classes = channel_classes(network.graph)
     more.setdefault("batches", batches(network))
-    return class_scores(network, classes, criterion, seed=0, **more)
+    return channel_scores(network, classes, criterion, seed=0, **more)
 
 
 def of_node(network: Network, found: dict[int, float], name: str) -> list[float]:
     return [found[c] for c in channel_classes(network.graph).slots[name].ids.tolist()]
 
 
+def test_every_criterion_that_a_job_can_name_has_a_score_and_no_score_is_without_a_name() -> None:
+    assert set(CHANNEL_SCORES) == set(CHANNEL_CRITERIA)
+    assert set(WEIGHT_SCORES) == {*WEIGHT_CRITERIA, *PATTERN_CRITERIA}
+    assert {*CHANNEL_SCORES, *WEIGHT_SCORES} == set(get_args(Criterion))
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("name", TOPOLOGIES)
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", CHANNEL_CRITERIA)
 def test_every_criterion_gives_every_class_of_every_topology_a_finite_score(name: str, criterion: Criterion) -> None:
     network = trained(topology(name))
     found = scores(network, criterion)
@@ -82,7 +87,6 @@ def test_bn_scale_reads_the_scales_and_takes_l2_where_there_are_none() -> None:
     scale = network.state_dict()["n.weight"].abs().numpy()
     np.testing.assert_allclose(of_node(network, found, "a"), scale, rtol=1e-12)
     assert of_node(network, found, "b") == of_node(network, scores(network, "l2"), "b")
-    assert without_scales(channel_classes(network.graph)) == ["b"]
 
 
 @pytest.mark.parametrize("criterion", ["l1", "l2", "bn_scale", "fpgm", "taylor"])
@@ -101,7 +105,7 @@ def test_permuting_filters_permutes_the_scores(criterion: Criterion) -> None:
 
 def test_scores_depend_neither_on_threads_nor_on_the_order_of_batches() -> None:
     network = trained(topology("residual"))
-    for criterion in CRITERIA:
+    for criterion in CHANNEL_CRITERIA:
         one = scores(network, criterion)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -116,7 +120,7 @@ def test_scores_depend_neither_on_threads_nor_on_the_order_of_batches() -> None:
 def test_random_is_the_same_for_the_same_seed_and_differs_between_groups() -> None:
     network = network_of([conv(6, name="a"), conv(6, name="b"), *HEAD])
     classes = channel_classes(network.graph)
-    one, again, other = (class_scores(network, classes, "random", seed=seed) for seed in (1, 1, 2))
+    one, again, other = (channel_scores(network, classes, "random", seed=seed) for seed in (1, 1, 2))
     assert one == again
     assert one != other
     assert of_node(network, one, "a") != of_node(network, one, "b")
@@ -136,7 +140,7 @@ def test_fpgm_ranks_a_duplicated_filter_below_the_others() -> None:
 
 
 def gate_derivative(network: Network, layer_name: str, channel: int, images: Tensor, labels: Tensor) -> float:
-    """d loss / d gate of one channel behind a layer, by central differences."""
+    """d loss / d gate of one channel after a layer, by central differences."""
     values = []
     for gate in (1 + 1e-5, 1 - 1e-5):
 
@@ -156,7 +160,7 @@ def test_taylor_is_the_squared_derivative_of_the_loss_by_a_gate_on_the_channel()
     network = network_of(CHAIN).eval()
     data = batches(network)
     found = scores(network, "taylor", batches=data)
-    for gated, layer_name in (("a", "n"), ("b", "b")):  # behind the batch norm; behind the convolution itself
+    for gated, layer_name in (("a", "n"), ("b", "b")):  # after the batch norm; after the convolution itself
         for channel, score in enumerate(of_node(network, found, gated)):
             expected = np.mean([gate_derivative(network, layer_name, channel, *batch) ** 2 for batch in data])
             assert score == pytest.approx(expected, rel=1e-4, abs=1e-12)
@@ -174,7 +178,7 @@ def test_taylor_sums_the_producers_of_a_class_before_it_squares() -> None:
 def test_scoring_leaves_the_network_as_it_is() -> None:
     network = trained(topology("chain")).train()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    for criterion in CRITERIA:
+    for criterion in CHANNEL_CRITERIA:
         scores(network, criterion)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert all(parameter.grad is None for parameter in network.parameters())

@@ -34,7 +34,7 @@ from worker.export.files import portable_network, portable_tensors
 from worker.export.onnx_model import onnx_bytes
 from worker.export.pytorch_source import model_source
 from worker.network import Network
-from worker.pruning.importance import class_scores
+from worker.pruning.importance import channel_scores
 from worker.pruning.surgery import masked_reference, shrink
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -60,7 +60,7 @@ def batches(network: Network, count: int = 2) -> list[tuple[Tensor, Tensor]]:
 
 def scores_of(network: Network, criterion: Criterion, data: Any = None) -> dict[int, float]:
     classes = channel_classes(network.graph)
-    return class_scores(network, classes, criterion, seed=0, batches=data or batches(network))
+    return channel_scores(network, classes, criterion, seed=0, batches=data or batches(network))
 
 
 # --- surgery ---------------------------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def test_scores_depend_neither_on_the_order_of_batches_nor_on_the_run(name: str)
 
 
 def gate(network: Network, classes: Classes, c: int, factor: float) -> list[Any]:
-    """Hooks that multiply the channels of class `c` behind every layer that makes them (behind its norm, if alone)."""
+    """Hooks that multiply the channels of class `c` after every layer that makes them (after its norm, if alone)."""
     graph, hooks = network.graph, []
     for owner in dict.fromkeys(axis.layer for axis in classes.axes if axis.role == "out"):
         places = graph.places(owner)

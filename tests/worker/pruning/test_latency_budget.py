@@ -17,7 +17,7 @@ from app.spec.prune import Budget, Prune
 from tests.support.networks.topologies import CLASSES, PICTURE, conv, layer, trained
 from worker.latency import Stopwatch
 from worker.network import Network
-from worker.pruning.importance import class_scores
+from worker.pruning.importance import channel_scores
 from worker.pruning.latency_budget import CONFIRMATIONS, alignments, confirm_time, removals_within_time
 from worker.pruning.surgery import shrink
 
@@ -54,10 +54,10 @@ def step_of(share: float, **fields: Any) -> Prune:
 
 def searched(network: Network, step: Prune, stopwatch: Stopwatch, fraction: float = 1.0) -> Removals:
     classes = channel_classes(network.graph)
-    scores = class_scores(network, classes, "l2", seed=0)
+    scores = channel_scores(network, classes, "l2", seed=0)
 
-    def choose(wanted: Prune, part: float) -> Removals:
-        return choose_removals(network.graph, classes, scores, wanted, fraction=part)
+    def choose(wanted: Prune) -> Removals:
+        return choose_removals(network.graph, classes, scores, wanted)
 
     return removals_within_time(network, classes, step, choose, stopwatch, fraction=fraction)
 
@@ -74,7 +74,7 @@ def test_the_network_is_in_time_and_a_slightly_larger_one_would_not_be(share: fl
     larger = choose_removals(
         network.graph,
         classes,
-        class_scores(network, classes, "l2", seed=0),
+        channel_scores(network, classes, "l2", seed=0),
         step.model_copy(update={"budget": Budget(macs=int(1.12 * found.cost.macs))}),
     )
     assert stopwatch.time_ms(shrink(network, classes, larger.dropped)) > 0.97 * share * stopwatch.dense_ms

@@ -25,7 +25,7 @@ from tests.support.networks.dags import one_class, random_drop, random_graph
 from tests.support.networks.known import network_named
 from tests.support.networks.topologies import HEAD, PICTURE, TOPOLOGIES, conv, layer, topology, trained
 from worker.network import Network
-from worker.pruning.importance import class_scores
+from worker.pruning.importance import channel_scores
 from worker.pruning.surgery import masked_reference, shrink, shrink_tensors
 
 EXACT = 1e-10
@@ -106,7 +106,7 @@ def test_every_preset_equals_its_masked_self_at_a_budget(name: str) -> None:
     network = trained(graph).double()
     budget = (0.75, 0.6, 0.5)[list(PRESETS).index(name) % 3]
     step = Prune.model_validate({"type": "prune", "budget": {"macs": budget}, "round_to": 1, "scope": "global"})
-    removals = choose_removals(graph, classes, class_scores(network, classes, "l2", seed=0), step)
+    removals = choose_removals(graph, classes, channel_scores(network, classes, "l2", seed=0), step)
     smaller = shrink(network, classes, removals.dropped)
     masked = masked_reference(network, classes, removals.dropped)
     scale = 1 + float(masked(inputs(graph, torch.float64)).detach().abs().max())
@@ -205,5 +205,5 @@ def test_a_rule_that_forgets_a_tie_is_found_out() -> None:
     classes = channel_classes(network.graph)
     wrong = [axis for axis in classes.axes if axis.role != "norm"]
     broken: Any = Classes(classes.slots, tuple(wrong), classes.groups, classes.pins, classes.slot_count)
-    with pytest.raises(AssertionError, match="surgery left"):
+    with pytest.raises(AssertionError, match="surgery gave"):
         shrink(network, broken, np.asarray(random_drop(classes, 0.5, 0)).tolist())

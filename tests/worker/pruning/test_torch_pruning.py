@@ -27,7 +27,7 @@ from tests.support.networks.topologies import HEAD, PICTURE, Layers, conv, layer
 from worker.export.files import portable_tensors
 from worker.export.pytorch_source import model_source
 from worker.network import Network
-from worker.pruning.importance import class_scores
+from worker.pruning.importance import channel_scores
 from worker.pruning.surgery import masked_reference, shrink
 
 SCRIPT = TESTS / "support" / "networks" / "torch_pruning_script.py"
@@ -108,7 +108,7 @@ def by_us(network: Network) -> tuple[Pruned, float]:
     step = Prune(sparsity=0.5, structure="channels", scope="layer", round_to=1)
     double = network.double()
     classes = channel_classes(double.graph)
-    removals = choose_removals(double.graph, classes, class_scores(double, classes, "l2", seed=0), step)
+    removals = choose_removals(double.graph, classes, channel_scores(double, classes, "l2", seed=0), step)
     smaller = shrink(double, classes, removals.dropped)
     images = torch.from_numpy(pictures(double.graph, 4)).double()
     with torch.no_grad():

@@ -19,6 +19,7 @@ from tests.support.networks.topologies import HEAD, PICTURE, conv, layer, topolo
 from worker.network import Network
 from worker.pruning.importance import prunable_weights, weight_scores
 from worker.pruning.weight_masks import weight_masks
+from worker.run.state import place_masks
 from worker.training.masks import Masks
 
 
@@ -392,7 +393,7 @@ def test_masks_survive_a_checkpoint_bit_for_bit() -> None:
     masks = masks_of(network, 0.6)
     state = masks.state()
     assert all(tensor.dtype == torch.bool for tensor in state.values())
-    again = Masks.from_state(state)
+    again = place_masks(state, network)
     assert list(again) == list(masks)
     assert all(torch.equal(again[name], masks[name]) for name in masks)
     other = copy.deepcopy(network)

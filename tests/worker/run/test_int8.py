@@ -23,7 +23,7 @@ from worker.journal import MemoryJournal, Progress, Wish
 from worker.pipeline import Cancelled, Delivered, run, table
 from worker.run import delivery, int8
 from worker.run.preparation import prepare
-from worker.run.stages import carry_out
+from worker.run.stages import run_stages
 from worker.verification.verification import compute_logits
 
 INT8 = {"type": "quantize"}
@@ -189,7 +189,7 @@ def test_a_layer_left_in_float32_for_the_accuracy_is_named_with_the_reason(
 ) -> None:
     spoil_all(monkeypatch, "linear1")
     job = prepare(task_of(tiny_spec(INT8), data, tmp_path), MemoryJournal())
-    carry_out(job)
+    run_stages(job)
     network = delivery.on_cpu(job.reached.network)
     made = int8.make_int8(job, network, compute_logits(network, job.splits.test.images, job.preprocessing))
     job.close()
@@ -210,7 +210,7 @@ def test_nothing_is_chosen_or_measured_on_the_test_part(data: Path, tmp_path: Pa
             task_of(tiny_spec(INT8, data={"synthetic": SYNTHETIC, "validation": validation}), data, tmp_path),
             MemoryJournal(),
         )
-        network = job.fresh_start().network
+        network = job.reached.network
         step = Quantize(calibration_images=50)
         calibration, chosen_on, part = int8._samples(job, step, network)
         again, _, _ = int8._samples(job, step, network)

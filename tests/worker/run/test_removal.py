@@ -17,12 +17,12 @@ from tests.support.jobs.blobs import BlobBatches, graph_of, small_cnn
 from worker.network import Network, build_network, snapshot
 from worker.precision import choose_precision
 from worker.pruning.schedules import PruningRound
+from worker.pruning.weight_masks import joined_masks
 from worker.run.removal import (
     RemovalContext,
     check_budget,
     cut_channels,
     cut_weights,
-    joined_masks,
     layer_rows,
     recalibrate,
 )

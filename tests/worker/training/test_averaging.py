@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.jobs.blobs import small_cnn
-from worker.network import build_network, floating_tensors, put, snapshot
+from worker.network import assign_tensors, build_network, floating_tensors, snapshot
 from worker.training.averaging import Average
 
 
@@ -30,7 +30,7 @@ def test_the_network_has_the_average_inside_the_block_and_its_own_weights_behind
     network = build_network(small_cnn(), seed=0)
     average = Average(network, 0.9)
     own = snapshot(build_network(small_cnn(), seed=1))
-    put(network, own)
+    assign_tensors(network, own)
     with average.inside(network):
         assert all(torch.equal(t, average.tensors[name]) for name, t in floating_tensors(network).items())
     assert all(torch.equal(t, own[name]) for name, t in floating_tensors(network).items())
@@ -39,6 +39,6 @@ def test_the_network_has_the_average_inside_the_block_and_its_own_weights_behind
 def test_values_of_another_network_are_refused() -> None:
     network = build_network(small_cnn(), seed=0)
     with pytest.raises(KeyError, match="batch_norm1"):
-        put(network, snapshot(build_network(small_cnn(norm=False), seed=0)))
+        assign_tensors(network, snapshot(build_network(small_cnn(norm=False), seed=0)))
     with pytest.raises(RuntimeError, match=r"conv1.weight has shape \(5, 1, 3, 3\), the network \(4, 1, 3, 3\)"):
-        put(network, snapshot(build_network(small_cnn(channels=5), seed=0)))
+        assign_tensors(network, snapshot(build_network(small_cnn(channels=5), seed=0)))

@@ -18,8 +18,9 @@ from worker.data.dataset import BatchLoader, Split
 from worker.export.files import export_network
 from worker.journal import MemoryJournal
 from worker.network import Network, build_network
-from worker.run.preparation import Job, prepare
-from worker.run.stages import carry_out
+from worker.run.job import Job
+from worker.run.preparation import prepare
+from worker.run.stages import run_stages
 from worker.training.distillation import Teacher
 
 NAMES = ("class 0", "class 1", "class 2")
@@ -92,7 +93,7 @@ def ran(spec: dict[str, Any], data: Path, folder: Path, sources: Path) -> tuple[
     journal = MemoryJournal()
     job = prepare(task_of(spec, data, folder, sources=sources), journal)
     try:
-        carry_out(job)
+        run_stages(job)
     finally:
         job.close()
     return job, journal
@@ -109,13 +110,15 @@ def test_a_taught_training_moves_towards_the_teacher(data: Path, sources: Path, 
         images, _ = next(job.removal_context.plain())
         taught = job.reached.network.eval()(images).argmax(1)
         assert float((taught == teacher(images).argmax(1)).float().mean()) > 0.8
-    assert any(note.startswith("job teacher (baseline) taught: its accuracy") for note in job.reached.record.notes)
+    assert any(
+        note.startswith("job teacher (baseline) was the teacher: its accuracy") for note in job.reached.record.notes
+    )
 
 
 def lesson_of(job: Job) -> Any:
     """How the first training of a job is taught."""
-    assert job.lesson is not None
-    return job.lesson
+    assert job.distillation_of_training is not None
+    return job.distillation_of_training
 
 
 def test_only_the_training_is_taught_by_distill_and_retraining_by_its_own_teacher(

@@ -19,10 +19,12 @@ from worker.evaluation import evaluate
 from worker.network import Network, build_network, snapshot
 from worker.precision import Precision, choose_precision
 from worker.pruning.weight_masks import weight_masks
+from worker.run.state import place_masks
 from worker.training.learning_rate import learning_rate
 from worker.training.loop import EpochResult, Fit, NonFiniteLoss, Recipe, Window
 from worker.training.losses import cross_entropy
 from worker.training.masks import Masks
+from worker.training.resume import fit_state, fit_tensors, restore_fit
 
 SGD = {"name": "sgd", "lr": 0.05}
 ADAMW = {"name": "adamw", "lr": 0.01}
@@ -44,7 +46,7 @@ class Watching:
     def before_step(self, fit: Fit) -> None:
         """Leave if it is time."""
         if fit.position.step == self.leave_before:
-            fit.look(self)
+            fit.read_losses(self)
             raise Leave
         self.steps += 1
 
@@ -82,7 +84,7 @@ def start(
     """A fit at its first step."""
     precision = choose_precision(settings, "cpu", spatial_axes=2)
     network = network or build_network(graph or small_cnn(), seed=settings.seed)
-    precision.place(network)
+    precision.to_device(network)
     return Fit(
         network,
         batches or BlobBatches(),
@@ -112,15 +114,15 @@ def resumed(make: Callable[[], Fit], step: int) -> Fit:
     first = make()
     with pytest.raises(Leave):
         first.run(Watching(leave_before=step))
-    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in first.tensors().items()}
-    state = first.state()
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in fit_tensors(first).items()}
+    state = fit_state(first)
     weights = {name: tensor.clone() for name, tensor in first.network.state_dict().items()}
     torch.manual_seed(12345)  # another process stands elsewhere
     second = make()
     second.network.load_state_dict(weights)
     if first.masks is not None:
-        second.masks = Masks.from_state(first.masks.state())
-    second.restore(tensors, state)
+        second.masks = place_masks(first.masks.state(), second.network)
+    restore_fit(second, tensors, state)
     second.run(Watching())
     return second
 
@@ -149,8 +151,8 @@ def test_a_training_that_was_left_and_entered_again_ends_with_the_same_bits(
     whole.run(Watching())
     again = resumed(make, cut)
     assert equal(snapshot(whole.network), snapshot(again.network))
-    assert equal(whole.tensors(), again.tensors())
-    assert whole.state() == again.state()
+    assert equal(fit_tensors(whole), fit_tensors(again))
+    assert fit_state(whole) == fit_state(again)
     whole.conclude()
     again.conclude()
     assert equal(snapshot(whole.network), snapshot(again.network))
@@ -165,16 +167,16 @@ def test_a_training_that_forgets_a_part_of_its_state_ends_elsewhere(forgotten: s
     with pytest.raises(Leave):
         first.run(Watching(leave_before=4))
     second = start(settings, graph=small_cnn(dropout=0.3))
-    tensors = {name: tensor.clone() for name, tensor in first.tensors().items() if not name.startswith(forgotten)}
+    tensors = {name: tensor.clone() for name, tensor in fit_tensors(first).items() if not name.startswith(forgotten)}
     if forgotten == "rng/cpu":
         tensors["rng/cpu"] = torch.Generator().manual_seed(9).get_state()
-    state = first.state()
+    state = fit_state(first)
     if forgotten == "position":
         state["position"]["batch"] -= 1
     second.network.load_state_dict(first.network.state_dict())
-    second.restore(tensors, state)
+    restore_fit(second, tensors, state)
     second.run(Watching())
-    assert not equal(whole.tensors(), second.tensors())
+    assert not equal(fit_tensors(whole), fit_tensors(second))
 
 
 def test_a_training_with_growing_masks_resumes_to_the_same_bits() -> None:
@@ -192,7 +194,7 @@ def test_a_training_with_growing_masks_resumes_to_the_same_bits() -> None:
     for cut in (4, 7):
         again = resumed(make, cut)
         assert equal(snapshot(whole.network), snapshot(again.network))
-        assert equal(whole.tensors(), again.tensors())
+        assert equal(fit_tensors(whole), fit_tensors(again))
     assert whole.masks is not None
     assert whole.masks.zeros() == round(0.6 * whole.masks.sizes())
 
@@ -347,7 +349,7 @@ def test_decoupled_decay_equals_adamws_own() -> None:
 
 def test_a_teacher_teaches_and_is_not_changed() -> None:
     teacher = build_network(small_cnn(dropout=0.5), seed=9)
-    choose_precision(training(), "cpu", spatial_axes=2).place(teacher)
+    choose_precision(training(), "cpu", spatial_axes=2).to_device(teacher)
     before = snapshot(teacher)
     monitor = Watching()
     fit = start(training(), teacher=teacher, distillation=Distillation(alpha=1.0, temperature=2.0))
@@ -361,7 +363,7 @@ def test_only_the_teacher_counts_at_alpha_one() -> None:
     twin = build_network(small_cnn(norm=False), seed=1)
     settings = training(epochs=1, optimizer=SGD | {"weight_decay": 0.0})
     for one in (network, twin):
-        choose_precision(settings, "cpu", spatial_axes=2).place(one)
+        choose_precision(settings, "cpu", spatial_axes=2).to_device(one)
     before = snapshot(network)
     trained(settings, network=network, teacher=twin, distillation=Distillation(alpha=1.0))
     for name, tensor in snapshot(network).items():  # it agrees with its teacher already
@@ -383,13 +385,13 @@ def test_fp16_scales_the_loss_and_ends_near_float32_also_after_a_resume() -> Non
 
     def make(precision: Precision = half) -> Fit:
         network = build_network(small_cnn(), seed=0)
-        precision.place(network)
+        precision.to_device(network)
         return Fit(network, BlobBatches(), recipe(settings), precision)
 
     whole, exact = make(), make(Precision(torch.device("cpu"), None, channels_last=True))
     for fit in (whole, exact):
         fit.run(Watching())
-    assert whole.state()["scaler"]["scale"] >= 1024
+    assert fit_state(whole)["scaler"]["scale"] >= 1024
     assert whole.optimizer.steps == exact.optimizer.steps == 6
     for name, tensor in snapshot(whole.network).items():
         torch.testing.assert_close(tensor, snapshot(exact.network)[name], rtol=0.05, atol=0.01)

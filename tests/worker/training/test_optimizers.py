@@ -46,7 +46,7 @@ def test_steps_are_torchs_to_the_bit_also_while_the_rate_moves(settings: dict[st
     spec = OptimizerSpec.model_validate(settings)
     ours, reference = build_network(small_cnn(), seed=0), build_network(small_cnn(), seed=0)
     for network in (ours, reference):
-        Precision(torch.device("cpu"), None, channels_last=True).place(network)
+        Precision(torch.device("cpu"), None, channels_last=True).to_device(network)
     left, right = build_optimizer(ours, spec), torchs(list(reference.parameters()), spec)
     generator = torch.Generator().manual_seed(1)
     for step in range(7):
@@ -136,7 +136,7 @@ settings = Training(epochs=1, gradient_clipping=1.0, ema_decay=0.9)
 recipe = Recipe("training", 1, learning_rate(settings), settings, 0)
 precision = choose_precision(settings, "cpu", spatial_axes=2)
 network = build_network(small_cnn(), seed=0)
-precision.place(network)
+precision.to_device(network)
 Fit(network, BlobBatches(), recipe, precision, validation=BlobBatches()).run(Silent())
 assert "torch._dynamo" not in sys.modules
 assert "sympy" not in sys.modules

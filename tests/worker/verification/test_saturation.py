@@ -218,9 +218,9 @@ def test_weights_of_uint8_are_added_in_32_bits() -> None:
         [DEQUANTIZED, node("Transpose", "w", "turned"), node("Relu", "turned", "w2")],
     ],
 )
-def test_weights_that_are_no_constants_are_no_proof(nodes: list[Any], tmp_path: Path) -> None:
+def test_weights_that_are_no_constants_cannot_be_verified(nodes: list[Any], tmp_path: Path) -> None:
     onnx.save(model_of(*nodes, node("MatMul", f"x {nodes[-1].output[0]}")), tmp_path / "file.onnx")
     with pytest.raises(
-        VerificationFailed, match=r"file\.onnx cannot be proven: the weights of layer layer are no const"
+        VerificationFailed, match=r"file\.onnx cannot be verified: the weights of layer layer are no const"
     ):
         read_pair_sums(tmp_path / "file.onnx", "int8_vnni")

@@ -1,4 +1,4 @@
-"""The proof: a delivered file that does not give the trained network's logits ends the job, with numbers."""
+"""Verification: a delivered file that does not give the trained network's logits ends the job, with numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from worker.export.files import export_network, file_sha256
 from worker.network import Network
 from worker.pruning.weight_masks import weight_masks
 from worker.verification import clean_process
-from worker.verification.verification import Verification, compare, compute_logits, prove
+from worker.verification.verification import Verification, compare, compute_logits, verify_files
 
 PREPROCESSING = Preprocessing(1 / 255, (0.5, 0.25, 0.125), (0.25, 0.5, 0.75))
 COUNT = 300  # more than one batch
@@ -48,9 +48,9 @@ def folder(tmp_path: Path, network: Network) -> Path:
     return tmp_path / "out"
 
 
-def proven(folder: Path, network: Network, images: np.ndarray[Any, Any], **more: Any) -> Verification:
+def verified(folder: Path, network: Network, images: np.ndarray[Any, Any], **more: Any) -> Verification:
     reference = compute_logits(network, images, PREPROCESSING)
-    return prove(
+    return verify_files(
         folder,
         images=images,
         labels=np.arange(COUNT) % 3,
@@ -66,7 +66,7 @@ def test_every_file_is_proven_with_no_difference_in_torch_and_a_small_one_in_onn
     baseline = trained(topology("dense"), seed=1)
     export_network(baseline, folder, stem="baseline", class_names=("a", "b", "c"), preprocessing=PREPROCESSING)
     expected = compute_logits(baseline, images, PREPROCESSING)
-    found = proven(folder, network, images, others={"baseline": expected})
+    found = verified(folder, network, images, others={"baseline": expected})
     assert set(found.files) == {"pruned.safetensors", "model.py", "pruned.onnx", "baseline.safetensors"}
     for name in ("pruned.safetensors", "model.py", "baseline.safetensors"):
         assert found.files[name].max_abs_difference == 0
@@ -78,7 +78,9 @@ def test_every_file_is_proven_with_no_difference_in_torch_and_a_small_one_in_onn
     assert found.files["pruned.safetensors"].accuracy == right
     assert set(found.document()["model.py"]) >= {"max_abs_difference", "accuracy", "loss", "tolerance"}  # type: ignore[arg-type]
     assert set(found.sha256) >= {"pruned.safetensors", "model.py", "pruned.onnx", "architecture.json"}
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["out"], "the proof's scratch must be gone"
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["out"], (
+        "the scratch of the verification is removed"
+    )
 
 
 def test_stored_pictures_with_channels_last_are_read_where_they_are(
@@ -87,7 +89,12 @@ def test_stored_pictures_with_channels_last_are_read_where_they_are(
     np.save(tmp_path / "stored.npy", images.transpose(0, 2, 3, 1))
     view = np.load(tmp_path / "stored.npy", mmap_mode="r").transpose(0, 3, 1, 2)
     seen: list[list[str]] = []
-    proven(folder, network, view, waiting=lambda: seen.append([path.name for path in tmp_path.glob("proof-*/*.npy")]))
+    verified(
+        folder,
+        network,
+        view,
+        waiting=lambda: seen.append([path.name for path in tmp_path.glob("verification-*/*.npy")]),
+    )
     assert seen
     assert not any("images.npy" in names for names in seen), "a copy was made"
 
@@ -99,7 +106,7 @@ def test_one_changed_weight_is_found(folder: Path, network: Network, images: np.
     with pytest.raises(
         VerificationFailed, match=r"pruned\.safetensors does not reproduce .* differ by up to 0\."
     ) as caught:
-        proven(folder, network, images)
+        verified(folder, network, images)
     assert "accuracy" in caught.value.message
     assert caught.value.document()["code"] == "verification_failed"
 
@@ -118,7 +125,7 @@ def test_the_file_without_zeros_is_proven_by_the_bits_that_the_source_reads_from
     sparse_folder: tuple[Path, Network], images: np.ndarray[Any, Any]
 ) -> None:
     folder, network = sparse_folder
-    found = proven(folder, network, images)
+    found = verified(folder, network, images)
     assert set(found.files) == {"pruned.safetensors", "pruned.sparse.safetensors", "model.py"}
     assert found.files["pruned.sparse.safetensors"].max_abs_difference == 0
     assert found.sha256["pruned.sparse.safetensors"] == file_sha256(folder / "pruned.sparse.safetensors")
@@ -134,7 +141,7 @@ def test_one_changed_bit_in_the_file_without_zeros_is_found(
     stored[key].view(torch.int32)[0] ^= 1  # the last bit of one weight: no logit would show it
     save_file(stored, path)
     with pytest.raises(VerificationFailed, match=r"pruned\.sparse\.safetensors holds other weights than .*: conv1"):
-        proven(folder, network, images)
+        verified(folder, network, images)
 
 
 def test_a_changed_onnx_file_is_found_though_the_weights_are_right(
@@ -145,7 +152,7 @@ def test_a_changed_onnx_file_is_found_though_the_weights_are_right(
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) + 0.01, weight.name))
     onnx.save(model, folder / "pruned.onnx")
     with pytest.raises(VerificationFailed, match=r"pruned\.onnx does not reproduce"):
-        proven(folder, network, images)
+        verified(folder, network, images)
 
 
 def test_a_wrong_mean_in_the_architecture_is_found(
@@ -155,7 +162,7 @@ def test_a_wrong_mean_in_the_architecture_is_found(
         path = folder / name
         path.write_text(path.read_text().replace("0.125", "0.126"))
     with pytest.raises(VerificationFailed, match=r"pruned\.safetensors does not reproduce"):
-        proven(folder, network, images)
+        verified(folder, network, images)
 
 
 def test_a_file_that_cannot_be_loaded_says_why(folder: Path, network: Network, images: np.ndarray[Any, Any]) -> None:
@@ -163,7 +170,7 @@ def test_a_file_that_cannot_be_loaded_says_why(folder: Path, network: Network, i
     with pytest.raises(
         VerificationFailed, match=r"^pruned\.onnx: .* ended with code 1: .*INVALID_PROTOBUF|[Pp]rotobuf"
     ):
-        proven(folder, network, images)
+        verified(folder, network, images)
 
 
 def test_a_source_that_is_not_of_the_architecture_is_found_before_anything_runs(
@@ -172,20 +179,20 @@ def test_a_source_that_is_not_of_the_architecture_is_found_before_anything_runs(
     path = folder / "model.py"
     path.write_text(path.read_text().replace("F.relu", "F.relu6", 1))
     with pytest.raises(VerificationFailed, match=r"model\.py is not the network that architecture\.json describes"):
-        proven(folder, network, images)
+        verified(folder, network, images)
 
 
-def test_a_missing_file_and_a_process_out_of_time_end_the_proof(
+def test_a_missing_file_and_a_process_out_of_time_end_the_verification(
     folder: Path, network: Network, images: np.ndarray[Any, Any]
 ) -> None:
     with pytest.raises(VerificationFailed, match="did not end in time"):
-        proven(folder, network, images, timeout_s=0.1)
+        verified(folder, network, images, timeout_s=0.1)
     (folder / "pruned.safetensors").unlink()
     with pytest.raises(VerificationFailed, match=r"pruned\.safetensors was not written"):
-        proven(folder, network, images)
+        verified(folder, network, images)
 
 
-def test_the_clean_processes_see_no_variable_of_ours_and_are_gone_when_the_proof_is_given_up(
+def test_the_clean_processes_see_no_variable_of_ours_and_have_ended_when_the_verification_is_given_up(
     folder: Path, network: Network, images: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ESPALIER_API_KEY", "secret")
@@ -204,7 +211,7 @@ def test_the_clean_processes_see_no_variable_of_ours_and_are_gone_when_the_proof
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        proven(folder, network, images, waiting=look)
+        verified(folder, network, images, waiting=look)
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)
 
 
@@ -213,7 +220,7 @@ def test_a_clean_process_ends_with_its_parent() -> None:
         "import os, sys, time\n"
         f"sys.path.insert(0, {str(Path(clean_process.__file__).parent)!r})\n"
         "import clean_process\n"
-        "clean_process.die_with(os.getppid())\n"
+        "clean_process.end_with_parent(os.getppid())\n"
         "print(os.getpid(), flush=True)\n"
         "time.sleep(60)\n"
     )
@@ -228,7 +235,7 @@ def test_a_clean_process_ends_with_its_parent() -> None:
             time.sleep(0.02)
 
 
-def test_a_clean_process_whose_parent_is_gone_leaves_at_once(tmp_path: Path) -> None:
+def test_a_clean_process_whose_parent_has_ended_ends_at_once(tmp_path: Path) -> None:
     (tmp_path / "order.json").write_text('{"parent": 1}')
     command = [sys.executable, "-I", "-B", clean_process.__file__, str(tmp_path / "order.json")]
     assert subprocess.run(command, check=False).returncode == clean_process.ORPHANED
@@ -240,9 +247,9 @@ LABELS = np.array([0, 1])
 
 def test_an_answer_may_change_only_where_two_classes_are_close() -> None:
     close = WANTED + np.array([[0, 0, 0], [0.0002, 0, 0]], np.float32)
-    proof = compare("x.onnx", close, WANTED, LABELS, 1e-4)
-    assert (proof.changed_answers, proof.accuracy) == (1, 0.5)
-    assert proof.tolerance == pytest.approx(4e-4)
+    file = compare("x.onnx", close, WANTED, LABELS, 1e-4)
+    assert (file.changed_answers, file.accuracy) == (1, 0.5)
+    assert file.tolerance == pytest.approx(4e-4)
     far = WANTED + np.array([[0, 3.5, 0], [0, 0, 0]], np.float32)
     with pytest.raises(VerificationFailed, match=r"1 of 2 answers change; accuracy 0\.5000 instead of 1\.0000"):
         compare("x.onnx", far, WANTED, LABELS, 1.0)
