@@ -11,7 +11,15 @@ from app.spec.step import JobStep
 from app.validation.strict import Count, Names, Text, fault
 
 
-class LowRank(JobStep):
+class _Replacing(JobStep):
+    """A step that replaces layers by products of smaller ones, once; see `Prune` for the three properties."""
+
+    rounds: ClassVar[int] = 1
+    zeros: ClassVar[bool] = False
+    change: ClassVar[str] = "layers are replaced"
+
+
+class LowRank(_Replacing):
     """Replace trained convolutions and linear layers by products of smaller ones, then train again.
 
     Linear layers and 1 x 1 convolutions become two layers (SVD), larger kernels three: 1 x 1, kernel, 1 x 1 (Tucker-2
@@ -40,11 +48,6 @@ class LowRank(JobStep):
         {"type": "low_rank", "rank": 16},
         {"type": "low_rank", "energy": 0.7, "exclude": ["conv1"]},
     )
-    rounds: ClassVar[int] = 1
-    """How often it removes something, each time with retraining after it."""
-    zeros: ClassVar[bool] = False
-    """Whether it sets weights to zero; else shapes change."""
-    change: ClassVar[str] = "layers are replaced"
 
     @model_validator(mode="after")
     def _one_amount(self) -> Self:
@@ -60,7 +63,7 @@ class LowRank(JobStep):
         return self
 
 
-class Separable(JobStep):
+class Separable(_Replacing):
     """Replace trained convolutions by a depthwise and a 1 x 1 convolution, then train again (Chollet, arXiv 1610.02357).
 
     Both start from the best approximation of the trained weights: of each input channel the first singular vectors. The
@@ -75,11 +78,6 @@ class Separable(JobStep):
 
     title = "Separable convolutions"
     examples = ({"type": "separable"},)
-    rounds: ClassVar[int] = 1
-    """How often it removes something, each time with retraining after it."""
-    zeros: ClassVar[bool] = False
-    """Whether it sets weights to zero; else shapes change."""
-    change: ClassVar[str] = "layers are replaced"
 
     @model_validator(mode="after")
     def _policy_fits(self) -> Self:

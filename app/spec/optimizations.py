@@ -1,4 +1,4 @@
-"""The optimizations a job may ask for: one typed class each, with the defaults that are used when nothing is said."""
+"""The optimizations a job may ask for: one typed class each, with the default of each field that a job does not state."""
 
 from __future__ import annotations
 

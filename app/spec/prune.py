@@ -329,6 +329,7 @@ class Prune(JobStep):
     )
     may_repeat = True
     change: ClassVar[str] = "channels are removed"
+    """What it does to shapes, where it does not set weights to zero, as a phrase."""
 
     @property
     def rounds(self) -> int:
