@@ -114,7 +114,7 @@ def delete_weights(db: Database, tenant: str, weights_id: str) -> None:
             raise _not_found()
         check_unused(session, "weights", weights_id)
         session.execute(delete(WeightsRow).where(its))
-        outbox.post(session, db, "delete_prefix", weights_prefix(weights_id))
+        outbox.post_errand(session, db, "delete_prefix", weights_prefix(weights_id))
 
 
 def _its(tenant: str, weights_id: str) -> tuple[ColumnElement[bool], ...]:

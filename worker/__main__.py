@@ -57,9 +57,9 @@ def serve(settings: Settings) -> None:
 
 def _poll(supervisor: Supervisor, settings: Settings) -> None:
     """Look at the queue at every ring of the local bell, and every `poll_s` without one."""
-    with BellListener(settings.home_folder) as bell:
+    with BellListener(settings.doorbells) as bell:
         while not supervisor.stopping.is_set():
-            supervisor.look(bell.wait(settings.poll_s))
+            supervisor.look(bell.wait_for_ring(settings.poll_s))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import sys
 
 from app.database.engine import Database
 from app.errors import Unavailable
-from app.jobs import attempts
+from app.jobs import workers
 from app.settings import load_settings
 
 
@@ -15,9 +15,7 @@ def main() -> int:
     """0 if a worker of this host was heard of in the last 30 s, else 1 and a sentence."""
     database = Database(load_settings().database, pool_size=1)
     try:
-        alive = [
-            worker for worker in attempts.list_workers(database) if worker.alive and worker.host == platform.node()
-        ]
+        alive = [worker for worker in workers.list_workers(database) if worker.alive and worker.host == platform.node()]
     except Unavailable as error:
         print(f"the database does not answer: {error}", file=sys.stderr)
         return 1

@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from app.access import DEFAULT_TENANT
 from app.api.prometheus import RequestMetrics
 from app.database.engine import Database
-from app.jobs import commands
+from app.jobs import queries
 from app.jobs.doorbell import Doorbell
 from app.settings import Settings
 from app.storage import Storage
@@ -52,7 +52,7 @@ class VersionWatch:
         began, look = self._looks.get((tenant, job_id), (0.0, None))
         if look is None or now - began > LOOK_S * 0.9:
             self._looks = {key: value for key, value in self._looks.items() if now - value[0] < 10 * LOOK_S}
-            look = asyncio.create_task(run_in_threadpool(commands.job_version, self._db, tenant, job_id))
+            look = asyncio.create_task(run_in_threadpool(queries.job_version, self._db, tenant, job_id))
             self._looks[tenant, job_id] = (now, look)
         return await asyncio.shield(look)  # one waiter that leaves does not end the look of the others
 

@@ -11,9 +11,9 @@ from pydantic_core import to_json
 from starlette.responses import Response
 
 from app.jobs.artifacts import ArtifactView, CheckpointView
-from app.jobs.attempts import WorkerView
-from app.jobs.commands import JobView
 from app.jobs.events import EventView
+from app.jobs.queries import JobView
+from app.jobs.workers import WorkerView
 
 Document = dict[str, Any]
 

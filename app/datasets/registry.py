@@ -174,7 +174,7 @@ def delete_dataset(db: Database, tenant: str, dataset_id: str) -> None:
         for owner in {dataset_id, row.packed_id or dataset_id}:
             sharers = and_(DatasetRow.packed_id == owner, DatasetRow.deleted_at.is_(None))
             if not session.scalar(select(func.count()).select_from(DatasetRow).where(sharers)):
-                outbox.post(session, db, "delete_prefix", f"datasets/{owner}/")
+                outbox.post_errand(session, db, "delete_prefix", f"datasets/{owner}/")
 
 
 def facts(db: Database, tenant: str, data: DataSpec) -> DataFacts:
@@ -309,7 +309,7 @@ def _check(
                 packed_id=dataset_id,
             )
         if not done and session.scalar(select(DatasetRow.deleted_at).where(DatasetRow.id == dataset_id)) is not None:
-            outbox.post(session, db, "delete_prefix", f"datasets/{dataset_id}/")  # deleted while it was packed
+            outbox.post_errand(session, db, "delete_prefix", f"datasets/{dataset_id}/")  # deleted while it was packed
 
 
 def _uploaded(storage: Storage, dataset_id: str, work: Path) -> Path:
@@ -338,7 +338,7 @@ def _finish(session: Session, db: Database, dataset_id: str, state: str, **value
     done = session.execute(update(DatasetRow).where(waiting).values(state=state, **values).returning(DatasetRow.id))
     if done.first() is None:
         return False
-    outbox.post(session, db, "delete_prefix", upload_key(dataset_id))
+    outbox.post_errand(session, db, "delete_prefix", upload_key(dataset_id))
     return True
 
 

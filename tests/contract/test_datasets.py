@@ -30,7 +30,7 @@ def upload(tmp_path: Path) -> Path:
 
 def submit(db: Database, dataset: str) -> str:
     spec: dict[str, Any] = {"spec_version": 1, "data": {"dataset": dataset}, "model": {"preset": "simple_cnn"}}
-    return commands.submit(db, tenant=TENANT, spec=spec)[0].id
+    return commands.submit_job(db, tenant=TENANT, spec=spec)[0].id
 
 
 def facts_of(db: Database, dataset_id: str) -> DataFacts:

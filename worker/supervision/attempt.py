@@ -25,8 +25,9 @@ from app.datasets import registry
 from app.errors import DiskFull, JobError, LostOwnership, StorageFull, TimeLimit, Unavailable
 from app.failpoints import failpoint
 from app.jobs import attempts
-from app.jobs.attempts import Claim, NewArtifact, NewEvent
-from app.jobs.events import LOG_CAP_BYTES
+from app.jobs.artifacts import NewArtifact
+from app.jobs.attempts import Claim
+from app.jobs.events import LOG_CAP_BYTES, NewEvent
 from app.settings import Settings
 from app.spec.job import parse_job
 from app.spec.references import references_in

@@ -17,7 +17,7 @@ import structlog
 
 from app.database.engine import Database
 from app.errors import Unavailable
-from app.jobs import attempts
+from app.jobs import attempts, workers
 from app.jobs.recovery import Sweeper
 from app.settings import Settings
 from app.storage import Storage
@@ -98,7 +98,7 @@ class Supervisor:
         self._nursery.close()
         shutil.rmtree(self._scratch, ignore_errors=True)
         try:
-            attempts.forget_worker(self._db, self.id)
+            workers.remove_worker(self._db, self.id)
         except Unavailable as error:
             log.warning("worker row stays", reason=str(error))
 
@@ -107,7 +107,7 @@ class Supervisor:
             return self._free.pop(0) if self._free else None
 
     def _register(self) -> None:
-        attempts.register_worker(
+        workers.register_worker(
             self._db,
             self.id,
             host=platform.node(),
@@ -120,7 +120,7 @@ class Supervisor:
         """Say again and again that this worker is alive."""
         while not self.stopping.wait(min(BEAT_S, self._settings.sweep_s)):
             try:
-                if not attempts.beat_worker(self._db, self.id, running=sorted(self._running.values())):
+                if not workers.record_beat(self._db, self.id, running=sorted(self._running.values())):
                     self._register()  # this host was suspended for a day
             except Unavailable as error:
                 log.warning("beat failed", reason=str(error))
@@ -134,10 +134,10 @@ class Supervisor:
 
 def _take_over(db: Database) -> None:
     """Give back at once what dead workers of this host held: their leases need not run out."""
-    for worker in attempts.list_workers(db):
+    for worker in workers.list_workers(db):
         if worker.host == platform.node() and _ended(worker.pid):
-            lost = attempts.abandon(db, worker.id)
-            attempts.forget_worker(db, worker.id)
+            lost = attempts.reap_worker(db, worker.id)
+            workers.remove_worker(db, worker.id)
             log.info("took over from a dead worker", worker=worker.id, jobs=lost)
 
 

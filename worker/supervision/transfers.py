@@ -110,7 +110,7 @@ class Transfers:
 
         Raises SourceUnavailable: one was deleted, or its bytes are not what they were.
         """
-        located = self.keep_trying(lambda: references.locate(self._db, self._claim.tenant, named))
+        located = self.keep_trying(lambda: references.locate_files(self._db, self._claim.tenant, named))
         for reference in named:
             for file in located[reference.key]:
                 self._fetch_source(reference, file, folder / reference.key / file.name)

@@ -21,9 +21,9 @@ from app.api.parameters import After, JobId, LastEventId, Limit, check_id, parse
 from app.api.rendering import Json, event_document
 from app.api.routes.jobs import RequestContext, Tenant
 from app.errors import JobNotFound, TooManyStreams, Unavailable
-from app.jobs import commands
-from app.jobs.commands import JobView
-from app.jobs.events import MOST_EVENTS, EventView
+from app.jobs import queries
+from app.jobs.events import MOST_EVENTS, EventView, list_events
+from app.jobs.queries import JobView
 
 RETRY_MS = 3000
 KEEP_ALIVE_S = 15.0
@@ -50,13 +50,13 @@ def get_events(
     start = after if resumed is None else resumed
     if "text/event-stream" in request.headers.get("accept", ""):
         return stream_events(request, context, owner, job_id, start)
-    found = commands.list_events(context.db, owner, job_id, after=start, limit=min(limit, MOST_EVENTS))
+    found = list_events(context.db, owner, job_id, after=start, limit=min(limit, MOST_EVENTS))
     return Json({"items": [event_document(event) for event in found], "next_after": found[-1].seq if found else start})
 
 
 def stream_events(request: Request, context: Context, owner: str, job_id: str, start: int) -> Response:
     """The stream of a job's events above `start`. Raises JobNotFound, TooManyStreams."""
-    view = commands.get_job(context.db, owner, job_id)
+    view = queries.get_job(context.db, owner, job_id)
     streams: Streams = request.app.state.streams
     return StreamedResponse(
         streams.follow(context, view, start),
@@ -98,11 +98,9 @@ async def _stream(context: Context, job: JobView, after: int) -> AsyncIterator[b
             newest = version if over else await context.watch.version(job.tenant, job.id)
             events: list[EventView] = []
             if over or newest != version:
-                events = await run_in_threadpool(
-                    commands.list_events, context.db, job.tenant, job.id, after, MOST_EVENTS
-                )
+                events = await run_in_threadpool(list_events, context.db, job.tenant, job.id, after, MOST_EVENTS)
                 if not events:  # a client that asks behind the end must not wait for a job that is over
-                    over = over or (await run_in_threadpool(commands.get_job, context.db, job.tenant, job.id)).terminal
+                    over = over or (await run_in_threadpool(queries.get_job, context.db, job.tenant, job.id)).terminal
                 version = newest
         except JobNotFound:
             return

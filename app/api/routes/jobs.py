@@ -31,8 +31,9 @@ from app.api.parameters import (
 from app.api.rendering import Document, Json, checkpoint_document, etag_of, job_document
 from app.api.submission import plan_job
 from app.database.engine import Database
-from app.jobs import commands
-from app.jobs.commands import JobView
+from app.jobs import artifacts, commands, queries
+from app.jobs.events import read_log, read_metrics
+from app.jobs.queries import JobView
 from app.planning.plan import plan_answer
 from app.spec.references import references_in
 
@@ -54,7 +55,7 @@ def submit_job(
     """A new job, queued. With an `Idempotency-Key` that was used before: the job of that time (200)."""
     key = read_idempotency_key(request.headers)
     plan = plan_job(context, owner, parse_json(raw).document)
-    view, created = commands.submit(
+    view, created = commands.submit_job(
         context.db,
         tenant=owner,
         spec=plan.spec.document(),
@@ -87,8 +88,8 @@ def list_jobs(
     cursor: Cursor = None,
 ) -> Response:
     """One page; `next_cursor` null is the end. More than 200 are cut to 200."""
-    page, following = commands.list_jobs(
-        context.db, owner, state=state, label=parse_label(label), limit=min(limit, commands.PAGE_LIMIT), cursor=cursor
+    page, following = queries.list_jobs(
+        context.db, owner, state=state, label=parse_label(label), limit=min(limit, queries.PAGE_LIMIT), cursor=cursor
     )
     return Json({"items": [job_document(job) for job in page], "next_cursor": following})
 
@@ -187,30 +188,30 @@ def delete_job(context: RequestContext, owner: Tenant, job_id: JobId, if_match: 
 @router.get("/{job_id}/metrics", summary="Curves", responses=responses.METRICS)
 def get_metrics(context: RequestContext, owner: Tenant, job_id: JobId) -> Response:
     """Every series as [step, value] pairs in the order of steps."""
-    return Json({"series": commands.read_metrics(context.db, owner, check_id("job", job_id))})
+    return Json({"series": read_metrics(context.db, owner, check_id("job", job_id))})
 
 
 @router.get("/{job_id}/logs", summary="The trainer's log", responses=responses.LOG)
 def get_logs(context: RequestContext, owner: Tenant, job_id: JobId) -> Response:
     """The newest 4 MiB, as plain text."""
-    return PlainTextResponse(commands.read_log(context.db, owner, check_id("job", job_id)))
+    return PlainTextResponse(read_log(context.db, owner, check_id("job", job_id)))
 
 
 @router.get("/{job_id}/report", summary="Dense against pruned", responses=responses.REPORT)
 def get_report(context: RequestContext, owner: Tenant, job_id: JobId) -> Response:
     """The report of a job that succeeded; 409 before it is over."""
-    return Json(commands.read_report(context.db, owner, check_id("job", job_id)))
+    return Json(queries.read_report(context.db, owner, check_id("job", job_id)))
 
 
 @router.get("/{job_id}/checkpoints", summary="Checkpoints", responses=responses.CHECKPOINTS)
 def list_checkpoints(context: RequestContext, owner: Tenant, job_id: JobId) -> Response:
     """The kept checkpoints, newest first."""
-    kept = commands.list_checkpoints(context.db, owner, check_id("job", job_id))
+    kept = artifacts.list_checkpoints(context.db, owner, check_id("job", job_id))
     return Json({"items": [checkpoint_document(checkpoint) for checkpoint in kept]})
 
 
 def _document(context: Context, view: JobView) -> Document:
-    return job_document(view, commands.queue_facts(context.db, view) if view.state == "queued" else None)
+    return job_document(view, queries.queue_facts(context.db, view) if view.state == "queued" else None)
 
 
 def _answer(context: Context, view: JobView, status_code: int = 200) -> Json:
@@ -222,7 +223,7 @@ def _answer(context: Context, view: JobView, status_code: int = 200) -> Json:
 
 
 def _look(context: Context, owner: str, job_id: str) -> tuple[str, Json]:
-    view = commands.get_job(context.db, owner, job_id)
+    view = queries.get_job(context.db, owner, job_id)
     return view.version, _answer(context, view)
 
 

@@ -17,9 +17,9 @@ from app.api.routes.artifacts import ArtifactName, send_artifact
 from app.api.routes.events import stream_events
 from app.api.routes.jobs import RequestContext, Tenant
 from app.errors import NotFound
-from app.jobs import commands
+from app.jobs import queries
 from app.jobs.artifacts import list_artifacts
-from app.jobs.events import MOST_EVENTS, EventView
+from app.jobs.events import MOST_EVENTS, EventView, list_events, read_log
 from app.web import pages
 
 ROWS = 50
@@ -33,17 +33,17 @@ def show_jobs(
     context: RequestContext, owner: Tenant, state: Annotated[str | None, Query()] = None, cursor: Cursor = None
 ) -> Response:
     """The newest jobs."""
-    page, following = commands.list_jobs(context.db, owner, state=state, limit=ROWS, cursor=cursor)
+    page, following = queries.list_jobs(context.db, owner, state=state, limit=ROWS, cursor=cursor)
     return _page(pages.jobs_page([job_document(job) for job in page], following, state))
 
 
 @router.get("/jobs/{job_id}")
 def show_job(context: RequestContext, owner: Tenant, job_id: JobId) -> Response:
     """One job."""
-    view = commands.get_job(context.db, owner, check_id("job", job_id))
-    queue = commands.queue_facts(context.db, view) if view.state == "queued" else None
+    view = queries.get_job(context.db, owner, check_id("job", job_id))
+    queue = queries.queue_facts(context.db, view) if view.state == "queued" else None
     delivered = view.state == "succeeded"
-    report = commands.read_report(context.db, owner, job_id) if delivered else None
+    report = queries.read_report(context.db, owner, job_id) if delivered else None
     files = list_artifacts(context.db, owner, job_id) if delivered else []
     events = _newest_events(context, owner, job_id)
     return _page(
@@ -81,7 +81,7 @@ def download_artifact(
 @router.get("/jobs/{job_id}/logs")
 def show_log(context: RequestContext, owner: Tenant, job_id: JobId) -> Response:
     """The trainer's log, for the job's page."""
-    return PlainTextResponse(commands.read_log(context.db, owner, check_id("job", job_id)))
+    return PlainTextResponse(read_log(context.db, owner, check_id("job", job_id)))
 
 
 @router.get("/assets/{name}")
@@ -96,9 +96,7 @@ def asset(name: str) -> Response:
 
 def _newest_events(context: Context, owner: str, job_id: str) -> list[EventView]:
     newest: list[EventView] = []
-    while found := commands.list_events(
-        context.db, owner, job_id, after=newest[-1].seq if newest else 0, limit=MOST_EVENTS
-    ):
+    while found := list_events(context.db, owner, job_id, after=newest[-1].seq if newest else 0, limit=MOST_EVENTS):
         newest = (newest + found)[-NEWEST_EVENTS:]
     return newest
 

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from app.api import responses
 from app.api.rendering import Json, worker_document
 from app.api.routes.jobs import RequestContext
-from app.jobs.attempts import list_workers
+from app.jobs.workers import list_workers
 
 router = APIRouter(prefix="/v1/workers", tags=["operation"])
 

@@ -49,7 +49,7 @@ def both_networks() -> dict[str, bytes]:
 def submit(db: Database, spec: Mapping[str, Any] = lives.SPEC, *, tenant: str = lives.TENANT) -> str:
     """The id of a new job, which needs what its spec refers to."""
     needs = references_in(parse_job(dict(spec)))
-    return commands.submit(db, tenant=tenant, spec=dict(spec), needs=needs)[0].id
+    return commands.submit_job(db, tenant=tenant, spec=dict(spec), needs=needs)[0].id
 
 
 def finished_job(

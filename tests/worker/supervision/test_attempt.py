@@ -13,8 +13,9 @@ import pytest
 
 from app.database.engine import Database
 from app.errors import DataInvalid, StorageFull, Unavailable
-from app.jobs import attempts, commands
-from app.jobs.commands import JobView
+from app.jobs import attempts, commands, queries
+from app.jobs.events import list_events
+from app.jobs.queries import JobView
 from app.settings import Settings
 from app.storage import LocalStorage
 from tests.support.jobs import lives
@@ -70,7 +71,7 @@ def run_one(
     stopping: Callable[[], bool] = lambda: False,
 ) -> JobView:
     """The job after its second attempt, which has a checkpoint to fetch."""
-    job_id = commands.submit(db, tenant=lives.TENANT, spec=spec)[0].id
+    job_id = commands.submit_job(db, tenant=lives.TENANT, spec=spec)[0].id
     first = lives.claim(db, job_id)
     lives.checkpoint(db, first, 1)
     attempts.release(db, first)
@@ -90,11 +91,11 @@ def run_one(
     meanwhile(job_id)
     thread.join(20)
     assert not thread.is_alive()
-    return commands.get_job(db, lives.TENANT, job_id)
+    return queries.get_job(db, lives.TENANT, job_id)
 
 
 def last_event(db: Database, job: JobView) -> str:
-    return commands.list_events(db, lives.TENANT, job.id)[-1].message
+    return list_events(db, lives.TENANT, job.id)[-1].message
 
 
 def refuse(error: Exception) -> Callable[[], None]:

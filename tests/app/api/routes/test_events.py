@@ -15,7 +15,7 @@ import pytest
 
 from app.api import context
 from app.api.routes import events
-from app.jobs import commands
+from app.jobs import commands, queries
 from tests.support.services.api import Api, served_api
 
 STREAM = {"Accept": "text/event-stream"}
@@ -197,7 +197,7 @@ def test_many_readers_of_one_job_ask_the_database_once_a_look(served, monkeypatc
     api, client = served
     job_id = api.submit()["id"]
     asked: list[str] = []
-    version = commands.job_version
+    version = queries.job_version
 
     def counting(db: Any, tenant: str, job: str) -> str:
         asked.append(job)
