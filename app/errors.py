@@ -34,7 +34,6 @@
     ├── JobError                        ends a job: `failed` with code, sentence, hint
     │   ├── BudgetMissed, DataInvalid, DataUnavailable, DiskFull, Diverged, LayerEmptied, OutOfMemory,
     │   └── Poisoned, QuantizationFailed, SourceUnavailable, TimeLimit, VerificationFailed, WeightsInvalid
-    ├── ObjectExists                    the object store has this key already
     ├── LostOwnership                   another worker owns the job now: stop, write nothing
     └── StartupError                    a process cannot start: one sentence that says what to do
         └── NewerDatabase               the schema was made by a later release
@@ -350,7 +349,7 @@ class DataInvalid(JobError):
 
 
 class DataUnavailable(JobError):
-    """The data set cannot be had on this machine."""
+    """The data set cannot be obtained on this machine."""
 
     code = "data_unavailable"
     hint = "put the files where ESPALIER_DATA_PATH points"
@@ -424,12 +423,6 @@ class VerificationFailed(JobError):
 
     code = "verification_failed"
     hint = "retry the job; if it fails again, report it with the job's log"
-
-
-class ObjectExists(EspalierError):
-    """There is an object with this key already."""
-
-    code = "object_exists"
 
 
 class LostOwnership(EspalierError):

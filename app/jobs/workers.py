@@ -63,7 +63,7 @@ def remove_worker(db: Database, worker_id: str) -> None:
 
 
 def list_workers(db: Database) -> list[WorkerView]:
-    """Every worker that has not removed its row, oldest first; `alive` if it reported in the last 30 s."""
+    """Every registered worker, oldest first; `alive` if it reported in the last 30 s."""
     with db.read() as session:
         rows = session.execute(
             select(

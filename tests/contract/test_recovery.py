@@ -18,6 +18,7 @@ from app.settings import Settings
 from app.storage import LocalStorage, Storage
 from tests.support.jobs import lives
 from tests.support.jobs.lives import SPEC, TENANT, event_types
+from tests.support.services.uploads import put_bytes
 
 NO_AGE = timedelta(seconds=-5)  # the store's clock may be a little ahead
 
@@ -143,7 +144,7 @@ def test_errands_are_carried_out_once_and_objects_of_a_deleted_job_are_gone(
 ) -> None:
     job_id, other = lives.submit(db).id, lives.submit(db).id
     for owner in (job_id, other):
-        local_storage.put_bytes(artifact_key(owner, 1, "model.py"), b"x")
+        put_bytes(local_storage, artifact_key(owner, 1, "model.py"), b"x")
     commands.delete_job(db, TENANT, job_id)
     assert sweeper.run_errands() == 3
     assert sorted(bell.rung) == sorted([job_id, other])
@@ -157,8 +158,8 @@ def test_only_old_checkpoints_objects_are_deleted_not_a_step_that_begins_alike(
     claim = lives.claim(db, lives.submit(db).id)
     for step in (10, 100, 1000):
         key = checkpoint_key(claim.job_id, claim.attempt, step)
-        local_storage.put_bytes(key, b"tensors")
-        local_storage.put_bytes(state_key(key), b"{}")
+        put_bytes(local_storage, key, b"tensors")
+        put_bytes(local_storage, state_key(key), b"{}")
         lives.checkpoint(db, claim, step)
     sweeper.run_errands()
     kept = [stored.key.rpartition("/")[2] for stored in local_storage.list("jobs/")]
@@ -173,7 +174,7 @@ def test_an_errand_whose_store_is_away_comes_again_and_holds_up_no_other(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     job_id, waiting = lives.submit(db).id, lives.submit(db).id
-    local_storage.put_bytes(artifact_key(job_id, 1, "model.py"), b"x")
+    put_bytes(local_storage, artifact_key(job_id, 1, "model.py"), b"x")
     commands.delete_job(db, TENANT, job_id)
     away = Sweeper(db, AwayStorage(tmp_path_factory.mktemp("away")), bell, settings)
     assert away.run_errands() == 2
@@ -217,7 +218,7 @@ def test_garbage_is_what_no_row_names_and_no_living_attempt_can_name(
         "datasets/data_gone/packed/train.images.npy",
     }
     for key in kept | garbage:
-        storage.put_bytes(key, b"x")
+        put_bytes(storage, key, b"x")
     sweeper = Sweeper(db, storage, bell, settings)
     assert sweeper.collect_garbage() == [], "nothing is a day old"
     assert set(sweeper.collect_garbage(NO_AGE)) == garbage
@@ -250,7 +251,7 @@ def test_a_sweep_does_all_of_it_and_may_be_repeated(
     workers.register_worker(db, "w", host="h", pid=1, slots=2, device="cpu")
     silent = lives.claim(db, lives.submit(db).id, lease_s=-1)
     waiting = lives.submit(db).id
-    local_storage.put_bytes(artifact_key("job_gone", 1, "x"), b"x")
+    put_bytes(local_storage, artifact_key("job_gone", 1, "x"), b"x")
     sweeper.sweep()
     clock.now_s += 3600
     sweeper.sweep()

@@ -29,6 +29,7 @@ from tests.support.jobs.lives import TENANT
 from tests.support.jobs.sources import SEEN
 from tests.support.jobs.weights import good, tensors_of
 from tests.support.services.datasets import sweep
+from tests.support.services.uploads import put_bytes
 
 UNKNOWN = "job_" + "0" * 26
 LAYERS = [{"type": "conv", "name": "one", "out_channels": 4, "kernel_size": 3}, {"type": "linear", "out_features": 10}]
@@ -120,7 +121,7 @@ def test_a_file_that_is_refused_leaves_nothing(db: Database, local_storage: Stor
 
 
 def test_bytes_whose_row_never_came_are_garbage(db: Database, local_storage: Storage, settings: Settings) -> None:
-    local_storage.put_bytes("weights/wt_orphan/weights.safetensors", b"x")
+    put_bytes(local_storage, "weights/wt_orphan/weights.safetensors", b"x")
     sweep(db, local_storage, settings)
     assert keys(local_storage) == []
 

@@ -205,7 +205,7 @@ class AttemptRunner:
         """Everything that the trainer reads, on this machine's disk; in the porter's thread."""
         spec = parse_job(self._claim.spec)
         data = self._porter.keep_trying(
-            lambda: registry.materialize(
+            lambda: registry.materialize_data(
                 spec.data,
                 self._claim.spec["model"].get("input_shape"),
                 db=self._db,

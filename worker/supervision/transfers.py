@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from app.database.engine import Database
-from app.errors import SourceUnavailable, Unavailable
+from app.errors import ObjectNotFound, SourceUnavailable, Unavailable
 from app.failpoints import failpoint
 from app.jobs import attempts, references
 from app.jobs.artifacts import artifact_key, checkpoint_key, latest_checkpoints, state_key
 from app.jobs.attempts import Claim
 from app.jobs.references import SourceFile
 from app.spec.references import Reference
-from app.storage import ObjectNotFound, Storage
+from app.storage import Storage
 from worker.checkpoint import CheckpointRefused, check_checkpoint, file_digest, spec_digest
 
 T = TypeVar("T")
@@ -118,7 +118,7 @@ class Transfers:
     def _fetch_source(self, reference: Reference, file: SourceFile, path: Path) -> None:
         what = f"the network of job {reference.id}" if reference.kind == "job" else f"weights {reference.id}"
         try:
-            self.keep_trying(lambda: self._storage.bring(file.key, path))
+            self.keep_trying(lambda: self._storage.link_or_fetch(file.key, path))
         except ObjectNotFound as error:
             message = f"{what}: {file.name} is gone from the object store"
             raise SourceUnavailable(message, pointer=reference.pointer) from error

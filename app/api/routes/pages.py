@@ -1,4 +1,4 @@
-"""`/` and `/jobs/{id}`: the web page. It is made from the API's documents, and its own addresses serve all it needs.
+"""`/` and `/jobs/{id}`: the web pages, made from the API's documents. Their own addresses serve all they need.
 
 With a key set, browsers ask for it once (HTTP Basic, the key as password) and send it to these addresses, not to /v1.
 """
@@ -10,12 +10,11 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
-from app.api.context import Context
+from app.api.context import Context, RequestContext, Tenant
 from app.api.parameters import After, Cursor, JobId, LastEventId, check_id, parse_last_event_id
 from app.api.rendering import artifact_document, event_document, job_document
 from app.api.routes.artifacts import ArtifactName, send_artifact
 from app.api.routes.events import stream_events
-from app.api.routes.jobs import RequestContext, Tenant
 from app.errors import NotFound
 from app.jobs import queries
 from app.jobs.artifacts import list_artifacts
@@ -34,7 +33,7 @@ def show_jobs(
 ) -> Response:
     """The newest jobs."""
     page, following = queries.list_jobs(context.db, owner, state=state, limit=ROWS, cursor=cursor)
-    return _page(pages.jobs_page([job_document(job) for job in page], following, state))
+    return _html(pages.jobs_page([job_document(job) for job in page], following, state))
 
 
 @router.get("/jobs/{job_id}")
@@ -46,7 +45,7 @@ def show_job(context: RequestContext, owner: Tenant, job_id: JobId) -> Response:
     report = queries.read_report(context.db, owner, job_id) if delivered else None
     files = list_artifacts(context.db, owner, job_id) if delivered else []
     events = _newest_events(context, owner, job_id)
-    return _page(
+    return _html(
         pages.job_page(
             job_document(view, queue),
             report,
@@ -58,7 +57,6 @@ def show_job(context: RequestContext, owner: Tenant, job_id: JobId) -> Response:
 
 @router.get("/jobs/{job_id}/events")
 def follow_events(
-    request: Request,
     context: RequestContext,
     owner: Tenant,
     job_id: JobId,
@@ -67,7 +65,7 @@ def follow_events(
 ) -> Response:
     """The stream of a job's events, for its page."""
     resumed = parse_last_event_id(last_event_id)
-    return stream_events(request, context, owner, check_id("job", job_id), after if resumed is None else resumed)
+    return stream_events(context, owner, check_id("job", job_id), after if resumed is None else resumed)
 
 
 @router.get("/jobs/{job_id}/artifacts/{name}")
@@ -101,5 +99,5 @@ def _newest_events(context: Context, owner: str, job_id: str) -> list[EventView]
     return newest
 
 
-def _page(html: str) -> Response:
+def _html(html: str) -> Response:
     return HTMLResponse(html, headers={"Content-Security-Policy": pages.POLICY})

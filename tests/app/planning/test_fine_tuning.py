@@ -93,7 +93,7 @@ def test_patterns_are_for_the_network_after_the_rewrites() -> None:
     made = plan(training={"frozen": ["conv1_*"]}, optimizations=[{"type": "batch_norm"}])
     (name,) = made.frozen
     assert made.baseline[name].type == "batch_norm"
-    assert name not in made.given
+    assert name not in made.context
 
 
 def test_frozen_layers_that_nobody_trained_are_told() -> None:

@@ -44,8 +44,8 @@ def test_the_answer_has_the_fields_of_the_contract() -> None:
 def test_given_is_the_network_as_sent_and_baseline_the_one_that_is_trained() -> None:
     planned = plan(optimizations=STEPS)
     plain = plan()
-    assert planned.given == plain.given
-    assert planned.given_cost == plain.baseline_cost == plain.planned_cost == cost(plain.given)
+    assert planned.context == plain.context
+    assert planned.given_cost == plain.baseline_cost == plain.planned_cost == cost(plain.context)
     assert planned.baseline_cost == cost(planned.baseline)
     assert planned.baseline_cost.macs > planned.given_cost.macs
     assert len(planned.graphs) == len(STEPS) + 1
@@ -97,22 +97,22 @@ def test_written_layers_keep_their_form_and_get_the_shape_of_the_data() -> None:
     planned = plan(COLOUR, model={"layers": layers})
     assert isinstance(planned.spec.model, LayersModel)
     assert planned.spec.model.input_shape == (3, 32, 32)
-    assert planned.given["linear1"].params == 3072 * 10 + 10
+    assert planned.context["linear1"].params == 3072 * 10 + 10
 
 
 def test_pictures_of_mixed_sizes_take_the_shape_of_the_job() -> None:
-    assert plan(PICTURES, model={"preset": "resnet20", "input_shape": [3, 24, 24]}).given.input_shape == (3, 24, 24)
+    assert plan(PICTURES, model={"preset": "resnet20", "input_shape": [3, 24, 24]}).context.input_shape == (3, 24, 24)
 
 
 def test_the_graph_of_a_completed_spec_can_be_had_alone() -> None:
     planned = plan(COLOUR, model={"preset": "resnet20", "width": 0.5})
-    assert given_graph(planned.spec, 10) == planned.given
+    assert given_graph(planned.spec, 10) == planned.context
 
 
 def test_the_planned_network_can_be_sent_again_as_layers() -> None:
     planned = plan(COLOUR, model={"preset": "resnet20"}, optimizations=[{"type": "prune", "budget": {"macs": 0.5}}])
     again = plan(COLOUR, model={"input_shape": [3, 32, 32], "layers": planned.planned.to_layers()})
-    assert again.given == planned.planned
+    assert again.context == planned.planned
     assert again.given_cost == planned.planned_cost
 
 

@@ -79,7 +79,7 @@ def test_a_network_that_is_not_there_is_a_fault_where_it_is_named() -> None:
 def test_the_network_of_a_job_is_taken_as_it_is_where_the_classes_are_as_many() -> None:
     source = source_of()
     plan = planned(GREY, {KEY: source}, model={"job": "j1"})
-    assert plan.given.to_layers() == list(source.layers or ())
+    assert plan.context.to_layers() == list(source.layers or ())
     assert plan.start is not None
     assert (plan.start.fresh, plan.start.mean, plan.start.std) == ((), (0.25,), (0.5,))
     assert plan.warnings == ()
@@ -210,7 +210,7 @@ def test_layers_that_rewrites_bring_are_fresh_and_the_rest_is_not() -> None:
     plan = planned(GREY, {KEY: source_of()}, model={"job": "j1"}, optimizations=[{"type": "batch_norm"}])
     assert plan.start is not None
     assert len(plan.start.fresh) == 1
-    assert plan.start.fresh[0] not in plan.given
+    assert plan.start.fresh[0] not in plan.context
     assert "start fresh" in said(plan, "/model/job")[0]
     wide = [{"type": "conv", "name": "wide", "out_channels": 8, "kernel_size": 5, "padding": 2}, *pooled(10)]
     stacked = planned(GREY, {KEY: source_of(wide)}, model={"job": "j1"}, optimizations=[{"type": "small_kernels"}])

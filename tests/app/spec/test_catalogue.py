@@ -42,7 +42,7 @@ def test_every_example_is_a_job_that_can_be_planned(entry: dict[str, Any]) -> No
     assert entry["examples"][0] == entry["example"]
     for example in entry["examples"]:
         planned = plan(COLOUR, model={"layers": layers}, optimizations=[example])
-        changes = planned.baseline != planned.given or planned.planned_cost != planned.baseline_cost
+        changes = planned.baseline != planned.context or planned.planned_cost != planned.baseline_cost
         assert changes or entry["type"] in ("regularization", "quantize")
 
 
@@ -51,7 +51,7 @@ def test_every_preset_example_has_the_cost_that_is_stated(entry: dict[str, Any])
     shape, classes = tuple(entry["input_shape"]), entry["classes"]
     facts = DataFacts("usual", shape, classes, tuple(map(str, range(classes))), 10_000, 1_000, "float32")
     planned = plan(facts, model=entry["example"])
-    assert cost(planned.given).document() == entry["cost"]
+    assert cost(planned.context).document() == entry["cost"]
     assert entry["description"]
     assert entry["source"]
 

@@ -33,7 +33,7 @@ def planned(document: dict[str, Any]) -> Plan:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_example_can_be_planned_and_stands_in_the_readme(path: Path) -> None:
     plan = planned(read(path.stem))
-    assert plan.given.input_shape == (3, 32, 32)
+    assert plan.context.input_shape == (3, 32, 32)
     assert plan.spec.training.optimizer.lr == 0.01
     assert plan.spec.training.epochs == 10
     assert f"]({path.name})" in (FOLDER / "README.md").read_text()

@@ -20,6 +20,7 @@ from app.storage import LocalStorage
 from tests.support.jobs import lives
 from tests.support.jobs.finished import both_networks, finished_job, submit
 from tests.support.jobs.weights import good
+from tests.support.services.uploads import put_bytes
 from worker.run.references import read_sources
 from worker.supervision import transfers
 from worker.supervision.transfers import Transfers
@@ -30,11 +31,11 @@ class Store(LocalStorage):
 
     absences = 0
 
-    def bring(self, key: str, path: Path) -> None:
+    def link_or_fetch(self, key: str, path: Path) -> None:
         if self.absences:
             self.absences -= 1
             raise Unavailable
-        super().bring(key, path)
+        super().link_or_fetch(key, path)
 
 
 @pytest.fixture
@@ -130,7 +131,7 @@ def test_bytes_that_are_gone_or_changed_end_the_job_with_advice(
     if how == "gone":
         store.delete(key)
     else:
-        store.put_bytes(key, store.get_bytes(key)[:-1] + b"\x01")
+        put_bytes(store, key, store.get_bytes(key)[:-1] + b"\x01")
     with pytest.raises(SourceUnavailable, match="is gone from" if how == "gone" else "are not those that were") as end:
         made.fetch_sources(named, tmp_path / "sources")
     assert (end.value.code, end.value.pointer) == ("source_unavailable", "/model/job")

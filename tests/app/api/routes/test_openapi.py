@@ -231,6 +231,6 @@ def test_two_applications_have_counters_of_their_own(api, tmp_path):
 def test_the_service_is_not_ready_while_it_stops_or_cannot_store(tmp_path):
     with open_api(tmp_path) as api:
         assert api.client.get("/readyz").json() == {"status": "ready"}
-        api.given.stopping.set()
+        api.context.stopping.set()
         assert api.client.get("/readyz").json()["code"] == "unavailable"
         assert api.client.get("/healthz").status_code == 200
