@@ -1,6 +1,6 @@
 """The object store: a local folder, or S3, GCS and Azure through obstore, by URL.
 
-Keys are made of our own ids and names only. An object appears whole or not at all. In a local folder we write the files
+Keys are made of our own ids and names only. An object is there whole or not at all. In a local folder we write the files
 ourselves: obstore's LocalStore never calls fsync, so its objects survive a kill but not a power cut, and it follows
 symbolic links out of its folder.
 """
@@ -56,9 +56,9 @@ class StoredObject:
 
 
 class Storage(ABC):
-    """Where bytes lie.
+    """A store of objects: bytes under keys.
 
-    Every method may raise Unavailable (away, full, access denied); a malformed key is a ValueError.
+    Every method may raise Unavailable (no answer, full, access denied); a malformed key is a ValueError.
     """
 
     @classmethod
@@ -83,7 +83,7 @@ class Storage(ABC):
 
     @abstractmethod
     def put_file(self, key: str, path: Path) -> None:
-        """Store the file's bytes, streamed; replaces what is there."""
+        """Store the file's bytes, streamed; replaces the object that is there."""
 
     @abstractmethod
     def size(self, key: str) -> int:
@@ -98,7 +98,7 @@ class Storage(ABC):
 
     @abstractmethod
     def delete(self, key: str) -> None:
-        """Remove the object; one that is not there is fine."""
+        """Remove the object, if it is there."""
 
     @abstractmethod
     def list(self, prefix: str) -> list[StoredObject]:
@@ -116,14 +116,14 @@ class Storage(ABC):
                 file.write(chunk)
 
     def link_or_fetch(self, key: str, path: Path) -> None:
-        """The object as a file that is only read: a hard link where it lies on the same disk, else as `fetch`.
+        """Make the object a file that is only read: a hard link where it is on the same disk, else a copy as by `fetch`.
 
         Raises ObjectNotFound.
         """
         self.fetch(key, path)
 
     def delete_prefix(self, prefix: str) -> int:
-        """Remove all objects whose keys begin with the prefix; how many. Raises ValueError for an empty prefix."""
+        """Remove all objects whose keys begin with the prefix; returns how many. Raises ValueError for an empty prefix."""
         if not prefix:
             raise ValueError("an empty prefix would delete everything")
         found = self.list(prefix)
@@ -132,11 +132,11 @@ class Storage(ABC):
         return len(found)
 
     def local_path(self, key: str) -> Path | None:
-        """Where the object lies on this machine's disk; None for a remote store. Raises ObjectNotFound."""
+        """The path of the object on this machine's disk; None for a remote store. Raises ObjectNotFound."""
         return None
 
     def sweep_temporaries(self, older_than_s: float = TEMPORARY_AGE_S) -> int:
-        """Remove what killed writers left behind; how many. Remote stores have rules of their own for that."""
+        """Remove the partial files of killed writers; returns how many. Remote stores have rules of their own for that."""
         return 0
 
 
@@ -186,7 +186,7 @@ class LocalStorage(Storage):
         with _translate_disk_errors():
             for path in self._files(prefix.rpartition("/")[0]):
                 key = path.relative_to(self._root).as_posix()
-                if key.startswith(prefix) and KEY.fullmatch(key):  # else half written, or a file that is not ours
+                if key.startswith(prefix) and KEY.fullmatch(key):  # else partly written, or a file that is not ours
                     try:
                         stat = path.stat()
                     except FileNotFoundError:
@@ -240,7 +240,7 @@ class LocalStorage(Storage):
         try:
             with _translate_disk_errors():
                 yield
-        except FileNotFoundError as error:  # deleted between the look and the touch
+        except FileNotFoundError as error:  # deleted after it was found
             raise ObjectNotFound from error
 
     @contextmanager
@@ -253,11 +253,11 @@ class LocalStorage(Storage):
                     yield file
                 return
             except _FolderRemoved:
-                continue  # a delete took the empty folder away
+                continue  # a deletion removed the empty folder
         raise Unavailable
 
     def _make_folder(self, folder: Path) -> None:
-        """Make the folder; each new one is in its parent's entries on the disk."""
+        """Make the folder and its parents; the entry of each new one is synced to the disk."""
         missing = []
         while not folder.is_dir():
             missing.append(folder)
@@ -326,7 +326,7 @@ def _check_key(key: str) -> str:
 
 
 def _age_s(path: Path) -> float:
-    """Seconds since the file was written; below zero for one that is gone."""
+    """Seconds since the file was written; below zero for one that was removed."""
     try:
         return time.time() - path.stat().st_mtime
     except FileNotFoundError:
@@ -347,7 +347,7 @@ def _chunks(file: BinaryIO, start: int, end: int | None) -> Iterator[bytes]:
 
 
 def _link_file(source: Path, path: Path) -> bool:
-    """Whether `path` is now a second name of the file, which nobody changes: objects are replaced."""
+    """Make `path` a second name of the file, which nobody changes: objects are replaced; False where links are refused."""
     try:
         os.link(source, path)
     except OSError as error:
@@ -358,7 +358,7 @@ def _link_file(source: Path, path: Path) -> bool:
 
 
 class _FolderRemoved(Exception):
-    """The folder was removed between its making and the first byte."""
+    """The folder was removed before the first byte was written."""
 
 
 @contextmanager
@@ -390,7 +390,7 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def _translate_disk_errors() -> Iterator[None]:
-    """Errors of the disk in our words; a file that is not there is the caller's."""
+    """Translate errors of the disk to ours; a file that is not there is left to the caller."""
     try:
         yield
     except FileNotFoundError:
@@ -405,7 +405,7 @@ def _translate_disk_errors() -> Iterator[None]:
 
 @contextmanager
 def _translate_store_errors(*, reads: bool = True) -> Iterator[None]:
-    """Errors of the store in our words. What is missing in a read is the object, else the bucket."""
+    """Translate errors of the store to ours. What is missing in a read is the object, else the bucket."""
     try:
         yield
     except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:

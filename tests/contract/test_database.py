@@ -264,7 +264,7 @@ def test_a_database_that_stays_away_after_a_lost_commit_says_try_again(postgres_
 
         looks = 0
 
-        def _look_up(self, landed: object, result: object) -> bool:
+        def _look_up_commit(self, landed: object, result: object) -> bool:
             self.looks += 1
             proxy.cut(b"COMMIT", "before")
             return False

@@ -47,7 +47,6 @@ class Builtin:
     """A data set that every installation knows: its facts, the sha256 of its unpacked files, where the files are."""
 
     facts: DataFacts
-    title: str
     sha256: Mapping[str, str]
     mirrors: tuple[str, ...]
     debian_package: str | None
@@ -87,9 +86,9 @@ FASHION_CLASSES = (
 BUILTIN: Mapping[str, Builtin] = {
     builtin.name: builtin
     for builtin in (
+        # 28 x 28 grey pictures of clothes (Zalando, MIT licence)
         Builtin(
             facts=_facts("fashion-mnist", FASHION_CLASSES),
-            title="Fashion-MNIST: 28 x 28 grey pictures of clothes (Zalando, MIT licence)",
             sha256={
                 "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
                 "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
@@ -103,9 +102,9 @@ BUILTIN: Mapping[str, Builtin] = {
             debian_package="dataset-fashion-mnist",
             folder_names=("fashion-mnist", "FashionMNIST/raw"),
         ),
+        # 28 x 28 grey pictures of handwritten digits
         Builtin(
             facts=_facts("mnist", tuple(str(digit) for digit in range(10))),
-            title="MNIST: 28 x 28 grey pictures of handwritten digits",
             sha256={
                 "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
                 "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",

@@ -48,7 +48,7 @@ class Picture:
 
 
 @dataclass
-class Split:
+class DecodedSplit:
     """The decoded pictures of one split: bytes in a file, a row (offset, height, width, channels) and a label each."""
 
     file: BinaryIO
@@ -88,7 +88,7 @@ def pack_pictures(archive: Archive, out: Path, limits: UploadLimits) -> Pictures
     problems = list(layout.problems)
     numbers = {name: number for number, name in enumerate(class_names)}
     all_files = len(layout.pictures) + len(problems)
-    splits = {split: Split((out / f"{split}.pixels.bin").open("wb")) for split in SPLITS}
+    splits = {split: DecodedSplit((out / f"{split}.pixels.bin").open("wb")) for split in SPLITS}
     decoded_bytes = 0
     try:
         for entry, stream in archive.members():
@@ -213,7 +213,12 @@ class _Layout:
                 self.pictures[name] = Picture("test", self.pictures[name].class_name)
 
     def notes(
-        self, held_out: bool, splits: list[Split], skipped: int, files: int, example_shape: tuple[int, int, int] | None
+        self,
+        held_out: bool,
+        splits: list[DecodedSplit],
+        skipped: int,
+        files: int,
+        example_shape: tuple[int, int, int] | None,
     ) -> tuple[str, ...]:
         """What the sender and the report should know."""
         notes: list[str] = []
@@ -278,7 +283,7 @@ def flatten_picture(picture: Image.Image) -> npt.NDArray[np.uint8]:
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
-def _write_arrays(out: Path, splits: dict[str, Split]) -> tuple[int, int, int] | None:
+def _write_arrays(out: Path, splits: dict[str, DecodedSplit]) -> tuple[int, int, int] | None:
     """Write labels, and images or sizes; returns the shape H x W x C that all pictures share, None for mixed sizes.
 
     Where some are grey and some in colour but all of one size, the grey ones get three equal channels.
@@ -298,7 +303,7 @@ def _write_arrays(out: Path, splits: dict[str, Split]) -> tuple[int, int, int] |
     return (*sizes.pop(), channels) if len(sizes) == 1 else None
 
 
-def _write_images(pixels: Path, split: Split, path: Path, shape: tuple[int, int, int]) -> None:
+def _write_images(pixels: Path, split: DecodedSplit, path: Path, shape: tuple[int, int, int]) -> None:
     read: Callable[[int], bytes]
     with pixels.open("rb") as file, ArrayFile(path, shape, "uint8") as images:
         read = file.read

@@ -52,7 +52,7 @@ def db(tmp_path: Path) -> Iterator[Database]:
 
 @pytest.fixture
 def trainer_pool(tmp_path: Path) -> Iterator[TrainerPool]:
-    """A nursery whose folder is a file: no trainer starts."""
+    """A pool whose folder is a file: no trainer starts."""
     (tmp_path / "blocked").touch()
     made = TrainerPool(tmp_path / "blocked", spares=0)
     yield made
@@ -198,14 +198,14 @@ def test_nobody_waits_for_a_slow_download(
     assert (job.state, job.crashes) == (state, 0)
 
 
-def test_a_nursery_outlives_a_spare_that_cannot_be_started(tmp_path: Path) -> None:
+def test_a_trainer_pool_outlives_a_spare_that_cannot_be_started(tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
     scratch.touch()
     trainer_pool = TrainerPool(scratch, spares=1)
     with pytest.raises(FileExistsError):
-        trainer_pool.take()
+        trainer_pool.take_trainer()
     scratch.unlink()
-    trainer = trainer_pool.take()
+    trainer = trainer_pool.take_trainer()
     trainer.discard()
     trainer_pool.close()
     assert list(scratch.iterdir()) == []
@@ -215,7 +215,7 @@ def test_a_worker_removes_the_scratch_of_dead_workers_of_its_host_only(tmp_path:
     host, dead = platform.node(), 2**22 + 1  # above the largest pid
     for name in (f"{host}.{dead}", f"{host}.{os.getppid()}", f"elsewhere.{dead}", f"{host}.{os.getpid()}"):
         (tmp_path / name / "job-1").mkdir(parents=True)
-    own = supervisor._own_scratch(tmp_path)
+    own = supervisor._make_scratch(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         [f"{host}.{os.getppid()}", f"elsewhere.{dead}", own.name]
     )

@@ -1,4 +1,4 @@
-"""What the porter brings to a trainer of the networks that its job refers to: whole, proven by their hashes, or a clear end."""
+"""Fetching of the networks that a job refers to: whole and checked by their hashes, or a clear error."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def spec_of(source: str, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def carried(db: Database, store: Store, source: str) -> Iterator[tuple[Transfers, tuple[Reference, ...]]]:
-    """The porter of a job that starts from a finished one and learns from its baseline, and what it is to fetch."""
+    """The transfers of a job that starts from a finished one and learns from its baseline, and what they are to fetch."""
     made = Transfers(lives.claim(db, submit(db, spec_of(source))), db, store)
     yield made, references_in(parse_job(spec_of(source)))
     made.close()
