@@ -1,4 +1,4 @@
-"""Who may see what: the one key of an installation, and the tenant on every query."""
+"""Access: the one key of an installation, and the tenant in every query."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Everything that can go wrong and that somebody outside has to understand: code, HTTP status, sentence, advice.
+"""Everything that can go wrong and that a user or an operator has to understand: code, HTTP status, sentence, advice.
 
     EspalierError
-    ├── RequestError                    refused at the door: an HTTP answer
+    ├── RequestError                    a refused request: an HTTP answer
     │   ├── MalformedRequest            400 malformed_request
     │   ├── InvalidJson                 400 invalid_json
     │   ├── InvalidHeader               400 invalid_parameter
@@ -34,7 +34,6 @@
     ├── JobError                        ends a job: `failed` with code, sentence, hint
     │   ├── BudgetMissed, DataInvalid, DataUnavailable, DiskFull, Diverged, LayerEmptied, OutOfMemory,
     │   └── Poisoned, QuantizationFailed, SourceUnavailable, TimeLimit, VerificationFailed, WeightsInvalid
-    ├── ObjectExists                    the object store has this key already
     ├── LostOwnership                   another worker owns the job now: stop, write nothing
     └── StartupError                    a process cannot start: one sentence that says what to do
         └── NewerDatabase               the schema was made by a later release
@@ -61,7 +60,7 @@ class Fault:
     value: JsonValue = None
 
     def document(self) -> dict[str, JsonValue]:
-        """The fault as it stands in `errors[]` of a problem answer."""
+        """The fault as an entry of `errors` in a problem answer."""
         document: dict[str, JsonValue] = {"pointer": self.pointer, "message": self.message}
         if self.limit is not None:
             document["limit"] = self.limit
@@ -105,7 +104,7 @@ class InvalidJson(RequestError):
 
 
 class InvalidHeader(RequestError):
-    """A header of the request is not what it may be."""
+    """A header of the request is not valid."""
 
     code = "invalid_parameter"
     title = "Invalid header"
@@ -168,7 +167,7 @@ class UnsupportedMediaType(RequestError):
 
 
 class RangeNotSatisfiable(RequestError):
-    """The range begins behind the end of the file."""
+    """The range begins after the end of the file."""
 
     code = "range_not_satisfiable"
     status = 416
@@ -220,7 +219,7 @@ class InvalidSpec(RequestError):
 
 
 class InvalidWeights(RequestError):
-    """The file is not one of weights that can be used: send safetensors with floating-point tensors."""
+    """The file cannot be used as weights: send safetensors with floating-point tensors."""
 
     code = "invalid_weights"
     status = 422
@@ -231,7 +230,7 @@ class InvalidWeights(RequestError):
 
 
 class InvalidParameter(RequestError):
-    """A parameter of the request is not what it may be."""
+    """A parameter of the request is not valid."""
 
     code = "invalid_parameter"
     status = 422
@@ -323,7 +322,7 @@ class JobError(EspalierError):
     """The job cannot go on."""
 
     code = "failed"
-    hint: ClassVar[str] = "look at the job's log"
+    hint: ClassVar[str] = "read the job's log"
 
     def __init__(self, message: str | None = None, *, pointer: str | None = None, hint: str | None = None) -> None:
         super().__init__(message)
@@ -339,18 +338,18 @@ class BudgetMissed(JobError):
     """The pruned network is larger than its budget."""
 
     code = "budget_missed"
-    hint = "raise the budget, or lower min_channels and the exclusions that hold the network up"
+    hint = "raise the budget, lower min_channels, or exclude fewer layers"
 
 
 class DataInvalid(JobError):
     """The data cannot be used."""
 
     code = "data_invalid"
-    hint = "look at the data set's problems, mend the upload and send it again"
+    hint = "read the data set's problems, correct the upload and send it again"
 
 
 class DataUnavailable(JobError):
-    """The data set cannot be had on this machine."""
+    """The data set cannot be obtained on this machine."""
 
     code = "data_unavailable"
     hint = "put the files where ESPALIER_DATA_PATH points"
@@ -385,7 +384,7 @@ class Diverged(JobError):
 
 
 class LayerEmptied(JobError):
-    """Pruning would leave nothing of a layer."""
+    """Pruning would remove all of a layer."""
 
     code = "layer_emptied"
     hint = "lower the threshold, or exclude the layer"
@@ -424,12 +423,6 @@ class VerificationFailed(JobError):
 
     code = "verification_failed"
     hint = "retry the job; if it fails again, report it with the job's log"
-
-
-class ObjectExists(EspalierError):
-    """There is an object with this key already."""
-
-    code = "object_exists"
 
 
 class LostOwnership(EspalierError):

@@ -17,11 +17,11 @@ _hits: Counter[str] = Counter()
 
 
 class FailpointReached(RuntimeError):
-    """A test asked for an error at this place."""
+    """A test wants an error at this place."""
 
 
 def failpoint(where: str) -> None:
-    """Act if the environment names this place; a dictionary look-up otherwise."""
+    """Stop, kill or slow this process if the environment names this place; else one look-up in a dictionary."""
     plan = os.environ.get(VARIABLE)
     if plan is None:
         return
@@ -29,10 +29,10 @@ def failpoint(where: str) -> None:
     for entry in plan.split(","):
         place, action, *count = entry.split(":")
         if place == where and _hits[where] == int(count[0] if count else 1):
-            _act(where, action)
+            _run_action(where, action)
 
 
-def _act(where: str, action: str) -> None:
+def _run_action(where: str, action: str) -> None:
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif action == "stop":

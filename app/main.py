@@ -12,7 +12,7 @@ from importlib.metadata import version
 from fastapi import Depends, FastAPI
 
 from app.api import parameters, problems, prometheus
-from app.api.context import Context, VersionWatch
+from app.api.context import Context, OpenStreams, VersionWatch
 from app.api.middleware import LOOPBACK, RequestGuard
 from app.api.routes import artifacts, catalogue, datasets, events, health, jobs, openapi, pages, weights, workers
 from app.database.engine import Database
@@ -29,12 +29,9 @@ def create_app(settings: Settings) -> FastAPI:
     """The application, connected to database, object store and doorbell; its lifespan's end disconnects it.
 
     Raises:
-        StartupError: it would listen to others than this machine without a key.
+        StartupError: it would serve other machines without a key.
     """
-    if settings.api_key is None and settings.host not in LOOPBACK:
-        raise StartupError(
-            f"listening on {settings.host} needs a key: set ESPALIER_API_KEY, or ESPALIER_HOST=127.0.0.1"
-        )
+    require_key(settings)
     app = FastAPI(
         title="Espalier",
         version=version("espalier"),
@@ -58,36 +55,42 @@ def create_app(settings: Settings) -> FastAPI:
         checks=ThreadPoolExecutor(CHECKS, thread_name_prefix="check"),
         checking=set(),
         stopping=asyncio.Event(),
-        leaving=threading.Event(),
-        watch=VersionWatch(database),
+        closing=threading.Event(),
+        versions=VersionWatch(database),
+        streams=OpenStreams(),
     )
     app.state.context = context
-    app.state.metrics = context.metrics
-    app.state.stopping = context.stopping
-    app.state.streams = events.Streams()
     app.openapi = lambda: openapi.describe(app)  # type: ignore[method-assign]
-    problems.install(app)
+    problems.install_handlers(app)
     app.add_middleware(RequestGuard, settings=settings, observe=context.metrics.observe)
     for routes in (jobs, events, artifacts, datasets, weights, catalogue, workers, health, prometheus, openapi, pages):
         app.include_router(routes.router)
     return app
 
 
+def require_key(settings: Settings) -> None:
+    """Raise StartupError if the settings would let other machines in without a key."""
+    if settings.api_key is None and settings.host not in LOOPBACK:
+        raise StartupError(
+            f"listening on {settings.host} needs a key: set ESPALIER_API_KEY, or ESPALIER_HOST=127.0.0.1"
+        )
+
+
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     context: Context = app.state.context
-    keepers = [asyncio.create_task(datasets.keep_checking(context)), asyncio.create_task(_keep_sweeping(context))]
+    loops = [asyncio.create_task(datasets.check_until_stop(context)), asyncio.create_task(_sweep_until_stop(context))]
     yield
     context.stopping.set()
-    context.leaving.set()
-    await asyncio.gather(*keepers)
+    context.closing.set()
+    await asyncio.gather(*loops)
     context.checks.shutdown(wait=True, cancel_futures=True)
     context.bell.close()
     context.db.close()
 
 
-async def _keep_sweeping(context: Context) -> None:
-    """Sweep as workers do: what a user deletes is gone also where no worker is alive."""
+async def _sweep_until_stop(context: Context) -> None:
+    """Sweep until the server stops, as workers do: so what a user deletes is removed where no worker is alive."""
     sweeper = Sweeper(context.db, context.storage, context.bell, context.settings)
     while not context.stopping.is_set():
         await asyncio.to_thread(sweeper.try_sweep)

@@ -10,7 +10,7 @@ from app.settings import load_settings
 
 
 def main() -> int:
-    """Upgrade to the newest revision; the exit code."""
+    """Upgrade to the newest revision; returns the exit code."""
     try:
         database = Database(load_settings().database)
         try:

@@ -1,4 +1,4 @@
-"""A child process that ends with its parent, whatever ended the parent."""
+"""Child processes that end with their parent, whatever ended the parent (the kernel's parent-death signal)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def parent_environment() -> dict[str, str]:
 
 
 def end_with_parent(how: signal.Signals) -> None:
-    """Ask the kernel for signal `how` when the parent's starting thread ends (Linux); leave at once if it already has.
+    """Ask the kernel for signal `how` when the parent's starting thread ends (Linux); exit at once if it already has.
 
-    The child calls it in its first lines: `preexec_fn` is not safe beside threads. Without `ESPALIER_PARENT` it does nothing.
+    The child calls it in its first lines: `preexec_fn` is not safe with threads. Without `ESPALIER_PARENT` nothing changes.
     """
     expected = os.environ.get(PARENT_VARIABLE)
     if expected is None:

@@ -2,8 +2,8 @@
 
     python -m app.serve --port N --home DIR [--workers K]
 
-Prints one line, `listening on http://127.0.0.1:N`, when it is ready. Ctrl-C or SIGTERM ends all of it: running jobs are
-checkpointed and queued, and a second start on the same folder goes on where it was.
+Prints one line, `listening on http://127.0.0.1:N`, when it is ready. Ctrl-C or SIGTERM ends all of it: running jobs
+write a checkpoint and are queued, and a second start on the same folder continues them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from app.api.server import ApiServer
 from app.database.engine import Database
 from app.errors import StartupError
 from app.logs import configure_logs
-from app.main import create_app
+from app.main import create_app, require_key
 from app.parent_death import parent_environment
 from app.settings import Settings, load_settings, trainer_threads
 
@@ -39,7 +39,7 @@ GRACE_S = 40.0  # a worker needs 30 s at the most to checkpoint and release
 
 
 class WorkerProcesses:
-    """K worker processes; one that ends is started again."""
+    """K worker processes. One that ends is started again."""
 
     def __init__(self, settings: Settings, count: int) -> None:
         self._environment = {
@@ -48,15 +48,15 @@ class WorkerProcesses:
             "ESPALIER_HOME": str(settings.home_folder),
             "ESPALIER_THREADS": str(trainer_threads(settings, count)),
         }
-        self._processes = [self._start() for _ in range(count)]
+        self._processes = [self._start_worker() for _ in range(count)]
         self._stopping = threading.Event()
-        self._watch = threading.Thread(target=self._keep, name="workers")
-        self._watch.start()
+        self._restarts = threading.Thread(target=self._restart_ended, name="workers")
+        self._restarts.start()
 
     def close(self) -> None:
-        """Tell every worker to checkpoint and end; kill one that does not."""
+        """Ask every worker to write checkpoints and end; kill one that does not."""
         self._stopping.set()
-        self._watch.join()
+        self._restarts.join()
         for process in self._processes:
             process.terminate()
         until = time.monotonic() + GRACE_S
@@ -67,22 +67,22 @@ class WorkerProcesses:
                 process.kill()
                 process.wait()
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start_worker(self) -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, "-m", "worker"], env=self._environment, start_new_session=True)
 
-    def _keep(self) -> None:
+    def _restart_ended(self) -> None:
         while not self._stopping.wait(RESTART_S):
-            for place, process in enumerate(self._processes):
+            for index, process in enumerate(self._processes):
                 if process.poll() is not None:
                     log.warning("worker ended, starting it again", exit_code=process.returncode)
                     try:
-                        self._processes[place] = self._start()
+                        self._processes[index] = self._start_worker()
                     except OSError as error:  # no memory, no process: the next second may have some
                         log.error("worker cannot be started", reason=str(error))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the embedded service until it is told to stop; the exit code."""
+    """Run the embedded service until a signal stops it; returns the exit code."""
     parser = argparse.ArgumentParser(prog="serve", description="Run the embedded service: API and workers, no broker.")
     parser.add_argument("--port", type=int, help="port to listen on (default: ESPALIER_PORT, else 8000; 0: a free one)")
     parser.add_argument("--home", type=Path, help="folder of all state (default: ESPALIER_HOME, else ~/.espalier)")
@@ -90,47 +90,48 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     configure_logs()
     try:
-        _run(_settings(options), options.workers)
+        _run_service(_read_settings(options), options.workers)
     except StartupError as error:
         print(f"espalier: {error.message}", file=sys.stderr)
         return 1
     return 0
 
 
-def _settings(options: argparse.Namespace) -> Settings:
+def _read_settings(options: argparse.Namespace) -> Settings:
     given = {"port": options.port, "home": options.home}
     settings = load_settings(**{name: value for name, value in given.items() if value is not None})
-    if settings.api_key is None and settings.host not in {"127.0.0.1", "::1", "localhost"}:
-        raise StartupError(
-            f"listening on {settings.host} needs a key: set ESPALIER_API_KEY, or ESPALIER_HOST=127.0.0.1"
-        )
+    require_key(settings)
     return settings
 
 
-def _run(settings: Settings, workers: int) -> None:
-    with _own(settings.home_folder):
-        listener = _bind(settings.host, settings.port)
+def _run_service(settings: Settings, workers: int) -> None:
+    with _lock_folder(settings.home_folder):
+        listener = _bind_listener(settings.host, settings.port)
         database = Database(settings.database)
         database.upgrade()
         database.close()
-        server = ApiServer(create_app(settings), settings)
+        app = create_app(settings)
+        server = ApiServer(app, settings, app.state.context.stopping)
 
-        def outlive(_number: int, _frame: FrameType | None) -> None:
-            """uvicorn raises its signal again behind itself, where the workers still have to checkpoint."""
-            server.should_exit = True  # and one that comes before uvicorn listens for it is not lost
+        def stop_server(_number: int, _frame: FrameType | None) -> None:
+            """Stop the server and return: uvicorn raises the signal again at its end, while workers still run.
+
+            A signal that comes before uvicorn handles it is not lost either.
+            """
+            server.should_exit = True
 
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, outlive)
-        staff = WorkerProcesses(settings, workers)
+            signal.signal(number, stop_server)
+        processes = WorkerProcesses(settings, workers)
         try:
             server.run(sockets=[listener])
         finally:
-            staff.close()
+            processes.close()
 
 
 @contextmanager
-def _own(home: Path) -> Iterator[None]:
-    """The folder is ours alone while the service runs."""
+def _lock_folder(home: Path) -> Iterator[None]:
+    """Lock the folder while the service runs. Raises StartupError if another one runs on it."""
     try:
         home.mkdir(parents=True, exist_ok=True)
         lock = (home / "serve.lock").open("w")
@@ -144,7 +145,7 @@ def _own(home: Path) -> Iterator[None]:
         yield
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def _bind_listener(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

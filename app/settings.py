@@ -102,12 +102,12 @@ class Settings(BaseSettings):
 
     @property
     def database(self) -> str:
-        """The SQLAlchemy URL in force."""
+        """The SQLAlchemy URL that is used."""
         return self.database_url or f"sqlite:///{self.home_folder / 'espalier.sqlite'}"
 
     @property
     def storage(self) -> str:
-        """The object store URL in force."""
+        """The object store URL that is used."""
         return self.storage_url or (self.home_folder / "objects").as_uri()
 
     @property
@@ -122,7 +122,7 @@ class Settings(BaseSettings):
 
     @property
     def doorbells(self) -> Path:
-        """Folder in which each local worker notes the port of its doorbell."""
+        """Folder in which each worker of this machine notes the port of its doorbell."""
         return self.home_folder / "doorbells"
 
 
@@ -139,9 +139,9 @@ def load_settings(**overrides: object) -> Settings:
             raise StartupError(first["msg"].removeprefix("Value error, ")) from error
         name = str(first["loc"][0])
         given = f"the given {name}" if name in overrides else f"ESPALIER_{name.upper()}"
-        raise StartupError(f"{given} is not what it may be: {first['msg'].lower()}") from error
+        raise StartupError(f"{given} is not valid: {first['msg'].lower()}") from error
 
 
 def trainer_threads(settings: Settings, workers: int = 1) -> int:
-    """Threads of each trainer: the setting, else the machine's cores divided by its trainers, at least 1."""
+    """The threads of each trainer: the setting, else the machine's cores divided by its trainers, at least 1."""
     return settings.threads or max(1, (os.cpu_count() or 1) // max(1, workers * settings.slots))

@@ -1,6 +1,6 @@
 """The object store: a local folder, or S3, GCS and Azure through obstore, by URL.
 
-Keys are made of our own ids and names only. An object appears whole or not at all. In a local folder we write the files
+Keys are made of our own ids and names only. An object is there whole or not at all. In a local folder we write the files
 ourselves: obstore's LocalStore never calls fsync, so its objects survive a kill but not a power cut, and it follows
 symbolic links out of its folder.
 """
@@ -23,12 +23,10 @@ from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore import exceptions as refused
+from obstore import exceptions
 from obstore.store import from_url
 
-from app.errors import ObjectExists, ObjectNotFound, StartupError, StorageDenied, StorageFull, Unavailable
-
-__all__ = ["ObjectExists", "ObjectNotFound", "Storage", "StoredObject"]
+from app.errors import ObjectNotFound, StartupError, StorageDenied, StorageFull, Unavailable
 
 KEY = re.compile(r"(?!.*//)[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*", re.ASCII)
 MOST_KEY_BYTES = 1024
@@ -58,9 +56,9 @@ class StoredObject:
 
 
 class Storage(ABC):
-    """Where bytes lie.
+    """A store of objects: bytes under keys.
 
-    Every method may raise Unavailable (away, full, access denied); a malformed key is a ValueError.
+    Every method may raise Unavailable (no answer, full, access denied); a malformed key is a ValueError.
     """
 
     @classmethod
@@ -75,7 +73,7 @@ class Storage(ABC):
             return LocalStorage(Path(unquote(parts.path)))
         try:
             return RemoteStorage(url)
-        except (ValueError, refused.BaseError) as error:
+        except (ValueError, exceptions.BaseError) as error:
             reason = str(error).splitlines()[0]
             raise StartupError(f"ESPALIER_STORAGE_URL={url} cannot be used: {reason}") from error
 
@@ -84,12 +82,8 @@ class Storage(ABC):
         """Raise Unavailable if the store cannot be used now."""
 
     @abstractmethod
-    def put_bytes(self, key: str, data: bytes, *, create: bool = False) -> None:
-        """Store the bytes. `create`: raise ObjectExists if the key is taken, instead of replacing its object."""
-
-    @abstractmethod
     def put_file(self, key: str, path: Path) -> None:
-        """Store the file's bytes, streamed; replaces what is there."""
+        """Store the file's bytes, streamed; replaces the object that is there."""
 
     @abstractmethod
     def size(self, key: str) -> int:
@@ -104,7 +98,7 @@ class Storage(ABC):
 
     @abstractmethod
     def delete(self, key: str) -> None:
-        """Remove the object; one that is not there is fine."""
+        """Remove the object, if it is there."""
 
     @abstractmethod
     def list(self, prefix: str) -> list[StoredObject]:
@@ -117,19 +111,19 @@ class Storage(ABC):
     def fetch(self, key: str, path: Path) -> None:
         """Write the object to the file, which appears whole or not at all. Raises ObjectNotFound."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _filesystem(), _appearing(path, replace=True) as file:
+        with _translate_disk_errors(), _write_whole(path) as file:
             for chunk in self.stream(key):
                 file.write(chunk)
 
-    def bring(self, key: str, path: Path) -> None:
-        """The object as a file that is only read: a hard link where it lies on the same disk, else as `fetch`.
+    def link_or_fetch(self, key: str, path: Path) -> None:
+        """Make the object a file that is only read: a hard link where it is on the same disk, else a copy as by `fetch`.
 
         Raises ObjectNotFound.
         """
         self.fetch(key, path)
 
     def delete_prefix(self, prefix: str) -> int:
-        """Remove all objects whose keys begin with the prefix; how many. Raises ValueError for an empty prefix."""
+        """Remove all objects whose keys begin with the prefix; returns how many. Raises ValueError for an empty prefix."""
         if not prefix:
             raise ValueError("an empty prefix would delete everything")
         found = self.list(prefix)
@@ -138,11 +132,11 @@ class Storage(ABC):
         return len(found)
 
     def local_path(self, key: str) -> Path | None:
-        """Where the object lies on this machine's disk; None for a remote store. Raises ObjectNotFound."""
+        """The path of the object on this machine's disk; None for a remote store. Raises ObjectNotFound."""
         return None
 
     def sweep_temporaries(self, older_than_s: float = TEMPORARY_AGE_S) -> int:
-        """Remove what killed writers left behind; how many. Remote stores have rules of their own for that."""
+        """Remove the partial files of killed writers; returns how many. Remote stores have rules of their own for that."""
         return 0
 
 
@@ -162,26 +156,22 @@ class LocalStorage(Storage):
         if not os.access(self._root, os.R_OK | os.W_OK | os.X_OK):
             raise StorageDenied(f"the folder of objects {self._root} cannot be written to")
 
-    def put_bytes(self, key: str, data: bytes, *, create: bool = False) -> None:
-        with _filesystem(), self._appearing(key, replace=not create) as file:
-            file.write(data)
-
     def put_file(self, key: str, path: Path) -> None:
-        with _filesystem(), path.open("rb") as source, self._appearing(key, replace=True) as file:
+        with _translate_disk_errors(), path.open("rb") as source, self._write_object(key) as file:
             shutil.copyfileobj(source, file, CHUNK_BYTES)
 
     def size(self, key: str) -> int:
-        with self._reading():
+        with self._translate_missing():
             return self._existing(key).stat().st_size
 
     def stream(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-        with self._reading():
+        with self._translate_missing():
             file = self._existing(key).open("rb")
         return _chunks(file, start, end)
 
     def delete(self, key: str) -> None:
         path = self._path(key)
-        with _filesystem():
+        with _translate_disk_errors():
             path.unlink(missing_ok=True)
             for folder in path.parents:  # folders that are empty now
                 if folder == self._root:
@@ -193,10 +183,10 @@ class LocalStorage(Storage):
 
     def list(self, prefix: str) -> list[StoredObject]:
         found = []
-        with _filesystem():
+        with _translate_disk_errors():
             for path in self._files(prefix.rpartition("/")[0]):
                 key = path.relative_to(self._root).as_posix()
-                if key.startswith(prefix) and KEY.fullmatch(key):  # else half written, or a file that is not ours
+                if key.startswith(prefix) and KEY.fullmatch(key):  # else partly written, or a file that is not ours
                     try:
                         stat = path.stat()
                     except FileNotFoundError:
@@ -204,11 +194,11 @@ class LocalStorage(Storage):
                     found.append(StoredObject(key, stat.st_size, datetime.fromtimestamp(stat.st_mtime, UTC)))
         return sorted(found, key=lambda stored: stored.key)
 
-    def bring(self, key: str, path: Path) -> None:
-        with self._reading():
+    def link_or_fetch(self, key: str, path: Path) -> None:
+        with self._translate_missing():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
-            if _linked(self._existing(key), path):
+            if _link_file(self._existing(key), path):
                 return
         self.fetch(key, path)
 
@@ -217,7 +207,7 @@ class LocalStorage(Storage):
 
     def sweep_temporaries(self, older_than_s: float = TEMPORARY_AGE_S) -> int:
         swept = 0
-        with _filesystem():
+        with _translate_disk_errors():
             for path in self._files(""):
                 if path.name.startswith(TEMPORARY) and _age_s(path) >= older_than_s:
                     path.unlink(missing_ok=True)
@@ -225,7 +215,7 @@ class LocalStorage(Storage):
         return swept
 
     def _files(self, folder: str) -> Iterator[Path]:
-        start = self._root / _checked(folder) if folder else self._root
+        start = self._root / _check_key(folder) if folder else self._root
         for parent, _, names in os.walk(start, followlinks=False):
             for name in names:
                 path = Path(parent, name)
@@ -234,7 +224,7 @@ class LocalStorage(Storage):
 
     def _path(self, key: str) -> Path:
         """The key's file. Raises ValueError if a symbolic link leads out of the folder."""
-        path = self._root / _checked(key)
+        path = self._root / _check_key(key)
         if not path.resolve().is_relative_to(self._root):
             raise ValueError(f"{key!r} leads out of the store")
         return path
@@ -246,28 +236,28 @@ class LocalStorage(Storage):
         return path
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
+    def _translate_missing(self) -> Iterator[None]:
         try:
-            with _filesystem():
+            with _translate_disk_errors():
                 yield
-        except FileNotFoundError as error:  # deleted between the look and the touch
+        except FileNotFoundError as error:  # deleted after it was found
             raise ObjectNotFound from error
 
     @contextmanager
-    def _appearing(self, key: str, *, replace: bool) -> Iterator[BinaryIO]:
+    def _write_object(self, key: str) -> Iterator[BinaryIO]:
         path = self._path(key)
         for _ in range(3):
             self._make_folder(path.parent)
             try:
-                with _appearing(path, replace=replace) as file:
+                with _write_whole(path) as file:
                     yield file
                 return
-            except _FolderGone:
-                continue  # a delete took the empty folder away
+            except _FolderRemoved:
+                continue  # a deletion removed the empty folder
         raise Unavailable
 
     def _make_folder(self, folder: Path) -> None:
-        """Make the folder; each new one is in its parent's entries on the disk."""
+        """Make the folder and its parents; the entry of each new one is synced to the disk."""
         missing = []
         while not folder.is_dir():
             missing.append(folder)
@@ -284,20 +274,16 @@ class RemoteStorage(Storage):
         self._store = from_url(url, client_options=CLIENT, retry_config=RETRY)  # type: ignore[call-overload]
 
     def check(self) -> None:
-        with _remote(reads=False):
+        with _translate_store_errors(reads=False):
             next(iter(obstore.list(self._store, "readiness", chunk_size=1)), None)
 
-    def put_bytes(self, key: str, data: bytes, *, create: bool = False) -> None:
-        with _remote(reads=False):
-            obstore.put(self._store, _checked(key), data, mode="create" if create else "overwrite")
-
     def put_file(self, key: str, path: Path) -> None:
-        with path.open("rb") as file, _remote(reads=False):
-            obstore.put(self._store, _checked(key), file, max_concurrency=4)
+        with path.open("rb") as file, _translate_store_errors(reads=False):
+            obstore.put(self._store, _check_key(key), file, max_concurrency=4)
 
     def size(self, key: str) -> int:
-        with _remote():
-            return obstore.head(self._store, _checked(key))["size"]
+        with _translate_store_errors():
+            return obstore.head(self._store, _check_key(key))["size"]
 
     def stream(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         options: Any = None
@@ -305,20 +291,20 @@ class RemoteStorage(Storage):
             options = {"range": (start, end)}
         elif start > 0:
             options = {"range": {"offset": start}}
-        with _remote():
-            result = obstore.get(self._store, _checked(key), options=options)
+        with _translate_store_errors():
+            result = obstore.get(self._store, _check_key(key), options=options)
         return self._chunks(result)
 
     def delete(self, key: str) -> None:
-        with _remote():
+        with _translate_store_errors():
             try:
-                obstore.delete(self._store, _checked(key))
+                obstore.delete(self._store, _check_key(key))
             except FileNotFoundError:
                 return
 
     def list(self, prefix: str) -> list[StoredObject]:
         folder = prefix.rpartition("/")[0]  # obstore's prefixes are whole folders
-        with _remote(reads=False):
+        with _translate_store_errors(reads=False):
             found = [
                 StoredObject(entry["path"], entry["size"], entry["last_modified"])
                 for chunk in obstore.list(self._store, folder or None, chunk_size=1000)
@@ -328,19 +314,19 @@ class RemoteStorage(Storage):
         return sorted(found, key=lambda stored: stored.key)
 
     def _chunks(self, result: obstore.GetResult) -> Iterator[bytes]:
-        with _remote():
+        with _translate_store_errors():
             for chunk in result.stream(min_chunk_size=CHUNK_BYTES):
                 yield bytes(chunk)
 
 
-def _checked(key: str) -> str:
+def _check_key(key: str) -> str:
     if len(key.encode()) > MOST_KEY_BYTES or KEY.fullmatch(key) is None:
         raise ValueError(f"{key!r} is no key: segments of letters, digits, `.`, `_`, `-`, none beginning with a dot")
     return key
 
 
 def _age_s(path: Path) -> float:
-    """Seconds since the file was written; below zero for one that is gone."""
+    """Seconds since the file was written; below zero for one that was removed."""
     try:
         return time.time() - path.stat().st_mtime
     except FileNotFoundError:
@@ -348,7 +334,7 @@ def _age_s(path: Path) -> float:
 
 
 def _chunks(file: BinaryIO, start: int, end: int | None) -> Iterator[bytes]:
-    with file, _filesystem():
+    with file, _translate_disk_errors():
         file.seek(start)
         left = None if end is None else end - start
         while left is None or left > 0:
@@ -360,8 +346,8 @@ def _chunks(file: BinaryIO, start: int, end: int | None) -> Iterator[bytes]:
             yield chunk
 
 
-def _linked(source: Path, path: Path) -> bool:
-    """Whether `path` is now a second name of the file, which nobody changes: objects are replaced."""
+def _link_file(source: Path, path: Path) -> bool:
+    """Make `path` a second name of the file, which nobody changes: objects are replaced; False where links are refused."""
     try:
         os.link(source, path)
     except OSError as error:
@@ -371,33 +357,24 @@ def _linked(source: Path, path: Path) -> bool:
     return True
 
 
-class _FolderGone(Exception):
-    """The folder was removed between its making and the first byte."""
+class _FolderRemoved(Exception):
+    """The folder was removed before the first byte was written."""
 
 
 @contextmanager
-def _appearing(path: Path, *, replace: bool) -> Iterator[BinaryIO]:
-    """A file to write that takes the name `path` once all of it is on the disk; nothing is left if anything raises.
-
-    Raises ObjectExists if the name is taken and `replace` is False.
-    """
+def _write_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that gets the name `path` once all of it is on the disk; nothing remains if anything raises."""
     temporary = path.with_name(TEMPORARY + secrets.token_hex(8))
     try:
         file = temporary.open("xb")
     except FileNotFoundError as error:
-        raise _FolderGone from error
+        raise _FolderRemoved from error
     try:
         with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if replace:
-            temporary.replace(path)
-        else:
-            try:
-                os.link(temporary, path)
-            except FileExistsError as error:
-                raise ObjectExists from error
+        temporary.replace(path)
         _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -412,8 +389,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _filesystem() -> Iterator[None]:
-    """Errors of the disk in our words; a file that is not there is the caller's."""
+def _translate_disk_errors() -> Iterator[None]:
+    """Translate errors of the disk to ours; a file that is not there is left to the caller."""
     try:
         yield
     except FileNotFoundError:
@@ -427,17 +404,15 @@ def _filesystem() -> Iterator[None]:
 
 
 @contextmanager
-def _remote(*, reads: bool = True) -> Iterator[None]:
-    """Errors of the store in our words. What is missing in a read is the object, else the bucket."""
+def _translate_store_errors(*, reads: bool = True) -> Iterator[None]:
+    """Translate errors of the store to ours. What is missing in a read is the object, else the bucket."""
     try:
         yield
-    except refused.AlreadyExistsError as error:
-        raise ObjectExists from error
-    except (refused.PermissionDeniedError, refused.UnauthenticatedError) as error:
+    except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
         raise StorageDenied from error
     except FileNotFoundError as error:  # the builtin, not obstore's NotFoundError
         if reads:
             raise ObjectNotFound from error
         raise StorageDenied("the object store's bucket does not exist") from error
-    except refused.BaseError as error:
+    except exceptions.BaseError as error:
         raise Unavailable("the object store does not answer: try again") from error

@@ -2,7 +2,7 @@
 
     weights/<id>/weights.safetensors
 
-A row exists only for a file that was found good and whose bytes are in the store.
+A row exists only for a file that was checked and whose bytes are in the store.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class WeightsView:
 def register_weights(
     db: Database, storage: Storage, tenant: str, path: Path, *, name: str, size_bytes: int, sha256: str
 ) -> WeightsView:
-    """New weights of the received file at `path`, after a look at every value; the bytes are stored before the row.
+    """Check every value of the received file at `path`, store it, then insert its row; returns the weights.
 
     Raises InvalidWeights, Unavailable, StorageFull.
     """
@@ -83,7 +83,7 @@ def register_weights(
 def get_weights(db: Database, tenant: str, weights_id: str) -> WeightsView:
     """Uploaded weights with their tensors. Raises NotFound."""
     with db.read() as session:
-        row = session.scalar(select(WeightsRow).where(*_its(tenant, weights_id)))
+        row = session.scalar(select(WeightsRow).where(*_row_of(tenant, weights_id)))
     if row is None:
         raise _not_found()
     return WeightsView(row.id, row.name, row.size_bytes, row.sha256, row.created_at, tuple(row.tensors))
@@ -104,21 +104,21 @@ def list_weights(
 
 
 def delete_weights(db: Database, tenant: str, weights_id: str) -> None:
-    """Remove weights: gone at once, their bytes soon after.
+    """Remove the row of weights at once and their bytes soon after.
 
     Raises NotFound; InUse while a job that has not finished needs them.
     """
-    its = and_(*_its(tenant, weights_id))
+    its = and_(*_row_of(tenant, weights_id))
     with db.write() as session:
         if session.scalar(select(WeightsRow.id).where(its).with_for_update()) is None:
             raise _not_found()
         check_unused(session, "weights", weights_id)
         session.execute(delete(WeightsRow).where(its))
-        outbox.post(session, db, "delete_prefix", weights_prefix(weights_id))
+        outbox.post_errand(session, db, "delete_prefix", weights_prefix(weights_id))
 
 
-def _its(tenant: str, weights_id: str) -> tuple[ColumnElement[bool], ...]:
-    """The condition for the row. Raises NotFound for what is no id: a driver may not even take it as a parameter."""
+def _row_of(tenant: str, weights_id: str) -> tuple[ColumnElement[bool], ...]:
+    """The condition for the row. Raises NotFound for a text that is no id: a driver may refuse it as a parameter."""
     if not ID.fullmatch(weights_id):
         raise _not_found()
     return (WeightsRow.id == weights_id, WeightsRow.tenant_id == tenant)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from app.datasets.ingest.builtin import ensure_builtin
 from app.datasets.ingest.limits import UploadLimits
-from app.datasets.ingest.pack import ingest
+from app.datasets.ingest.pack import pack_upload
 from app.datasets.ingest.synthetic import ensure_synthetic
 from app.datasets.packed.packed import ensure_packed
 from app.settings import load_settings
@@ -52,7 +52,7 @@ def packed(name: str, cache: Path) -> Path:
         return ensure_synthetic(Synthetic.model_validate(SYNTHETIC), SHAPES[name], cache)
 
     def build(partial: Path) -> None:
-        ingest(archive(name, cache), "npz", partial, UploadLimits(), name=name)
+        pack_upload(archive(name, cache), "npz", partial, UploadLimits(), name=name)
 
     return ensure_packed(cache / "benchmarks" / name, build)
 

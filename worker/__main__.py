@@ -18,30 +18,30 @@ from worker.supervision.supervisor import Supervisor
 
 
 def main() -> int:
-    """Run until SIGTERM or Ctrl-C; the exit code."""
+    """Run until SIGTERM or Ctrl-C; returns the exit code."""
     end_with_parent(signal.SIGTERM)
     configure_logs()
     try:
-        serve(load_settings())
+        run_worker(load_settings())
     except StartupError as error:
         print(f"espalier worker: {error.message}", file=sys.stderr)
         return 1
     return 0
 
 
-def serve(settings: Settings) -> None:
-    """Work until told to stop; raises StartupError with one sentence if the machine is not ready."""
+def run_worker(settings: Settings) -> None:
+    """Run jobs until a signal stops the worker. Raises StartupError with one sentence if the machine is not ready."""
     if importlib.util.find_spec("torch") is None:
         raise StartupError("torch is not installed here; run: pip install -c constraints.txt -e '.[worker]'")
     db = Database(settings.database, pool_size=4)
     db.check_version()
     supervisor = Supervisor(settings, db, Storage.open(settings.storage))
-    poller = threading.Thread(target=_poll, args=(supervisor, settings), name="poll")
+    poller = threading.Thread(target=_poll_until_stop, args=(supervisor, settings), name="poll")
     try:
         if settings.broker_url is None:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda _number, _frame: supervisor.stopping.set())
-            _poll(supervisor, settings)
+            _poll_until_stop(supervisor, settings)
         else:
             from worker.supervision.celery_task import run_celery
 
@@ -55,11 +55,11 @@ def serve(settings: Settings) -> None:
         db.close()
 
 
-def _poll(supervisor: Supervisor, settings: Settings) -> None:
-    """Look at the queue at every ring of the local bell, and every `poll_s` without one."""
-    with BellListener(settings.home_folder) as bell:
+def _poll_until_stop(supervisor: Supervisor, settings: Settings) -> None:
+    """Poll the queue at every ring of the local bell, and every `poll_s` without one, until the worker stops."""
+    with BellListener(settings.doorbells) as bell:
         while not supervisor.stopping.is_set():
-            supervisor.look(bell.wait(settings.poll_s))
+            supervisor.poll_queue(bell.wait_for_ring(settings.poll_s))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""The API over HTTP: guards, bodies, answers. Imports all of app but web, main, serve and migrate."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import Request
+from fastapi import Depends, Request
 from pydantic_core import from_json
 
 from app.errors import DuplicateKey, Fault, InvalidJson, InvalidSpec, UnsupportedMediaType
@@ -29,7 +29,7 @@ async def read_json(request: Request) -> bytes:
 
     Raises:
         UnsupportedMediaType: the Content-Type is not JSON, or the body is compressed.
-        TooLarge, RequestTimeout: from the edge, while reading.
+        TooLarge, RequestTimeout: from `RequestGuard`, while reading.
     """
     refuse_encoding(request)
     if not _JSON_TYPE.fullmatch(request.headers.get("content-type", "")):
@@ -37,10 +37,13 @@ async def read_json(request: Request) -> bytes:
     return await request.body()
 
 
+JsonBytes = Annotated[bytes, Depends(read_json)]
+
+
 def refuse_encoding(request: Request) -> None:
     """Raise UnsupportedMediaType for a compressed body: a kilobyte of it can hold a gigabyte."""
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
-        raise UnsupportedMediaType("a compressed body is not taken: send it without Content-Encoding")
+        raise UnsupportedMediaType("a compressed body is not accepted: send it without Content-Encoding")
 
 
 def parse_json(raw: bytes) -> JsonBody:
@@ -54,19 +57,19 @@ def parse_json(raw: bytes) -> JsonBody:
     try:
         document = from_json(raw, allow_inf_nan=False)
     except ValueError as exc:
-        raise InvalidJson(f"the body is not valid JSON: {_place(exc)}") from exc
+        raise InvalidJson(f"the body is not valid JSON: {_parser_message(exc)}") from exc
     if raw.count(b"[") + raw.count(b"{") > DEEPEST:
         _refuse_depth(document)
-    json.loads(raw, object_pairs_hook=_refuse_twins)
+    json.loads(raw, object_pairs_hook=_refuse_duplicates)
     return JsonBody(raw, document)
 
 
-def _place(exc: ValueError) -> str:
-    """What jiter says, which names a line and a column and quotes nothing."""
+def _parser_message(exc: ValueError) -> str:
+    """The parser's sentence, which names a line and a column and quotes nothing."""
     return str(exc).split("\n", 1)[0][:200]
 
 
-def _refuse_twins(pairs: list[tuple[str, Any]]) -> None:
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
     seen = set()
     for key, _ in pairs:
         if key in seen:
@@ -80,11 +83,11 @@ def _refuse_depth(document: object) -> None:
         if not level:
             return
         level = [member for value in level for member in _members(value).values() if isinstance(member, (dict, list))]
-    raise InvalidSpec([Fault(_deep_place(document), f"is nested deeper than {DEEPEST} levels", limit=DEEPEST)])
+    raise InvalidSpec([Fault(_deep_pointer(document), f"is nested deeper than {DEEPEST} levels", limit=DEEPEST)])
 
 
-def _deep_place(document: object) -> str:
-    """The pointer of a value at level 65, found by going down one branch after the other."""
+def _deep_pointer(document: object) -> str:
+    """The pointer of a value at level 65, found by descending one branch after the other."""
     branches: list[tuple[str, int, object]] = [("", 0, document)]
     while branches:
         pointer, depth, value = branches.pop()

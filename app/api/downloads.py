@@ -47,11 +47,11 @@ class StreamedResponse(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-def download(request: Request, file: StoredFile) -> Response:
-    """The answer to a GET of `file`: 200, 206, 304 or 416. The first piece is read before the answer begins."""
+def answer_download(request: Request, file: StoredFile) -> Response:
+    """The answer to a GET of `file`: 200, 206, 304 or 416. The first chunk is read before the answer begins."""
     etag = f'"{file.sha256}"'
     headers = {"ETag": etag, "Cache-Control": "private, immutable, max-age=31536000", "Accept-Ranges": "bytes"}
-    if matches(request.headers.get("if-none-match"), etag):
+    if matches_etag(request.headers.get("if-none-match"), etag):
         return Response(status_code=304, headers=headers)
     wanted = request.headers.get("range") if request.headers.get("if-range", etag) == etag else None
     try:
@@ -60,7 +60,7 @@ def download(request: Request, file: StoredFile) -> Response:
         return ProblemResponse(error, request_id(request.scope), {"Content-Range": f"bytes */{file.size_bytes}"})
     start, end = span or (0, file.size_bytes)
     headers |= {
-        "Content-Disposition": disposition(file.name),
+        "Content-Disposition": content_disposition(file.name),
         "Content-Security-Policy": "sandbox; default-src 'none'; frame-ancestors 'none'",
         "Content-Length": str(end - start),
         "Content-Type": file.media_type,
@@ -70,7 +70,7 @@ def download(request: Request, file: StoredFile) -> Response:
     pieces: Iterator[bytes] = iter(())
     if end > start and not request.scope.get(HEAD):
         pieces = file.read(start, end)
-        pieces = chain([next(pieces)], pieces)  # a lost object or an absent store is an error answer, not half a file
+        pieces = chain([next(pieces)], pieces)  # a lost object or an absent store gives an error, not half a file
     return StreamedResponse(pieces, status_code=200 if span is None else 206, headers=headers)
 
 
@@ -78,7 +78,7 @@ def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
     """The bytes [start, end) that a Range header asks for; None: the whole file.
 
     Raises:
-        RangeNotSatisfiable: it begins at or behind the end, or asks for the last 0 bytes.
+        RangeNotSatisfiable: it begins at or after the end, or asks for the last 0 bytes.
     """
     match = _RANGE.fullmatch(header.strip()) if header is not None else None
     if match is None or match[0] == "bytes=-":
@@ -91,11 +91,11 @@ def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
         if last and int(last) < start:
             return None
     if start >= size:
-        raise RangeNotSatisfiable(f"the range begins behind the end: the file has {size} bytes")
+        raise RangeNotSatisfiable(f"the range begins after the end: the file has {size} bytes")
     return start, end
 
 
-def matches(header: str | None, etag: str) -> bool:
+def matches_etag(header: str | None, etag: str) -> bool:
     """True if an If-None-Match or If-Match header names `etag` or is `*`; compared weakly."""
     if header is None:
         return False
@@ -103,7 +103,7 @@ def matches(header: str | None, etag: str) -> bool:
     return "*" in tags or etag in tags
 
 
-def disposition(name: str) -> str:
+def content_disposition(name: str) -> str:
     """Content-Disposition of a file to be saved under `name`."""
     if _PLAIN_NAME.fullmatch(name):
         return f'attachment; filename="{name}"'

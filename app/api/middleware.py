@@ -2,8 +2,8 @@
 
 A pure ASGI middleware (no task per request). It gives every request an id; refuses what is too long, too large, from
 the wrong host or without its key; puts a deadline on bodies (uvicorn has none: a `Content-Length: 10^20` would hang for
-ever); answers HEAD wherever GET is answered; sets the security headers; counts; and writes one log line a request,
-never a body, a header or a query.
+ever); answers HEAD wherever GET is answered; sets the security headers; counts answers; and writes one log line for each
+request, never a body, a header or a query.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.access import authenticate
-from app.api.problems import ProblemResponse, translate
+from app.api.problems import ProblemResponse, error_of
 from app.errors import (
     HeadersTooLarge,
     HostNotAllowed,
@@ -44,9 +44,9 @@ SMALL_BODY = 64 * 1024
 BODY_S = 10.0
 UPLOAD_SILENCE_S = 30.0
 UPLOAD_BYTES_PER_S = 64 * 1024
-LINGER_S = 2.0  # a client that is still sending has this long to read its refusal before the connection is cut
+LINGER_S = 2.0  # how long a client that still sends may take to read its refusal before the connection is closed
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
-HEAD = "espalier.head"  # scope key: a HEAD is answered as a GET; a response that streams may leave its body out
+HEAD = "espalier.head"  # scope key: a HEAD is answered as a GET; a response that streams may omit its body
 UPLOADS = frozenset({"/v1/datasets", "/v1/weights"})
 _HOST = re.compile(rb"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?")
 _SPECS = frozenset({"/v1/jobs", "/v1/jobs/validate"})
@@ -64,7 +64,7 @@ Observe = Callable[[str, str, int, float], None]  # method, route template, stat
 
 @dataclass
 class Exchange:
-    """One request and its answer while they pass the edge."""
+    """One request and its answer while they pass through `RequestGuard`."""
 
     scope: Scope
     receive: Receive
@@ -81,11 +81,14 @@ class Exchange:
     seconds: float = 0.0
     closing: bool = False
 
-    async def read(self) -> Message:
-        """The next message of the request; bodies have a deadline and a limit until the answer begins."""
+    async def receive_message(self) -> Message:
+        """The next message of the request; bodies have a deadline and a limit until the answer begins.
+
+        Raises RequestTimeout, TooLarge.
+        """
         if self.complete or self.status:
             message = await self.receive()
-            self._note(message)
+            self._count_received(message)
             return message
         self.withheld = False
         try:
@@ -93,25 +96,25 @@ class Exchange:
                 message = await self.receive()
         except TimeoutError as exc:
             raise RequestTimeout() from exc
-        self._note(message)
+        self._count_received(message)
         if self.received > self.limit:
             raise too_large(self.limit)
         return message
 
-    async def answer(self, message: Message) -> None:
+    async def send_message(self, message: Message) -> None:
         """Send one message of the answer: headers added, no body for HEAD, no cut-off while the client still sends."""
         if message["type"] == "http.response.start":
-            await self._begin(message)
+            await self._start_answer(message)
         elif message["type"] == "http.response.body" and not message.get("more_body", False):
             if self.closing:
-                await self.send({**self._body(message), "more_body": True})
-                await self._drain(LINGER_S)
+                await self.send({**self._without_head_body(message), "more_body": True})
+                await self._discard_body(LINGER_S)
                 message = {"type": "http.response.body", "body": b"", "more_body": False}
-            await self.send(self._body(message))
+            await self.send(self._without_head_body(message))
         else:
-            await self.send(self._body(message))
+            await self.send(self._without_head_body(message))
 
-    async def _begin(self, message: Message) -> None:
+    async def _start_answer(self, message: Message) -> None:
         self.status = int(message["status"])
         self.seconds = time.monotonic() - self.began
         headers = list(message.get("headers", ()))
@@ -119,24 +122,24 @@ class Exchange:
         headers += [pair for pair in ANSWER_HEADERS if pair[0] not in present]
         headers.append((b"x-request-id", self.request_id.encode()))
         if not self.complete:
-            await self._drain(0.05)  # what is on its way already: a small body nobody asked for keeps its connection
+            await self._discard_body(0.05)  # a small body that is under way already need not cost the connection
         if not self.complete:
             self.closing = True
             headers.append((b"connection", b"close"))
         await self.send({**message, "headers": headers})
 
-    async def _drain(self, seconds: float) -> None:
-        """Read and forget what the client still sends, so that it reads our answer and not a reset connection."""
+    async def _discard_body(self, seconds: float) -> None:
+        """Read and drop what the client still sends, so that it reads our answer instead of a reset connection."""
         if self.withheld:
             return
         try:
             async with asyncio.timeout(seconds):
                 while not self.complete:
-                    self._note(await self.receive())
+                    self._count_received(await self.receive())
         except TimeoutError:
             return
 
-    def _note(self, message: Message) -> None:
+    def _count_received(self, message: Message) -> None:
         if message["type"] == "http.disconnect":
             self.complete = True
         elif message["type"] == "http.request":
@@ -150,12 +153,12 @@ class Exchange:
             return BODY_S - age
         return min(UPLOAD_SILENCE_S, UPLOAD_SILENCE_S + self.received / UPLOAD_BYTES_PER_S - age)
 
-    def _body(self, message: Message) -> Message:
+    def _without_head_body(self, message: Message) -> Message:
         return {**message, "body": b""} if self.head else message
 
 
 class RequestGuard:
-    """The ASGI middleware; `observe` is told of every answer."""
+    """The ASGI middleware; it calls `observe` for every answer."""
 
     def __init__(self, app: ASGIApp, settings: Settings, observe: Observe) -> None:
         self.app = app
@@ -163,37 +166,37 @@ class RequestGuard:
         self._observe = observe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Carry one request through the application."""
+        """Run one request through the application."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        exchange = self._open(scope, receive, send)
+        exchange = self._open_exchange(scope, receive, send)
         try:
-            self._check(exchange.scope, exchange.limit)
+            self._check_request(exchange.scope, exchange.limit)
         except RequestError as error:
-            await self._refuse(exchange, error)
+            await self._answer_error(exchange, error)
         else:
-            await self._carry(exchange)
-        self._account(exchange)
+            await self._run_application(exchange)
+        self._record_answer(exchange)
 
-    async def _carry(self, exchange: Exchange) -> None:
+    async def _run_application(self, exchange: Exchange) -> None:
         try:
-            await self.app(exchange.scope, exchange.read, exchange.answer)
+            await self.app(exchange.scope, exchange.receive_message, exchange.send_message)
         except ClientDisconnect:
             exchange.status = exchange.status or 499
         except Exception as exc:
             log.exception("request failed", request_id=exchange.request_id, route=route_of(exchange.scope))
             if exchange.status:
-                raise  # half an answer is out: the server cuts the connection, so that nobody takes it for a whole one
-            await self._refuse(exchange, translate(exc))
+                raise  # half an answer was sent: the server cuts the connection, so that it does not pass for a whole one
+            await self._answer_error(exchange, error_of(exc))
 
-    async def _refuse(self, exchange: Exchange, error: RequestError) -> None:
+    async def _answer_error(self, exchange: Exchange, error: RequestError) -> None:
         response = ProblemResponse(error, exchange.request_id)
         if isinstance(error, Unauthorized) and not exchange.scope["path"].startswith("/v1"):
             response.headers["WWW-Authenticate"] = 'Basic realm="espalier"'
-        await response(exchange.scope, exchange.read, exchange.answer)
+        await response(exchange.scope, exchange.receive_message, exchange.send_message)
 
-    def _account(self, exchange: Exchange) -> None:
+    def _record_answer(self, exchange: Exchange) -> None:
         method = "HEAD" if exchange.head else str(exchange.scope["method"])
         route = route_of(exchange.scope)
         self._observe(method, route, exchange.status, exchange.seconds)
@@ -206,7 +209,7 @@ class RequestGuard:
             ms=round(exchange.seconds * 1000, 1),
         )
 
-    def _open(self, scope: Scope, receive: Receive, send: Send) -> Exchange:
+    def _open_exchange(self, scope: Scope, receive: Receive, send: Send) -> Exchange:
         head = scope["method"] == "HEAD"
         scope = {**scope, HEAD: head, "method": "GET" if head else scope["method"]}
         scope["state"] = {**scope.get("state", {}), "request_id": (request_id := f"req_{secrets.token_hex(8)}")}
@@ -228,15 +231,15 @@ class RequestGuard:
             withheld=declared and any(name == b"expect" for name, _ in scope["headers"]),
         )
 
-    def _check(self, scope: Scope, limit: int) -> None:
-        """Raise the error of a request that no route needs to see."""
+    def _check_request(self, scope: Scope, limit: int) -> None:
+        """Raise the error of a request that no route needs to see, and note its tenant."""
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         if len(scope.get("raw_path") or scope["path"].encode()) + len(scope["query_string"]) > LONGEST_URI:
             raise UriTooLong()
         if len(headers) > MOST_HEADERS or sum(len(name) + len(value) + 4 for name, value in headers) > LONGEST_HEADERS:
             raise HeadersTooLarge()
         if any(byte in value for _, value in headers for byte in (b"\0", b"\r", b"\n")):
-            raise MalformedRequest("a header has a control character in it")
+            raise MalformedRequest("a header holds a control character")
         self._check_host(_values(headers, b"host"))
         self._check_length(_values(headers, b"content-length"), limit)
         self._check_key(scope, _values(headers, b"authorization"))
@@ -258,7 +261,7 @@ class RequestGuard:
             raise too_large(limit)
 
     def _check_key(self, scope: Scope, credentials: list[bytes]) -> None:
-        """Note the tenant; pages take the key as the password of HTTP Basic, the only way a browser sends one."""
+        """Note the tenant. Raises Unauthorized. Pages take the key as the password of HTTP Basic, as browsers send it."""
         path = scope["path"]
         if path.startswith("/v1"):
             sent = credentials[0] if len(credentials) == 1 else None
@@ -271,11 +274,11 @@ class RequestGuard:
 
 def too_large(limit: int) -> TooLarge:
     """The error for a body over `limit` bytes."""
-    return TooLarge(f"the body is larger than {limit} bytes, the most that is taken here")
+    return TooLarge(f"the body is larger than {limit} bytes, the most that this address takes")
 
 
 def route_of(scope: Scope) -> str:
-    """The template of the answering route, or "other": an address is the client's words, never logged or counted."""
+    """The template of the route that answers, or "other": addresses are the client's text, never logged or counted."""
     return str(getattr(scope.get("route"), "path", "other"))
 
 

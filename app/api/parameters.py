@@ -1,4 +1,4 @@
-"""What addresses, queries and headers may hold: strict types, and nothing that no route asked for.
+"""What addresses, queries and headers may hold: strict types, and nothing that the route does not know.
 
 pydantic reads "1_0", " 5" and "5.0" as integers, FastAPI takes the last of two equal names and ignores unknown ones.
 """
@@ -14,7 +14,7 @@ from fastapi.dependencies.models import Dependant
 from pydantic import BeforeValidator
 from starlette.datastructures import Headers
 
-from app.api.downloads import matches
+from app.api.downloads import matches_etag
 from app.errors import (
     Fault,
     InvalidHeader,
@@ -27,7 +27,7 @@ from app.errors import (
 )
 from app.validation.strict import TEXT_LENGTH
 
-LARGEST = 2**31 - 1
+LARGEST_LIMIT = 2**31 - 1
 LONGEST_WAIT_S = 60
 _DIGITS = re.compile(r"[0-9]{1,18}")
 _SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
@@ -50,7 +50,7 @@ def _seconds(value: Any) -> Any:
     return value
 
 
-Limit = Annotated[int, BeforeValidator(_digits), Query(ge=1, le=LARGEST, description="Most items in the answer.")]
+Limit = Annotated[int, BeforeValidator(_digits), Query(ge=1, le=LARGEST_LIMIT, description="Most items in the answer.")]
 After = Annotated[
     int, BeforeValidator(_digits), Query(ge=0, le=10**18 - 1, description="Only events with a higher seq.")
 ]
@@ -66,9 +66,7 @@ DatasetId = Annotated[str, Path(description="The data set's id.")]
 IdempotencyKey = Annotated[
     str | None, Header(description="1 to 255 visible ASCII characters. Same key and body: the same job, for 7 days.")
 ]
-LastEventId = Annotated[
-    str | None, Header(description="The last `id` that was received: the stream goes on behind it.")
-]
+LastEventId = Annotated[str | None, Header(description="The last `id` that was received: the stream goes on after it.")]
 IfNoneMatch = Annotated[str | None, Header(description="ETag of the version the client has: 304 if it is the newest.")]
 IfMatch = Annotated[str | None, Header(description="ETag of the version this is meant for: 412 if it has changed.")]
 
@@ -89,22 +87,22 @@ async def refuse_unknown_query(request: Request) -> None:
         if name not in known:
             raise InvalidParameter(
                 "unknown query parameter"
-                + (f"; known here: {', '.join(sorted(known))}" if known else ": none is taken here")
+                + (f"; known here: {', '.join(sorted(known))}" if known else ": this address takes none")
             )
         if name in seen:
-            raise _invalid(name, "is there twice")
+            raise _invalid(name, "is given twice")
         seen.add(name)
 
 
 def check_id(kind: str, value: str) -> str:
-    """`value` if it looks like an id we give out; else NotFound, as for any id that does not exist."""
+    """`value`, if it has the form of our ids. Raises NotFound if not, as for any id that does not exist."""
     if not is_id(kind, value):
         raise JobNotFound() if kind == "job" else NotFound(_NO_SUCH[kind])
     return value
 
 
 def is_id(kind: str, value: str) -> bool:
-    """Whether `value` looks like an id we give out."""
+    """Whether `value` has the form of our ids."""
     return value.startswith(f"{kind}_") and _ID.fullmatch(value) is not None
 
 
@@ -136,7 +134,7 @@ def read_idempotency_key(headers: Headers) -> str | None:
     if not values:
         return None
     if len(values) > 1:
-        raise MalformedRequest("Idempotency-Key is there twice")
+        raise MalformedRequest("Idempotency-Key is given twice")
     key = values[0]
     if len(key) > 2 and key[0] == key[-1] == '"':
         key = key[1:-1]
@@ -147,7 +145,7 @@ def read_idempotency_key(headers: Headers) -> str | None:
 
 def check_match(if_match: str | None, etag: str) -> None:
     """Raise PreconditionFailed if If-Match names another version."""
-    if if_match is not None and not matches(if_match, etag):
+    if if_match is not None and not matches_etag(if_match, etag):
         raise PreconditionFailed()
 
 

@@ -1,6 +1,6 @@
 """Errors as `application/problem+json` (RFC 9457): one renderer for ours, FastAPI's and Starlette's.
 
-Nothing of the request is echoed but what a fault names on purpose (`value`), while it is small and is JSON.
+Of the request only what a fault names on purpose (`value`) is echoed, if it is small and is JSON.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from app.errors import (
     Unauthorized,
     Unavailable,
 )
+from app.validation.faults import MOST_FAULTS
 
 log = structlog.get_logger("espalier.api")
 
 MEDIA_TYPE = "application/problem+json"
-MOST_FAULTS = 100
+
 LONGEST_POINTER = 300
 LONGEST_SENTENCE = 1000
 LONGEST_VALUE = 200
@@ -74,9 +75,9 @@ def problem_document(error: RequestError, request_id: str) -> dict[str, JsonValu
         "title": error.title,
         "status": error.status,
         "code": error.code,
-        "detail": _cut(error.message, LONGEST_SENTENCE),
+        "detail": _shorten(error.message, LONGEST_SENTENCE),
         "request_id": request_id,
-        "errors": [_fault(fault) for fault in error.faults[:MOST_FAULTS]],
+        "errors": [_fault_document(fault) for fault in error.faults[:MOST_FAULTS]],
     }
     if isinstance(error, IllegalTransition):
         document["state"] = error.state
@@ -84,14 +85,14 @@ def problem_document(error: RequestError, request_id: str) -> dict[str, JsonValu
     return document
 
 
-def translate(exc: Exception) -> RequestError:
-    """The error to answer for any exception that a route let through; an unknown one is `Internal`."""
+def error_of(exc: Exception) -> RequestError:
+    """The error to answer with for any exception of a route; an unknown one is `Internal`."""
     if isinstance(exc, RequestError):
         return exc
     if isinstance(exc, RequestValidationError):
-        return _invalid(exc)
+        return _parameter_error(exc)
     if isinstance(exc, HTTPException):
-        return _http(exc)
+        return _http_error(exc)
     return Internal()
 
 
@@ -100,14 +101,14 @@ def request_id(scope: Scope) -> str:
     return str(scope.get("state", {}).get("request_id", ""))
 
 
-def install(app: FastAPI) -> None:
-    """Render what routes refuse as problems; an unknown exception passes on to the edge, which logs and renders it."""
+def install_handlers(app: FastAPI) -> None:
+    """Render what routes refuse as problems; `RequestGuard` logs and renders an unknown exception."""
     for kind in (RequestError, RequestValidationError, HTTPException):
-        app.add_exception_handler(kind, _answer)
+        app.add_exception_handler(kind, _answer_problem)
 
 
-async def _answer(request: Request, exc: Exception) -> Response:
-    error = translate(exc)
+async def _answer_problem(request: Request, exc: Exception) -> Response:
+    error = error_of(exc)
     if isinstance(error, Unavailable):
         log.warning("backend unavailable", request_id=request_id(request.scope), error=repr(exc)[:500])
     headers = exc.headers if isinstance(exc, HTTPException) else None
@@ -121,14 +122,14 @@ def _headers(error: RequestError) -> dict[str, str]:
     return {} if after is None else {"Retry-After": str(after)}
 
 
-def _http(exc: HTTPException) -> RequestError:
+def _http_error(exc: HTTPException) -> RequestError:
     known: dict[int, type[RequestError]] = {404: NotFound, 405: MethodNotAllowed, 413: TooLarge}
     if exc.status_code in known:
         return known[exc.status_code]()
     return Internal() if exc.status_code >= 500 else MalformedRequest()
 
 
-def _invalid(exc: RequestValidationError) -> RequestError:
+def _parameter_error(exc: RequestValidationError) -> RequestError:
     """Parameters that FastAPI refused; an address it refused is unknown."""
     faults = []
     kinds = set()
@@ -138,40 +139,40 @@ def _invalid(exc: RequestValidationError) -> RequestError:
         context = problem.get("ctx", {})
         limit = next((context[key] for key in ("ge", "le", "gt", "lt", "pattern", "expected") if key in context), None)
         message = problem["msg"].removeprefix("Value error, ")
-        faults.append(Fault("/".join(["", str(place), *map(str, names)]), message, limit=_json(limit)))
+        faults.append(Fault("/".join(["", str(place), *map(str, names)]), message, limit=_small_json(limit)))
     if "path" in kinds:
         return NotFound()
     kind = InvalidHeader if kinds == {"header"} else InvalidParameter
     return kind("; ".join(f"{fault.pointer[1:]}: {fault.message}" for fault in faults[:3]), faults)
 
 
-def _fault(fault: Fault) -> dict[str, JsonValue]:
-    """The fault's document with nothing in it that is long or that JSON cannot say."""
+def _fault_document(fault: Fault) -> dict[str, JsonValue]:
+    """The fault's document, without what is long or what JSON cannot say."""
     document: dict[str, JsonValue] = {
         "pointer": fault.pointer[:LONGEST_POINTER],
-        "message": _cut(fault.message, LONGEST_SENTENCE),
+        "message": _shorten(fault.message, LONGEST_SENTENCE),
     }
-    for name, value in (("limit", _json(fault.limit)), ("value", _json(fault.value))):
+    for name, value in (("limit", _small_json(fault.limit)), ("value", _small_json(fault.value))):
         if value is not None:
             document[name] = value
     return document
 
 
-def _json(value: Any) -> JsonValue:
-    """`value` if it is small and exact in JSON; a cut text; else None: it is left out."""
+def _small_json(value: Any) -> JsonValue:
+    """`value` if it is small and exact in JSON, a long text cut; else None, and it is left out."""
     if isinstance(value, bool) or value is None:
         return value
     if isinstance(value, str):
-        return _cut(value, LONGEST_VALUE)
+        return _shorten(value, LONGEST_VALUE)
     if isinstance(value, int):
         return value if abs(value) <= _EXACT_INT else None
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, (list, tuple)) and len(value) <= 100:
-        members = [_json(member) for member in value]
+        members = [_small_json(member) for member in value]
         return None if len(json.dumps(members)) > LONGEST_SENTENCE else members
     return None
 
 
-def _cut(text: str, length: int) -> str:
+def _shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"

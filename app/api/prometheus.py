@@ -1,4 +1,4 @@
-"""`GET /metrics`: what Prometheus reads about this process and the queue; a registry of its own per application."""
+"""`GET /metrics`: what Prometheus reads about this process and the queue, from one registry per application."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ router = APIRouter(tags=["operation"])
 
 
 class RequestMetrics:
-    """The counters of one application. `count_jobs` gives the jobs by state; it is asked at every scrape."""
+    """The counters of one application. `count_jobs` gives the jobs by state; it is called at every scrape."""
 
     def __init__(self, count_jobs: Callable[[], dict[str, int]]) -> None:
         self.registry = CollectorRegistry()
@@ -65,17 +65,17 @@ class _JobCounts(Collector):
         try:
             for state, count in sorted(self._count_jobs().items()):
                 gauge.add_metric((state,), count)
-        except Unavailable as error:  # the process' own counters still tell what is wrong
+        except Unavailable as error:  # the counters of the process still show what is wrong
             log.warning("jobs not counted", error=error.message)
             return
         yield gauge
 
     def describe(self) -> Iterator[Metric]:
-        """Nothing: registering must not ask the database."""
+        """No metrics: registering must not ask the database."""
         return iter(())
 
 
 @router.get("/metrics", summary="Counters for Prometheus")
 def metrics(request: Request) -> Response:
     """The counters of this process and the jobs by state, in Prometheus' text format."""
-    return Response(generate_latest(request.app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    return Response(generate_latest(request.app.state.context.metrics.registry), media_type=CONTENT_TYPE_LATEST)

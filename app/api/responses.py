@@ -34,8 +34,7 @@ JOB = _gives(JobSchema, "The job.", 200, ("ETag", "Retry-After")) | _bare(304, "
 SUBMITTED = _gives(JobSchema, "The new job.", 201, ("Location", "ETag")) | _gives(
     JobSchema, "The job that this Idempotency-Key has made.", 200, ("Location", "Idempotent-Replayed")
 )
-RETRIED = SUBMITTED
-TOLD = _gives(JobSchema, "The job; it obeys as soon as it can.", 202)
+CHANGED = _gives(JobSchema, "The job; it obeys as soon as it can.", 202)
 REMOVED = _bare(204, "It is gone.")
 JOBS = _gives(JobsSchema, "A page.")
 VALIDATED = _gives(PlanSchema, "The job is valid.")

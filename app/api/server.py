@@ -1,4 +1,4 @@
-"""uvicorn, set up for this API: exact limits, a deadline on request heads, streams that end when the server stops."""
+"""uvicorn as this API needs it: exact limits, a deadline on request heads, streams that end when the server stops."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from app.settings import Settings
 
 HEAD_S = 10.0
 M_ARENA_MAX = -8  # malloc.h
-LONGEST_HEAD = 128 * 1024  # the edge refuses 32 KiB politely; this is where a connection is cut
+LONGEST_HEAD = 128 * 1024  # `RequestGuard` answers from 32 KiB on; here the connection is cut
 
 
-class Protocol(HttpToolsProtocol):
+class GuardedHttp(HttpToolsProtocol):
     """HTTP with a deadline and a limit for a request's head: uvicorn waits for ever and reads without end."""
 
     _head_timer: asyncio.TimerHandle | None = None
@@ -30,7 +30,7 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock for the first request."""
         super().connection_made(transport)
-        self._expect_head()
+        self._start_clock()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the clock."""
@@ -38,32 +38,32 @@ class Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
-        """A request's first byte has come: its head has ten seconds."""
+        """Start the clock again with a request's first byte: its head has ten seconds."""
         super().on_message_begin()
         self._head_bytes = 0
-        self._expect_head()
+        self._start_clock()
 
     def on_url(self, url: bytes) -> None:
-        """Take a part of the address."""
-        self._count(len(url))
+        """Count a part of the address."""
+        self._count_head(len(url))
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take one header."""
-        self._count(len(name) + len(value))
+        """Count one header."""
+        self._count_head(len(name) + len(value))
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """The head is there; the edge guards the body."""
+        """Stop the clock; `RequestGuard` guards the body."""
         self._stop_clock()
         super().on_headers_complete()
 
-    def _count(self, size: int) -> None:
+    def _count_head(self, size: int) -> None:
         self._head_bytes += size
         if self._head_bytes > LONGEST_HEAD:
-            raise ValueError("the head of the request is too large")  # httptools makes it a 400 and closes
+            raise ValueError("the head of the request is too large")  # httptools answers 400 and closes
 
-    def _expect_head(self) -> None:
+    def _start_clock(self) -> None:
         self._stop_clock()
         self._head_timer = self.loop.call_later(HEAD_S, self.transport.close)
 
@@ -78,7 +78,7 @@ def serve_options(settings: Settings) -> dict[str, Any]:
     return {
         "host": settings.host,
         "port": settings.port,
-        "http": Protocol,
+        "http": GuardedHttp,
         "ws": "none",
         "loop": "uvloop",
         "lifespan": "on",
@@ -102,16 +102,16 @@ def bound_arenas() -> None:
 
 
 class ApiServer(uvicorn.Server):
-    """The API's server: says when it is ready, and ends event streams before it waits for connections."""
+    """The API's server: prints when it is ready, and ends event streams before it waits for connections."""
 
-    def __init__(self, app: FastAPI, settings: Settings) -> None:
+    def __init__(self, app: FastAPI, settings: Settings, stopping: asyncio.Event) -> None:
         bound_arenas()
         super().__init__(uvicorn.Config(app, **serve_options(settings)))
-        self._stopping: asyncio.Event = app.state.stopping
+        self._stopping = stopping
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, then print the address: the sign for whoever started us."""
+        """Listen, then print the address, which tells whoever started the service that it is ready."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self.started:
@@ -119,7 +119,7 @@ class ApiServer(uvicorn.Server):
             print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """End the streams, then the server. The lifespan's shutdown would be too late: it follows the connections."""
+        """End the streams, then the server. The lifespan's shutdown is too late: it comes after the connections."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._stopping.set)
         super().handle_exit(sig, frame)

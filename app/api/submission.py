@@ -12,6 +12,6 @@ from app.spec.job import parse_job
 def plan_job(context: Context, tenant: str, document: object) -> Plan:
     """What the job that `document` describes would be. Raises InvalidSpec with every mistake found."""
     spec = parse_job(document)
-    facts = registry.facts(context.db, tenant, spec.data)
-    known = references.resolve(context.db, context.storage, tenant, spec)
+    facts = registry.read_facts(context.db, tenant, spec.data)
+    known = references.resolve_sources(context.db, context.storage, tenant, spec)
     return make_plan(spec, facts, limits=JobLimits.of(context.settings), sources=known)

@@ -1,0 +1,1 @@
+"""The database: engine and sessions, tables, the revision of the schema. Imports errors only."""

@@ -2,8 +2,8 @@
 
 SQLite: a session that may write begins with BEGIN IMMEDIATE. A deferred transaction that reads and then writes fails at
 once with "database is locked", whatever busy_timeout says (4,436 errors in 2,000 claims by 8 processes; with IMMEDIATE
-none). Postgres: READ COMMITTED; after a lock wait it evaluates the WHERE again, which is all that the moves of a job
-need.
+none). Postgres: READ COMMITTED; after a wait for a lock it evaluates the WHERE again, which is all that the transitions
+of a job need.
 """
 
 from __future__ import annotations
@@ -75,15 +75,7 @@ class Database:
                 f"no support for {self.dialect} databases: ESPALIER_DATABASE_URL takes sqlite: or postgresql:"
             )
         self._writer = self._engine.execution_options(write=True)
-        self._turn = threading.Lock() if self.dialect == "sqlite" else None
-
-    @property
-    def description(self) -> str:
-        """The database and its version in one sentence's part, for the log of a start."""
-        if self.dialect == "sqlite":
-            return f"SQLite {sqlite3.sqlite_version}"
-        with self.read() as session:
-            return f"PostgreSQL {session.scalar(text('SHOW server_version'))}"
+        self._write_lock = threading.Lock() if self.dialect == "sqlite" else None
 
     def now(self, plus_s: float = 0.0) -> ColumnElement[datetime]:
         """The present moment plus `plus_s` seconds, as SQL: Postgres' own clock; on SQLite (one host) this process'."""
@@ -99,7 +91,7 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Session]:
         """A session that only reads. Raises Unavailable."""
-        with _translated(), _session(self._engine) as session:
+        with _translate_errors(), _session(self._engine) as session:
             yield session
 
     @contextmanager
@@ -108,7 +100,7 @@ class Database:
 
         Raises Unavailable (CommitUnknown if the connection died during the commit), StorageFull.
         """
-        with self._alone(), _translated(), _session(self._writer) as session:
+        with self._one_writer(), _translate_errors(), _session(self._writer) as session:
             yield session
             try:
                 session.commit()
@@ -118,35 +110,35 @@ class Database:
                 raise
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _one_writer(self) -> Iterator[None]:
         """One writer at a time in this process: SQLite does not wait fairly, and one of 30 submits starved for 5 s."""
-        if self._turn is None:
+        if self._write_lock is None:
             yield
             return
-        if not self._turn.acquire(timeout=SQLITE_BUSY_S):
+        if not self._write_lock.acquire(timeout=SQLITE_BUSY_S):
             raise Unavailable("the database is busy: try again")
         try:
             yield
         finally:
-            self._turn.release()
+            self._write_lock.release()
 
     def transact(self, body: Callable[[Session], T], landed: Callable[[Session, T], bool]) -> T:
-        """What `body` returns, its writes committed once, also when the connection dies during the commit.
+        """Run `body` and commit its writes once, also when the connection dies during the commit; returns its result.
 
-        Then `landed` (in a new session, given what `body` returned) says whether the commit took effect; if not, `body`
-        runs again. Raises Unavailable if the database does not come back within 10 s.
+        After such a death `landed` (in a new session, with the result of `body`) says whether the commit took effect; if
+        not, `body` runs again. Raises Unavailable if the database does not come back within 10 s.
         """
         for _ in range(3):
             try:
                 with self.write() as session:
                     result = body(session)
             except CommitUnknown:
-                if not self._look_up(landed, result):
+                if not self._look_up_commit(landed, result):
                     continue
             return result
         raise Unavailable
 
-    def _look_up(self, landed: Callable[[Session, T], bool], result: T) -> bool:
+    def _look_up_commit(self, landed: Callable[[Session, T], bool], result: T) -> bool:
         for pause_s in COMMIT_LOOKUPS_AFTER_S:
             time.sleep(pause_s)
             try:
@@ -157,17 +149,17 @@ class Database:
         raise Unavailable
 
     def check_version(self) -> None:
-        """Refuse a schema that is not the one this code was written for; raises StartupError with what to do."""
-        with self._starting(), self.read() as session:
+        """Raise StartupError, which says what to do, for a schema that is not the one this code was written for."""
+        with self._as_startup_error(), self.read() as session:
             revision.check_current(session.connection())
 
     def upgrade(self) -> None:
-        """Bring the schema up to this code's, alone among all processes. Raises StartupError if it is newer."""
-        with self._starting(), _translated(), upgrading(self.url) as connection:
+        """Upgrade the schema to this code's, as the only process that does. Raises StartupError if it is newer."""
+        with self._as_startup_error(), _translate_errors(), upgrading(self.url) as connection:
             revision.upgrade(connection)
 
     @contextmanager
-    def _starting(self) -> Iterator[None]:
+    def _as_startup_error(self) -> Iterator[None]:
         try:
             yield
         except Unavailable as error:
@@ -181,7 +173,7 @@ class Database:
 
 
 def _session(engine: Engine) -> Session:
-    """Rows are read as columns and written by statements, so there is no state in the session to keep in step."""
+    """A session without state to synchronize: rows are read as columns and written by statements."""
     return Session(engine, expire_on_commit=False, autoflush=False, execution_options={"synchronize_session": False})
 
 
@@ -198,7 +190,7 @@ def _sqlite_engine(url: URL, *, pool_size: int, max_overflow: int) -> Engine:
     kind = filesystem_type(folder)
     if kind in NETWORK_FILESYSTEMS:
         raise StartupError(
-            f"{folder} lies on a network file system ({kind}), where SQLite loses data: use a local disk or Postgres"
+            f"{folder} is on a network file system ({kind}), where SQLite loses data: use a local disk or Postgres"
         )
     engine = create_engine(
         url, pool_size=pool_size, max_overflow=max_overflow, pool_timeout=3, connect_args={"timeout": SQLITE_BUSY_S}
@@ -256,8 +248,8 @@ def upgrading(url: URL | str) -> Iterator[Connection]:
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
-    """A database that is away becomes Unavailable, a full disk StorageFull; our own mistakes stay what they are."""
+def _translate_errors() -> Iterator[None]:
+    """Raise Unavailable for a database that does not answer, StorageFull for a full disk; our own mistakes stay."""
     try:
         yield
     except sqlalchemy.exc.TimeoutError as error:

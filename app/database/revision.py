@@ -1,4 +1,4 @@
-"""The schema's version: what the database has, what this code wants, and the way from one to the other (Alembic)."""
+"""The schema's revision: the database's, this code's, and the upgrade from one to the other (Alembic)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ from app.errors import NewerDatabase, StartupError
 
 
 def check_current(connection: Connection) -> None:
-    """Refuse a database whose schema is not this code's.
-
-    Raises NewerDatabase, or StartupError if it must be upgraded.
-    """
+    """Raise NewerDatabase if the database's schema is newer than this code, StartupError if it must be upgraded."""
     scripts = ScriptDirectory.from_config(_config())
     present = _present_revision(connection, scripts)
     if present != scripts.get_current_head():
@@ -25,7 +22,7 @@ def check_current(connection: Connection) -> None:
 
 
 def upgrade(connection: Connection) -> None:
-    """Run what is missing in the connection's transaction. Raises NewerDatabase."""
+    """Run the missing migrations in the connection's transaction. Raises NewerDatabase."""
     config = _config()
     _present_revision(connection, ScriptDirectory.from_config(config))
     config.attributes["connection"] = connection

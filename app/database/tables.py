@@ -1,8 +1,8 @@
 """The rows: jobs and what belongs to them, data sets, workers, the outbox. One schema for SQLite and Postgres.
 
-Only `app/jobs/commands.py` and `app/jobs/attempts.py` write job rows. `lease_until`, `beat`, `progress` and `event_seq` are never
-indexed: 400 renewals are 398 HOT updates on Postgres without such an index and none with it; the reaper reads the few
-running rows instead.
+Only `app/jobs/commands.py` and `app/jobs/attempts.py` write job rows. `lease_until`, `beat`, `progress` and `event_seq`
+are never indexed: 400 renewals are 398 HOT updates on Postgres without such an index and none with it. Recovery reads the
+few running rows instead.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ OUTBOX_KINDS = ("ring", "delete_prefix")
 
 
 def new_id(kind: str) -> str:
-    """`<kind>_` and 26 characters: 48 bits of milliseconds, then 80 random bits, so that ids sort by time of making."""
+    """A new id: `<kind>_` and 26 characters, 48 bits of milliseconds and 80 random bits, so that ids sort by their age."""
     number = (time.time_ns() // 1_000_000 & (1 << 48) - 1) << 80 | secrets.randbits(80)
     return f"{kind}_" + "".join(CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
 
@@ -54,7 +54,7 @@ def storable_text(value: str) -> str:
 
 
 def storable(value: Any) -> Any:
-    """The JSON value as every database and JSON parser takes it: NaN and infinities are null, NUL is U+FFFD."""
+    """The JSON value in a form that every database and JSON parser takes: NaN and infinities are null, NUL is U+FFFD."""
     if isinstance(value, str):
         return storable_text(value)
     if isinstance(value, float):
@@ -67,9 +67,9 @@ def storable(value: Any) -> Any:
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """A moment: aware in, aware (UTC) out, microseconds kept; naive ones are refused.
+    """A time with its zone, read in UTC with microseconds; a time without a zone is refused.
 
-    SQLite holds text whose order is time's.
+    SQLite stores text that sorts by time.
     """
 
     impl = DateTime(timezone=True)
@@ -88,10 +88,10 @@ class UtcDateTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
-class Document(TypeDecorator[Any]):
+class StorableJson(TypeDecorator[Any]):
     """A JSON document as it was given.
 
-    `json` on Postgres, not `jsonb`: that forgets the order of keys, and nothing searches inside.
+    `json` on Postgres, not `jsonb`, which loses the order of keys; nothing searches inside.
     """
 
     impl = JSON(none_as_null=True)
@@ -101,7 +101,7 @@ class Document(TypeDecorator[Any]):
         return storable(value)
 
 
-class Words(TypeDecorator[str]):
+class StorableText(TypeDecorator[str]):
     """Text of any length from outside: NUL and lone surrogates are replaced."""
 
     impl = Text
@@ -116,7 +116,7 @@ def _one_of(column: str, values: tuple[str, ...]) -> str:
 
 
 class Row(DeclarativeBase):
-    """What every table shares: names for all constraints, so that migrations can find them."""
+    """The base of all tables: it names all constraints, so that migrations can find them."""
 
     metadata = MetaData(
         naming_convention={
@@ -127,7 +127,11 @@ class Row(DeclarativeBase):
             "ix": "ix_%(table_name)s_%(column_0_name)s",
         }
     )
-    type_annotation_map: ClassVar[dict[Any, Any]] = {datetime: UtcDateTime, dict[str, Any]: Document, int: BigInteger}
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
+        datetime: UtcDateTime,
+        dict[str, Any]: StorableJson,
+        int: BigInteger,
+    }
 
 
 def _job_key() -> Mapped[str]:
@@ -144,13 +148,11 @@ class JobRow(Row):
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     tenant_id: Mapped[str] = mapped_column(String(64))
-    name: Mapped[str | None] = mapped_column(Words)
+    name: Mapped[str | None] = mapped_column(StorableText)
     labels: Mapped[dict[str, Any]]
     spec: Mapped[dict[str, Any]]
     spec_version: Mapped[int] = mapped_column(SmallInteger)
-    dataset: Mapped[str | None] = mapped_column(
-        String(255)
-    )  # the spec's data.dataset, to see which data sets are in use
+    dataset: Mapped[str | None] = mapped_column(String(255))  # the spec's data.dataset, to see which are in use
     state: Mapped[str] = mapped_column(String(16))
     wish: Mapped[str | None] = mapped_column(String(16))
     priority: Mapped[int] = mapped_column(SmallInteger, default=0)
@@ -164,10 +166,10 @@ class JobRow(Row):
     progress_step: Mapped[int] = mapped_column(default=0)
     event_seq: Mapped[int] = mapped_column(default=0)
     log_bytes: Mapped[int] = mapped_column(default=0)
-    progress: Mapped[dict[str, Any] | None] = mapped_column(Document)
-    error: Mapped[dict[str, Any] | None] = mapped_column(Document)
-    summary: Mapped[dict[str, Any] | None] = mapped_column(Document)
-    report: Mapped[dict[str, Any] | None] = mapped_column(Document)
+    progress: Mapped[dict[str, Any] | None] = mapped_column(StorableJson)
+    error: Mapped[dict[str, Any] | None] = mapped_column(StorableJson)
+    summary: Mapped[dict[str, Any] | None] = mapped_column(StorableJson)
+    report: Mapped[dict[str, Any] | None] = mapped_column(StorableJson)
     stopped_early: Mapped[bool] = mapped_column(default=False)
     retry_of: Mapped[str | None] = mapped_column(String(64))
     created_at: Mapped[datetime]
@@ -217,7 +219,7 @@ class EventRow(Row):
     at: Mapped[datetime]
     type: Mapped[str] = mapped_column(String(64))
     level: Mapped[str] = mapped_column(String(8))
-    message: Mapped[str] = mapped_column(Words)
+    message: Mapped[str] = mapped_column(StorableText)
     data: Mapped[dict[str, Any]]
 
     __table_args__ = ({"sqlite_with_rowid": False},)
@@ -237,13 +239,13 @@ class MetricRow(Row):
 
 
 class LogChunkRow(Row):
-    """A piece of a job's log; `seq` is the place of its first byte in the whole log."""
+    """A piece of a job's log; `seq` is the offset of its first byte in the whole log."""
 
     __tablename__ = "log_chunks"
 
     job_id: Mapped[str] = _job_key()
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    text: Mapped[str] = mapped_column(Words)
+    text: Mapped[str] = mapped_column(StorableText)
 
 
 class CheckpointRow(Row):
@@ -306,7 +308,7 @@ class JobSourceRow(Row):
 
 
 class IdempotencyKeyRow(Row):
-    """A request that was carried out once: the same key and body again gives the same job."""
+    """A request that made a job: the same key and body again gives the same job."""
 
     __tablename__ = "idempotency"
 
@@ -342,16 +344,16 @@ class OutboxRow(Row):
 
 
 class WorkerRow(Row):
-    """A worker process that said it is alive at `seen_at`."""
+    """A worker process that was alive at `seen_at`."""
 
     __tablename__ = "workers"
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    host: Mapped[str] = mapped_column(Words)
+    host: Mapped[str] = mapped_column(StorableText)
     pid: Mapped[int] = mapped_column(Integer)
     slots: Mapped[int] = mapped_column(Integer)
     device: Mapped[str] = mapped_column(String(64))
-    running: Mapped[list[Any]] = mapped_column(Document)
+    running: Mapped[list[Any]] = mapped_column(StorableJson)
     started_at: Mapped[datetime]
     seen_at: Mapped[datetime]
 
@@ -363,17 +365,15 @@ class DatasetRow(Row):
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     tenant_id: Mapped[str] = mapped_column(String(64))
-    name: Mapped[str] = mapped_column(Words)
+    name: Mapped[str] = mapped_column(StorableText)
     state: Mapped[str] = mapped_column(String(16))
     format: Mapped[str] = mapped_column(String(32))
-    facts: Mapped[dict[str, Any] | None] = mapped_column(Document)
-    problems: Mapped[list[Any]] = mapped_column(Document)
-    notes: Mapped[list[Any]] = mapped_column(Document)
+    facts: Mapped[dict[str, Any] | None] = mapped_column(StorableJson)
+    problems: Mapped[list[Any]] = mapped_column(StorableJson)
+    notes: Mapped[list[Any]] = mapped_column(StorableJson)
     size_bytes: Mapped[int]
     sha256: Mapped[str | None] = mapped_column(String(64))
-    packed_id: Mapped[str | None] = mapped_column(
-        String(64)
-    )  # the data set that packed it: the same file is stored once
+    packed_id: Mapped[str | None] = mapped_column(String(64))  # the data set that packed it: a file is stored once
     created_at: Mapped[datetime]
     deleted_at: Mapped[datetime | None]
 
@@ -397,8 +397,8 @@ class WeightsRow(Row):
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     tenant_id: Mapped[str] = mapped_column(String(64))
-    name: Mapped[str] = mapped_column(Words)
-    tensors: Mapped[list[Any]] = mapped_column(Document)
+    name: Mapped[str] = mapped_column(StorableText)
+    tensors: Mapped[list[Any]] = mapped_column(StorableJson)
     size_bytes: Mapped[int]
     sha256: Mapped[str] = mapped_column(String(64))
     created_at: Mapped[datetime]

@@ -1,0 +1,1 @@
+"""Data sets: their registry. Imports database, jobs, settings, spec and storage, and the two folders below."""

@@ -1,7 +1,7 @@
-"""The registry of data sets: what a name or an id stands for, uploads until they are deleted, and the way to a worker.
+"""The registry of data sets: what a name or an id stands for, uploads until they are deleted, and the copies of workers.
 
-    datasets/<id>/upload              what was sent, until it is checked
-    datasets/<id>/packed/<file>       what it became (see app/datasets/packed/packed.py)
+    datasets/<id>/upload              the file as sent, until it is checked
+    datasets/<id>/packed/<file>       the packed form (see app/datasets/packed/packed.py)
 
 The same file sent twice by one tenant is packed and stored once: `packed_id` says under whose id.
 """
@@ -29,7 +29,7 @@ from app.datasets.ingest.builtin import BUILTIN, ensure_builtin
 from app.datasets.ingest.child import CheckInterrupted, CheckResult, check_in_child
 from app.datasets.ingest.limits import UploadLimits
 from app.datasets.ingest.synthetic import ensure_synthetic, synthetic_bytes
-from app.datasets.packed.packed import MANIFEST, PACKED, Manifest, ensure_packed, locked, packed_files
+from app.datasets.packed.packed import MANIFEST, PACKED, Manifest, ensure_packed, hold_lock, packed_files
 from app.datasets.packed.resizing import prepare_pictures
 from app.errors import (
     DataInvalid,
@@ -45,6 +45,7 @@ from app.errors import (
     Unavailable,
 )
 from app.jobs import outbox
+from app.jobs.references import MOST_USERS_NAMED
 from app.settings import Settings
 from app.spec.data import DataFacts, DataSpec, synthetic_facts
 from app.storage import Storage
@@ -59,7 +60,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class DatasetView:
-    """An uploaded data set; `manifest` is there when it is `ready`, `problems` say what was wrong with files."""
+    """An uploaded data set; it has a `manifest` when it is `ready`, and `problems` of files that cannot be used."""
 
     id: str
     name: str
@@ -72,7 +73,7 @@ class DatasetView:
     created_at: datetime
 
     def document(self) -> dict[str, JsonValue]:
-        """The data set as the API shows it; times are the caller's to write."""
+        """The data set as the API shows it."""
         packed = self.manifest
         shape: list[JsonValue] | None = None
         if packed is not None and packed.example_shape is not None:
@@ -96,7 +97,7 @@ class DatasetView:
 
 
 def upload_key(dataset_id: str) -> str:
-    """Where the bytes of an upload wait to be checked."""
+    """The key of an upload that is not checked yet."""
     return f"datasets/{dataset_id}/upload"
 
 
@@ -108,7 +109,7 @@ def packed_prefix(packed_id: str) -> str:
 def register_upload(
     db: Database, storage: Storage, tenant: str, path: Path, *, name: str, kind: str, size_bytes: int, sha256: str
 ) -> DatasetView:
-    """A new data set in state `checking`, its bytes in the store before its row; `path` is the received file.
+    """Store the received file at `path`, then insert its data set in state `checking`; returns it.
 
     Raises Unavailable, StorageFull.
     """
@@ -129,13 +130,13 @@ def register_upload(
                 created_at=db.now(),
             )
         )
-        return _require(session, tenant, dataset_id)
+        return _require_dataset(session, tenant, dataset_id)
 
 
 def get_dataset(db: Database, tenant: str, dataset_id: str) -> DatasetView:
     """An uploaded data set. Raises NotFound."""
     with db.read() as session:
-        return _require(session, tenant, dataset_id)
+        return _require_dataset(session, tenant, dataset_id)
 
 
 def list_datasets(
@@ -153,12 +154,12 @@ def list_datasets(
 
 
 def delete_dataset(db: Database, tenant: str, dataset_id: str) -> None:
-    """Remove a data set: hidden at once, its objects soon after. Workers drop their copies when they fetch another one.
+    """Hide a data set at once and remove its objects soon after. Workers drop their copies when they fetch another one.
 
     Raises NotFound; InUse while a job that has not finished refers to it.
     """
     with db.write() as session:
-        _require(session, tenant, dataset_id)
+        _require_dataset(session, tenant, dataset_id)
         row = session.scalar(select(DatasetRow).where(DatasetRow.id == dataset_id, _visible(tenant)).with_for_update())
         if row is None:
             raise NotFound("there is no such data set")
@@ -166,7 +167,7 @@ def delete_dataset(db: Database, tenant: str, dataset_id: str) -> None:
             select(JobRow.id)
             .where(JobRow.dataset == dataset_id, JobRow.state.not_in(TERMINAL))
             .order_by(JobRow.id)
-            .limit(3)
+            .limit(MOST_USERS_NAMED)
         ).all()
         if users:
             raise InUse(f"jobs that have not finished use the data set: {', '.join(users)}; cancel them or wait")
@@ -174,11 +175,11 @@ def delete_dataset(db: Database, tenant: str, dataset_id: str) -> None:
         for owner in {dataset_id, row.packed_id or dataset_id}:
             sharers = and_(DatasetRow.packed_id == owner, DatasetRow.deleted_at.is_(None))
             if not session.scalar(select(func.count()).select_from(DatasetRow).where(sharers)):
-                outbox.post(session, db, "delete_prefix", f"datasets/{owner}/")
+                outbox.post_errand(session, db, "delete_prefix", f"datasets/{owner}/")
 
 
-def facts(db: Database, tenant: str, data: DataSpec) -> DataFacts:
-    """What a job's meaning depends on; synthetic data have the `example_shape` `()`: they take the job's `input_shape`.
+def read_facts(db: Database, tenant: str, data: DataSpec) -> DataFacts:
+    """The facts of a data set that a plan depends on; synthetic data have the `example_shape` `()`, and get the job's.
 
     Raises InvalidSpec with a pointer into the job where the data set is unknown or cannot be used.
     """
@@ -209,30 +210,22 @@ def list_pending(db: Database) -> list[str]:
         return list(session.scalars(select(DatasetRow.id).where(pending).order_by(DatasetRow.id)))
 
 
-def recheck_pending(
-    db: Database, storage: Storage, settings: Settings, *, stopping: threading.Event | None = None
-) -> None:
-    """Check everything that waits, one after the other. Any process may call it at any time."""
-    for dataset_id in list_pending(db):
-        check_upload(db, storage, settings, dataset_id, stopping=stopping)
-
-
 def check_upload(
     db: Database, storage: Storage, settings: Settings, dataset_id: str, *, stopping: threading.Event | None = None
 ) -> None:
-    """Check and pack an upload in a child process, store what it became, end its state `checking`.
+    """Check and pack an upload in a child process, store the packed form, end its state `checking`.
 
     It may be called twice, also at once, and after a crash: on one machine the second caller waits and finds it done,
     on two machines the first to finish wins. If the store or the database is away, or `stopping` is set, the state
-    stays `checking` for `recheck_pending`.
+    stays `checking`, and `list_pending` names it.
     """
     work = settings.cache / "checks" / dataset_id
-    with locked(work.with_name(f".{dataset_id}.lock")):  # the file stays: without it a third caller would not wait
+    with hold_lock(work.with_name(f".{dataset_id}.lock")):  # the file stays: without it a third caller would not wait
         try:
             if not _share_packed(db, dataset_id):
                 shutil.rmtree(work, ignore_errors=True)  # left by a killed process
                 work.mkdir()
-                _check(db, storage, settings, dataset_id, work, stopping)
+                _check_and_pack(db, storage, settings, dataset_id, work, stopping)
         except (Unavailable, CheckInterrupted) as error:
             log.warning("upload not checked yet", dataset=dataset_id, reason=str(error) or type(error).__name__)
         except OSError as error:
@@ -244,7 +237,7 @@ def check_upload(
 
 
 def _share_packed(db: Database, dataset_id: str) -> bool:
-    """Whether nothing is left to do: the check is over, or the tenant's packed copy of the same file is shared now."""
+    """Share the tenant's packed copy of the same file, if there is one; True if nothing is left to check."""
     with db.write() as session:
         row = session.scalar(select(DatasetRow).where(DatasetRow.id == dataset_id, DatasetRow.deleted_at.is_(None)))
         if row is None or row.state != "checking":
@@ -264,11 +257,11 @@ def _share_packed(db: Database, dataset_id: str) -> bool:
         if twin is None:
             return False
         values = {"facts": twin.facts, "format": twin.format, "problems": twin.problems, "packed_id": twin.packed_id}
-        _finish(session, db, dataset_id, "ready", notes=twin.notes, **values)
+        _end_check(session, db, dataset_id, "ready", notes=twin.notes, **values)
         return True
 
 
-def _check(
+def _check_and_pack(
     db: Database,
     storage: Storage,
     settings: Settings,
@@ -281,7 +274,7 @@ def _check(
     child = work / "child"
     child.mkdir()
     try:
-        upload = _uploaded(storage, dataset_id, work)
+        upload = _fetch_upload(storage, dataset_id, work)
     except ObjectNotFound:
         answer = CheckResult(
             None, None, ({"file": "upload", "message": "its bytes are gone from the store: send it again"},)
@@ -290,14 +283,14 @@ def _check(
         limits = UploadLimits(unpacked_bytes=settings.max_unpacked_bytes)
         answer = check_in_child(upload, row.format, child, limits, name=row.name, stopping=stopping)
     if answer.manifest is not None:
-        answer = _store(storage, dataset_id, child / PACKED, answer)
-    elif answer.words:
-        log.warning("the checking process had words", dataset=dataset_id, output=answer.words)
+        answer = _store_packed(storage, dataset_id, child / PACKED, answer)
+    elif answer.output:
+        log.warning("the checking process wrote output", dataset=dataset_id, output=answer.output)
     with db.write() as session:
         if answer.manifest is None:
-            done = _finish(session, db, dataset_id, "rejected", problems=list(answer.problems))
+            done = _end_check(session, db, dataset_id, "rejected", problems=list(answer.problems))
         else:
-            done = _finish(
+            done = _end_check(
                 session,
                 db,
                 dataset_id,
@@ -309,10 +302,10 @@ def _check(
                 packed_id=dataset_id,
             )
         if not done and session.scalar(select(DatasetRow.deleted_at).where(DatasetRow.id == dataset_id)) is not None:
-            outbox.post(session, db, "delete_prefix", f"datasets/{dataset_id}/")  # deleted while it was packed
+            outbox.post_errand(session, db, "delete_prefix", f"datasets/{dataset_id}/")  # deleted while it was packed
 
 
-def _uploaded(storage: Storage, dataset_id: str, work: Path) -> Path:
+def _fetch_upload(storage: Storage, dataset_id: str, work: Path) -> Path:
     """The upload as a file of this machine. Raises ObjectNotFound, Unavailable."""
     local = storage.local_path(upload_key(dataset_id))
     if local is None:
@@ -321,8 +314,8 @@ def _uploaded(storage: Storage, dataset_id: str, work: Path) -> Path:
     return local
 
 
-def _store(storage: Storage, dataset_id: str, folder: Path, answer: CheckResult) -> CheckResult:
-    """The answer once the packed files are in the store, the manifest last; a refusal where they do not fit there."""
+def _store_packed(storage: Storage, dataset_id: str, folder: Path, answer: CheckResult) -> CheckResult:
+    """Store the packed files, the manifest last; returns the answer, or a refusal where they do not fit there."""
     try:
         for path in [*packed_files(folder), folder / MANIFEST]:
             storage.put_file(packed_prefix(dataset_id) + path.name, path)
@@ -332,26 +325,26 @@ def _store(storage: Storage, dataset_id: str, folder: Path, answer: CheckResult)
     return answer
 
 
-def _finish(session: Session, db: Database, dataset_id: str, state: str, **values: Any) -> bool:
-    """End the state `checking`, and let the upload's bytes go; False where another process did or the row is gone."""
+def _end_check(session: Session, db: Database, dataset_id: str, state: str, **values: Any) -> bool:
+    """End the state `checking` and remove the upload's bytes; False if another process did or the row was deleted."""
     waiting = and_(DatasetRow.id == dataset_id, DatasetRow.state == "checking", DatasetRow.deleted_at.is_(None))
     done = session.execute(update(DatasetRow).where(waiting).values(state=state, **values).returning(DatasetRow.id))
     if done.first() is None:
         return False
-    outbox.post(session, db, "delete_prefix", upload_key(dataset_id))
+    outbox.post_errand(session, db, "delete_prefix", upload_key(dataset_id))
     return True
 
 
-def materialize(
+def materialize_data(
     data: DataSpec, input_shape: Sequence[int] | None, *, db: Database, storage: Storage, settings: Settings
 ) -> Path:
-    """The packed folder of a job's data on this machine's disk, complete; several workers may ask at once.
+    """Make the packed folder of a job's data on this machine's disk, if it is not there; several workers may do so at once.
 
-    Built-in data sets come from their sources, uploads from the object store (hard links where it is a local folder),
-    synthetic ones are drawn for the job's `input_shape` `(C, *spatial)`; pictures are resized to it here, where no
-    training waits.
+    Returns its path. Built-in data sets come from their sources, uploads from the object store (hard links where it is a
+    local folder), synthetic ones are drawn for the job's `input_shape` `(C, *spatial)`; pictures are resized to it here,
+    before the training.
 
-    Raises DataUnavailable where the data set was deleted or cannot be had, DataInvalid, DiskFull; Unavailable while the
+    Raises DataUnavailable where the data set was deleted or cannot be obtained, DataInvalid, DiskFull; Unavailable while the
     store or the database is away.
     """
     try:
@@ -393,12 +386,12 @@ def _materialize_upload(dataset_id: str, *, db: Database, storage: Storage, sett
     prefix = packed_prefix(row.packed_id or dataset_id)
     folder = settings.cache / "datasets" / manifest.sha256
     if not (folder / MANIFEST).exists():
-        drop_deleted(db, settings)
+        drop_deleted_copies(db, settings)
 
     def build(partial: Path) -> None:
         for stored in storage.list(prefix):
-            with suppress(ObjectNotFound):  # deleted meanwhile: the manifest, which is stored last, tells
-                storage.bring(stored.key, partial / stored.key.removeprefix(prefix))
+            with suppress(ObjectNotFound):  # deleted meanwhile: then the manifest, which is stored last, is missing
+                storage.link_or_fetch(stored.key, partial / stored.key.removeprefix(prefix))
         if not (partial / MANIFEST).exists():
             raise DataUnavailable(
                 f"the bytes of the data set {dataset_id} are gone from the object store",
@@ -409,8 +402,8 @@ def _materialize_upload(dataset_id: str, *, db: Database, storage: Storage, sett
     return ensure_packed(folder, build)
 
 
-def drop_deleted(db: Database, settings: Settings) -> list[str]:
-    """The content hashes of cached uploads that no data set has any more; their folders are removed.
+def drop_deleted_copies(db: Database, settings: Settings) -> list[str]:
+    """Remove the folders of cached uploads that no data set has any more; returns their content hashes.
 
     None of them is in use: a data set cannot be deleted before the jobs that refer to it are over.
     """
@@ -430,7 +423,7 @@ def _visible(tenant: str) -> ColumnElement[bool]:
     return and_(DatasetRow.tenant_id == tenant, DatasetRow.deleted_at.is_(None))
 
 
-def _require(session: Session, tenant: str, dataset_id: str) -> DatasetView:
+def _require_dataset(session: Session, tenant: str, dataset_id: str) -> DatasetView:
     if not ID.fullmatch(dataset_id):  # it comes from a URL: a driver may not even take it as a parameter
         raise NotFound("there is no such data set")
     row = session.scalar(select(DatasetRow).where(DatasetRow.id == dataset_id, _visible(tenant)))

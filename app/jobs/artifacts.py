@@ -1,12 +1,12 @@
-"""What a job leaves in the object store, and the rows that make it exist: checkpoints while it runs, artifacts when it
-is done.
+"""What a job has in the object store, and the rows that make it exist: checkpoints while it runs, artifacts once it
+succeeded.
 
 Keys carry the attempt, so that two attempts of a job never write the same object:
 
     jobs/<job>/attempts/<attempt>/checkpoints/<step, 12 digits>.safetensors and .json
     jobs/<job>/attempts/<attempt>/artifacts/<name>
 
-Bytes come first and rows after; only rows are served.
+Bytes are stored first and rows after; only what has a row is served.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from app.jobs.events import require_job
 
 @dataclass(frozen=True)
 class NewArtifact:
-    """A file whose bytes are in the store under `key`, which lies under the attempt that delivers it."""
+    """A file whose bytes are in the store under `key`, which begins with the prefix of the attempt that delivers it."""
 
     name: str
     kind: str
@@ -36,12 +36,12 @@ class NewArtifact:
 
 
 class ArtifactView(NewArtifact):
-    """A delivered file; `key` is its place in the object store."""
+    """A delivered file; `key` is that of its bytes in the object store."""
 
 
 @dataclass(frozen=True)
 class CheckpointView:
-    """A checkpoint; `key` is the place of its tensors in the object store, `state_key` that of the rest."""
+    """A checkpoint; `key` is that of its tensors in the object store, `state_key` that of the rest."""
 
     attempt: int
     step: int
@@ -65,7 +65,7 @@ def job_prefix(job_id: str) -> str:
 
 
 def attempt_prefix(job_id: str, attempt: int) -> str:
-    """The prefix under which one attempt writes, and no other."""
+    """The prefix under which this attempt writes, and no other one does."""
     return f"jobs/{job_id}/attempts/{attempt}/"
 
 
@@ -75,7 +75,7 @@ def checkpoint_key(job_id: str, attempt: int, step: int) -> str:
 
 
 def state_key(tensors_key: str) -> str:
-    """The key of the JSON beside a checkpoint's tensors."""
+    """The key of the JSON that belongs to a checkpoint's tensors."""
     return tensors_key.removesuffix(".safetensors") + ".json"
 
 
@@ -103,7 +103,7 @@ def get_artifact(db: Database, tenant: str, job_id: str, name: str) -> ArtifactV
 
 
 def list_checkpoints(db: Database, tenant: str, job_id: str) -> list[CheckpointView]:
-    """The job's kept checkpoints, newest first. Raises JobNotFound."""
+    """The job's checkpoints, newest first: at most two. Raises JobNotFound."""
     with db.read() as session:
         require_job(session, tenant, job_id)
         return [CheckpointView(*tuple(row)) for row in session.execute(_checkpoints(job_id))]

@@ -1,7 +1,7 @@
-"""The doorbell: tells workers that a job waits.
+"""The doorbell: the message to workers that a job waits.
 
-It may ring never, twice or late; the row is the truth, and recovery rings again. Embedded, it is a datagram on loopback
-to every worker of this home; with a broker, a Celery message by task name.
+It may come never, twice or late; the row is the truth, and recovery rings again. In the embedded service it is a datagram
+on loopback to every worker of this home; with a broker, a Celery message by task name.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ LONGEST_DATAGRAM = 256
 
 
 class Doorbell(Protocol):
-    """Something that a job can be rung with."""
+    """A way to send rings."""
 
     def ring(self, job_id: str) -> None:
         """Tell the workers that the job waits. Never raises, returns at once."""
 
     def close(self) -> None:
-        """Ring no more."""
+        """Close what rings are sent through."""
 
 
 class LocalBell:
-    """Rings the workers of one home on this machine: a datagram to each port noted in `<home>/doorbells`."""
+    """Rings the workers of one home on this machine: a datagram to each port noted in `folder`."""
 
-    def __init__(self, home: Path) -> None:
-        self._folder = home / "doorbells"
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
 
     def ring(self, job_id: str) -> None:
-        """Send the id to every listener; a full buffer or a listener that is gone is no reason to wait."""
+        """Send the id to every listener, without waiting for a full buffer or a listener that ended."""
         for port in _noted_ports(self._folder):
             try:
                 self._socket.sendto(job_id.encode()[:LONGEST_DATAGRAM], ("127.0.0.1", port))
@@ -62,14 +62,13 @@ class LocalBell:
 
 
 class BellListener:
-    """A worker's side of `LocalBell`: a port of its own, noted as an empty file `<home>/doorbells/<pid>.<port>`."""
+    """A worker's side of `LocalBell`: a port of its own, noted as an empty file `<folder>/<pid>.<port>`."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, folder: Path) -> None:
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._socket.bind(("127.0.0.1", 0))
-        folder = home / "doorbells"
         folder.mkdir(parents=True, exist_ok=True)
-        _forget_dead_listeners(folder)
+        _remove_dead_notes(folder)
         port: int = self._socket.getsockname()[1]
         self._note = folder / f"{os.getpid()}.{port}"
         self._note.touch()
@@ -80,7 +79,7 @@ class BellListener:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def wait(self, timeout_s: float) -> str | None:
+    def wait_for_ring(self, timeout_s: float) -> str | None:
         """The id of the job that was rung for, a hint (anybody can send one); None after `timeout_s` of silence."""
         self._socket.settimeout(timeout_s)
         try:
@@ -89,13 +88,13 @@ class BellListener:
             return None
 
     def close(self) -> None:
-        """Take the note away and close the port."""
+        """Remove the note and close the port."""
         self._note.unlink(missing_ok=True)
         self._socket.close()
 
 
 class CeleryBell:
-    """Rings through the broker, from a thread of its own: a broker away or frozen must not hold up a request."""
+    """Rings through the broker, from a thread of its own: no request waits for a broker that is away or frozen."""
 
     def __init__(self, broker_url: str) -> None:
         self._broker_url = broker_url
@@ -105,10 +104,10 @@ class CeleryBell:
         self._closed = threading.Event()
 
     def ring(self, job_id: str) -> None:
-        """Leave the id to the thread; dropped when a thousand wait already, because then the broker is long away."""
+        """Queue the id for the thread; dropped when a thousand wait, because then the broker was away for long."""
         with self._lock:
             if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._publish, name="doorbell", daemon=True)
+                self._thread = threading.Thread(target=self._send_rings, name="doorbell", daemon=True)
                 self._thread.start()
         try:
             self._rings.put_nowait(job_id)
@@ -116,14 +115,14 @@ class CeleryBell:
             log.debug("ring dropped", job=job_id)
 
     def close(self) -> None:
-        """Stop after the ring at hand; the thread is a daemon, a frozen broker cannot hold the process."""
+        """Stop after the current ring; the thread is a daemon, so a frozen broker does not keep the process alive."""
         self._closed.set()
         if self._thread is not None:
             with contextlib.suppress(queue.Full):
                 self._rings.put_nowait(None)
             self._thread.join(timeout=2.0)
 
-    def _publish(self) -> None:
+    def _send_rings(self) -> None:
         from kombu.exceptions import KombuError
 
         app = celery_app(self._broker_url, worker=False)
@@ -133,7 +132,7 @@ class CeleryBell:
                 app.send_task(TASK, [job_id], queue=QUEUE, ignore_result=True, expires=MESSAGE_LIFE_S)
             except (KombuError, OSError) as error:
                 if not away:
-                    log.warning("broker away, rings are lost until it is back", reason=str(error))
+                    log.warning("broker does not answer, rings are lost until it is back", reason=str(error))
                 away = True
             else:
                 if away:
@@ -144,12 +143,12 @@ class CeleryBell:
 
 def open_bell(settings: Settings) -> Doorbell:
     """The doorbell of this deployment."""
-    return CeleryBell(settings.broker_url) if settings.broker_url else LocalBell(settings.home_folder)
+    return CeleryBell(settings.broker_url) if settings.broker_url else LocalBell(settings.doorbells)
 
 
 def celery_app(broker_url: str, *, worker: bool) -> Celery:
     """A Celery application with the settings that were measured, for sending or for a worker."""
-    from celery import Celery  # 12 MiB that the embedded service does without
+    from celery import Celery  # 12 MiB that the embedded service does not need
 
     app = Celery("espalier", broker=broker_url, set_as_current=False)
     app.conf.update(celery_options(worker=worker))
@@ -157,9 +156,9 @@ def celery_app(broker_url: str, *, worker: bool) -> Celery:
 
 
 def celery_options(*, worker: bool) -> dict[str, Any]:
-    """Celery's settings. Acknowledged early: the claim is the guard, and a second delivery would be noise.
+    """Celery's settings. Messages are acknowledged early: the claim is the guard, a second delivery would be useless.
 
-    With prefetch off an idle worker has a message in 0.1 s while another is busy (10 s with it). The transport's
+    With prefetch off an idle worker gets a message in 0.1 s while another is busy (10 s with it). The transport's
     options decide how long a publish takes without Redis: 0.06 s refused, 1 s frozen; the defaults hang for more than
     40 s.
     """
@@ -202,14 +201,14 @@ def _noted_ports(folder: Path) -> list[int]:
     return [int(port) for port in ports if port.isascii() and port.isdigit() and 0 < int(port) < 65536]
 
 
-def _forget_dead_listeners(folder: Path) -> None:
+def _remove_dead_notes(folder: Path) -> None:
     for note in folder.iterdir():
         pid = note.name.partition(".")[0]
-        if not (pid.isascii() and pid.isdigit() and _alive(int(pid))):
+        if not (pid.isascii() and pid.isdigit() and _is_alive(int(pid))):
             note.unlink(missing_ok=True)
 
 
-def _alive(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

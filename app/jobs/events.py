@@ -1,4 +1,4 @@
-"""What a running job says: events, points of its series, its log. Rows, so that a replay after a restart is exact."""
+"""What a running job reports: events, points of its series, its log. Rows, so that a replay after a restart is exact."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOG_CUT = "[earlier lines were left out]\n"
 
 @dataclass(frozen=True)
 class NewEvent:
-    """An event that has no number yet; `at` None: the moment it is written."""
+    """An event that has no number yet. With `at` None, its time is that of its writing."""
 
     type: str
     level: str
@@ -34,7 +34,7 @@ class NewEvent:
 
 @dataclass(frozen=True)
 class EventView:
-    """An event as it stands in the answer."""
+    """An event with its number."""
 
     seq: int
     at: datetime
@@ -70,9 +70,9 @@ def write_events(
 
 
 def write_metrics(session: Session, db: Database, job_id: str, points: Sequence[tuple[str, int, float]]) -> None:
-    """Insert points of series; the last one wins for a step.
+    """Insert points of series; of several for one step the last one counts.
 
-    Points that are not finite have no place in a chart or in JSON.
+    Points that are not finite are left out: a chart cannot show them, nor JSON write them.
     """
     newest = {(series, step): value for series, step, value in points if math.isfinite(value)}
     if newest:
@@ -91,7 +91,7 @@ def write_metrics(session: Session, db: Database, job_id: str, points: Sequence[
 def write_log(session: Session, job_id: str, text: str, size_bytes: int, log_bytes: int) -> None:
     """Append `size_bytes` of text that end at `log_bytes` of the whole log.
 
-    The newest 4 MiB are kept: the reason of a crash stands at the end.
+    Only the newest 4 MiB stay: the reason of a crash is at the end.
     """
     session.execute(insert(LogChunkRow).values(job_id=job_id, seq=log_bytes - size_bytes, text=text))
     if log_bytes > LOG_CAP_BYTES:
@@ -129,7 +129,7 @@ def read_metrics(db: Database, tenant: str, job_id: str) -> dict[str, list[tuple
 
 
 def read_log(db: Database, tenant: str, job_id: str) -> str:
-    """The job's log, at most its newest 4 MiB. Raises JobNotFound."""
+    """The job's log, of a long one the newest 4 MiB. Raises JobNotFound."""
     with db.read() as session:
         require_job(session, tenant, job_id)
         chunks = session.execute(

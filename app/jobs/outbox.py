@@ -1,6 +1,6 @@
-"""What must happen outside the database once a transaction is committed.
+"""Errands: what must be done outside the database once a transaction is committed.
 
-The transaction writes a row here; recovery carries it out, at least once.
+The transaction writes a row here; recovery runs it, at least once.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from sqlalchemy.orm import Session
 from app.database.engine import Database
 from app.database.tables import OutboxRow
 
-LEASE_S = 60.0  # a sweeper that died gives its errands back after this
+LEASE_S = 60.0  # the errands of a sweeper that died are due again after this
 LONGEST_DELAY_S = 3600.0
 KEEP_DONE = timedelta(days=1)
 
 
-def post(session: Session, db: Database, kind: str, subject: str, *, after_s: float = 0.0) -> None:
-    """Ask, in this transaction, for a `ring` of job `subject`, or a `delete_prefix` of all keys that begin with it."""
+def post_errand(session: Session, db: Database, kind: str, subject: str, *, after_s: float = 0.0) -> None:
+    """Insert an errand in this transaction: `ring` for the job `subject`, or `delete_prefix` for all keys under it."""
     session.execute(insert(OutboxRow).values(kind=kind, subject=subject, due_at=db.now(after_s)))
 
 
-def take_due(db: Database, limit: int = 50) -> list[tuple[int, str, str]]:
-    """Errands that are due as (id, kind, subject), taken for a minute: no other sweeper gets them meanwhile."""
+def claim_due(db: Database, limit: int = 50) -> list[tuple[int, str, str]]:
+    """Claim errands that are due for a minute, so that no other sweeper gets them; returns (id, kind, subject) each."""
     with db.read() as session:
         if (
             session.scalar(
@@ -32,7 +32,7 @@ def take_due(db: Database, limit: int = 50) -> list[tuple[int, str, str]]:
             )
             is None
         ):
-            return []  # an empty look takes no lock
+            return []  # without a lock: most sweeps find nothing
     with db.write() as session:
         due = (
             select(OutboxRow.id)
@@ -52,20 +52,20 @@ def take_due(db: Database, limit: int = 50) -> list[tuple[int, str, str]]:
 
 
 def mark_done(db: Database, errand_id: int) -> None:
-    """The errand was carried out."""
+    """Record that the errand was run."""
     with db.write() as session:
         session.execute(update(OutboxRow).where(OutboxRow.id == errand_id).values(done_at=db.now()))
 
 
-def put_off(db: Database, errand_id: int) -> None:
-    """The errand failed: try again after 5 s, 10 s, 20 s, ..., an hour."""
+def retry_later(db: Database, errand_id: int) -> None:
+    """Make an errand that failed due again after 5 s, 10 s, 20 s, ..., an hour."""
     with db.write() as session:
         tries = session.scalar(select(OutboxRow.tries).where(OutboxRow.id == errand_id))
         delay_s = min(LONGEST_DELAY_S, 5.0 * 2 ** min((tries or 1) - 1, 20))
         session.execute(update(OutboxRow).where(OutboxRow.id == errand_id).values(due_at=db.now(delay_s)))
 
 
-def forget_done(db: Database) -> None:
+def remove_done(db: Database) -> None:
     """Remove errands that were done more than a day ago."""
     with db.write() as session:
         session.execute(delete(OutboxRow).where(OutboxRow.done_at < db.now(-KEEP_DONE.total_seconds())))

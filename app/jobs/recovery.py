@@ -1,10 +1,11 @@
-"""What puts right what crashes leave behind. Sweeps are idempotent: any process may run them, at any time, also several
-at once.
+"""Recovery after crashes: sweeps that take jobs from silent workers, run errands, and remove what nobody needs.
+
+Sweeps are idempotent: any process may run them, at any time, also several at once.
 
 Reaping does not trust wall clocks. A sweeper remembers on its own monotonic clock when it first saw each beat of each
-running job, and takes the job away when the lease is over and the beat has not changed for a third of it, or has not
-changed for one and a half leases. So a clock that jumps an hour ahead steals nothing: a living worker beats every sixth
-of a lease.
+running job. It takes the job from its worker when the lease is over and the beat has not changed for a third of it, or
+when the beat has not changed for one and a half leases. So a clock that jumps an hour ahead costs nobody a job: a worker
+that is alive beats every sixth of a lease.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from app.database.tables import (
     WorkerRow,
 )
 from app.errors import Unavailable
-from app.jobs import attempts, outbox
+from app.jobs import attempts, outbox, workers
 from app.jobs.artifacts import state_key
 from app.jobs.doorbell import Doorbell, open_bell
 from app.settings import Settings
@@ -41,7 +42,7 @@ log = structlog.get_logger()
 RING_EVERY_S = 15.0
 HOUSEKEEPING_EVERY_S = 3600.0
 FIRST_HOUSEKEEPING_S = 60.0
-GARBAGE_AGE = timedelta(hours=24)  # a frozen worker may still be putting objects
+GARBAGE_AGE = timedelta(hours=24)  # a worker that was frozen may still be writing objects
 IDEMPOTENCY_LIFE = timedelta(days=7)
 SILENT_WORKER_LIFE = timedelta(days=1)
 IDS_A_QUERY = 500
@@ -50,7 +51,7 @@ ATTEMPT_KEY = re.compile(r"jobs/([^/]+)/attempts/(\d+)/.+")
 
 
 class Sweeper:
-    """The sweeps of one process, with what it remembers of running jobs between two of them."""
+    """The sweeps of one process, and the beats of running jobs that it saw in earlier ones."""
 
     def __init__(
         self,
@@ -71,19 +72,19 @@ class Sweeper:
         self._housekeeping_at = monotonic() + FIRST_HOUSEKEEPING_S * random.uniform(0.5, 1.5)
 
     def sweep(self) -> None:
-        """Do all that is due. Raises Unavailable; what was not reached is done by the next sweep."""
-        self.reap()
-        self.drain_outbox()
+        """Run everything that is due. Raises Unavailable; the next sweep does what this one did not reach."""
+        self.reap_silent()
+        self.run_errands()
         if self._monotonic() >= self._ring_at:
             self._ring_at = self._monotonic() + RING_EVERY_S
-            self.ring_waiting()
+            self.ring_for_waiting()
         if self._monotonic() >= self._housekeeping_at:
             self._housekeeping_at = self._monotonic() + HOUSEKEEPING_EVERY_S
-            self.expire()
+            self.remove_expired()
             self.collect_garbage()
 
     def try_sweep(self) -> None:
-        """Sweep once for a process that sweeps again and again: what goes wrong is logged, and the next one comes."""
+        """Run one of many sweeps: an error is logged, and the next sweep tries again."""
         try:
             self.sweep()
         except Unavailable as error:
@@ -91,8 +92,8 @@ class Sweeper:
         except Exception:  # one odd row or object must not end recovery for all the others
             log.exception("sweep broke")
 
-    def reap(self) -> list[str]:
-        """The ids of the jobs taken from workers that are silent."""
+    def reap_silent(self) -> list[str]:
+        """Take jobs from workers that are silent; returns their ids."""
         with self._db.read() as session:
             running = session.execute(
                 select(JobRow.id, JobRow.attempt, JobRow.beat, JobRow.lease_until < self._db.now()).where(
@@ -113,10 +114,10 @@ class Sweeper:
                     log.warning("job taken from a silent worker", job=job, attempt=attempt, state=state)
         return reaped
 
-    def ring_waiting(self) -> list[str]:
-        """The ids rung for again: as many waiting jobs as there are idle slots, not one message for each that waits."""
+    def ring_for_waiting(self) -> list[str]:
+        """Ring again for as many waiting jobs as there are idle slots, not for each that waits; returns their ids."""
         with self._db.read() as session:
-            _, slots = attempts.workers_alive(session, self._db)
+            _, slots = workers.count_workers(session, self._db)
             running = session.scalar(select(func.count()).select_from(JobRow).where(JobRow.state == "running")) or 0
             waiting = session.scalars(
                 select(JobRow.id)
@@ -128,55 +129,55 @@ class Sweeper:
             self._bell.ring(job_id)
         return list(waiting)
 
-    def drain_outbox(self) -> int:
-        """Carry out the errands that are due; how many succeeded. One whose store is away comes again later."""
+    def run_errands(self) -> int:
+        """Run the errands that are due; returns how many succeeded. One whose store is away is tried again later."""
         done = 0
-        while errands := outbox.take_due(self._db):
+        while errands := outbox.claim_due(self._db):
             for errand_id, kind, subject in errands:
                 try:
-                    self._carry_out(kind, subject)
+                    self._run_errand(kind, subject)
                 except Unavailable as error:
-                    log.warning("errand put off", kind=kind, subject=subject, reason=str(error))
-                    outbox.put_off(self._db, errand_id)
+                    log.warning("errand failed, to be tried again", kind=kind, subject=subject, reason=str(error))
+                    outbox.retry_later(self._db, errand_id)
                 else:
                     outbox.mark_done(self._db, errand_id)
                     done += 1
         return done
 
-    def _carry_out(self, kind: str, subject: str) -> None:
+    def _run_errand(self, kind: str, subject: str) -> None:
         if kind == "ring":
             self._bell.ring(subject)
         else:
             self._storage.delete_prefix(subject)
 
-    def expire(self) -> None:
-        """Forget idempotency keys after 7 days, errands done and workers silent for a day."""
+    def remove_expired(self) -> None:
+        """Remove idempotency keys after 7 days, and errands that are done and workers that are silent after a day."""
         now = self._db.now
         with self._db.write() as session:
             session.execute(
                 delete(IdempotencyKeyRow).where(IdempotencyKeyRow.created_at < now(-IDEMPOTENCY_LIFE.total_seconds()))
             )
             session.execute(delete(WorkerRow).where(WorkerRow.seen_at < now(-SILENT_WORKER_LIFE.total_seconds())))
-        outbox.forget_done(self._db)
+        outbox.remove_done(self._db)
 
     def collect_garbage(self, older_than: timedelta = GARBAGE_AGE) -> list[str]:
-        """The keys of removed objects that no row names and no living attempt can still name.
+        """Remove objects that no row names and no running attempt can still name; returns their keys.
 
-        Objects are listed before rows are read: the other order deletes what is committed in between.
+        Objects are listed before rows are read: the other order would delete what is committed in between.
         """
         self._storage.sweep_temporaries(older_than.total_seconds())
         before = datetime.now(UTC) - older_than
         old = [stored for stored in self._storage.list("jobs/") if stored.modified_at <= before]
         old_data = [stored for stored in self._storage.list("datasets/") if stored.modified_at <= before]
         old_weights = [stored for stored in self._storage.list("weights/") if stored.modified_at <= before]
-        garbage = [*self._orphans(old), *self._data_orphans(old_data), *self._weights_orphans(old_weights)]
+        garbage = [*self._job_orphans(old), *self._data_orphans(old_data), *self._weights_orphans(old_weights)]
         for key in garbage:
             self._storage.delete(key)
         if garbage:
             log.info("garbage collected", objects=len(garbage))
         return garbage
 
-    def _orphans(self, objects: Iterable[StoredObject]) -> Iterator[str]:
+    def _job_orphans(self, objects: Iterable[StoredObject]) -> Iterator[str]:
         by_job: dict[str, list[tuple[int, str]]] = {}
         for stored in objects:
             match = ATTEMPT_KEY.fullmatch(stored.key)
@@ -195,11 +196,11 @@ class Sweeper:
                 yield from (key for attempt, key in by_job[job_id] if key not in named and (over or attempt < present))
 
     def _data_orphans(self, objects: Iterable[StoredObject]) -> Iterator[str]:
-        by_id = _by_id(objects)
+        by_id = _group_by_id(objects)
         for ids in _batches(sorted(by_id)):
             with self._db.read() as session:
                 alive = set[str | None]()
-                for column in (DatasetRow.id, DatasetRow.packed_id):  # a data set may use what another one packed
+                for column in (DatasetRow.id, DatasetRow.packed_id):  # a data set may share what another one packed
                     known = select(column).where(column.in_(ids), DatasetRow.deleted_at.is_(None))
                     alive |= set(session.scalars(known))
             for dataset_id in ids:
@@ -207,15 +208,15 @@ class Sweeper:
                     yield from by_id[dataset_id]
 
     def _weights_orphans(self, objects: Iterable[StoredObject]) -> Iterator[str]:
-        by_id = _by_id(objects)
+        by_id = _group_by_id(objects)
         for ids in _batches(sorted(by_id)):
             with self._db.read() as session:
                 alive = set(session.scalars(select(WeightsRow.id).where(WeightsRow.id.in_(ids))))
             yield from (key for weights_id in ids if weights_id not in alive for key in by_id[weights_id])
 
 
-def _by_id(objects: Iterable[StoredObject]) -> dict[str, list[str]]:
-    """Keys of the form `<room>/<id>/...` by their id."""
+def _group_by_id(objects: Iterable[StoredObject]) -> dict[str, list[str]]:
+    """Keys of the form `<folder>/<id>/...` by their id."""
     found: dict[str, list[str]] = {}
     for stored in objects:
         found.setdefault(stored.key.split("/")[1], []).append(stored.key)

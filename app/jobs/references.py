@@ -1,8 +1,7 @@
-"""The networks that jobs start from or learn from: found in rows and store, kept while a job needs them, on the way to a
-worker.
+"""The networks that jobs start from or learn from: finished jobs and uploaded weights, which stay while a job needs them.
 
-A job's row and its rows in `job_sources` are one transaction, and whoever deletes a source locks its row first: a source
-cannot be deleted between the look at it and the job that needs it, nor while that job is not over.
+A job's row and its rows in `job_sources` are one transaction, and a deletion locks the source's row first. So a source
+cannot be deleted between the planning of a job and its row, nor while a job that needs it has not finished.
 """
 
 from __future__ import annotations
@@ -20,21 +19,21 @@ from app.database.engine import Database
 from app.database.tables import TERMINAL, ArtifactRow, JobRow, JobSourceRow, WeightsRow
 from app.errors import Fault, InUse, InvalidSpec, InvalidWeights, ObjectNotFound, SourceUnavailable
 from app.spec.job import JobSpec
-from app.spec.prune import NetworkName as Stem
+from app.spec.prune import NetworkName
 from app.spec.references import Kind, Reference, Source, every_reference, references_in
 from app.storage import Storage
-from app.validation.safetensors_header import TensorEntry, read_entries
+from app.validation.safetensors_header import NAMES, TensorEntry, read_entries
 
 WEIGHTS_FILE = "weights.safetensors"
 ARCHITECTURE_FILE = "architecture.json"
-ARTIFACTS: dict[Stem, dict[str, str]] = {
+ARTIFACTS: dict[NetworkName, dict[str, str]] = {
     "pruned": {WEIGHTS_FILE: "pruned.safetensors", ARCHITECTURE_FILE: "architecture.json"},
     "baseline": {WEIGHTS_FILE: "baseline.safetensors", ARCHITECTURE_FILE: "baseline.architecture.json"},
 }
 """Names under which a job delivers each of its networks, by the names that a source's files have on a worker."""
-KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64"}
+KINDS = {name: kind for kind, name in NAMES.items()}
 UNFINISHED = "has not finished, it is {state}: wait until it has succeeded"
-MOST_NAMED = 3
+MOST_USERS_NAMED = 3  # jobs that a refusal lists
 
 
 @dataclass(frozen=True)
@@ -48,43 +47,45 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the rows say about one reference: its files, and for uploaded weights the tensors; or why it cannot be used."""
+class FoundSource:
+    """What the rows say about one reference: its files, and for uploaded weights the tensors; or its `problem`."""
 
     files: tuple[SourceFile, ...] = ()
     tensors: tuple[dict[str, Any], ...] | None = None
     problem: str | None = None
 
 
-def resolve(db: Database, storage: Storage, tenant: str, spec: JobSpec) -> dict[str, Source]:
-    """What `make_plan` has to know of every network that `spec` refers to, by its key; of weights the header alone is
-    read. Without references: no query.
+def resolve_sources(db: Database, storage: Storage, tenant: str, spec: JobSpec) -> dict[str, Source]:
+    """What `make_plan` needs to know about every network that `spec` refers to, by its key.
 
-    Raises InvalidSpec with a fault at each place that names something unknown, unfinished, failed or gone; Unavailable.
+    Of a file of weights only the header is read. Without references there is no query.
+
+    Raises InvalidSpec with a fault at each place that names something unknown, unfinished, failed or deleted;
+    Unavailable.
     """
     named = references_in(spec)
     if not named:
         return {}
     with db.read() as session:
-        found = _look(session, tenant, named)
+        found = _find_sources(session, tenant, named)
     sources: dict[str, Source] = {}
     problems: dict[str, str] = {}
     for reference in named:
         try:
-            sources[reference.key] = _read(storage, reference, found[reference.key])
+            sources[reference.key] = _read_source(storage, reference, found[reference.key])
         except _Unusable as unusable:
             problems[reference.key] = str(unusable)
     if problems:
         raise InvalidSpec(
-            [_fault(place, problems[place.key]) for place in every_reference(spec) if place.key in problems]
+            [_fault_of(place, problems[place.key]) for place in every_reference(spec) if place.key in problems]
         )
     return sources
 
 
-def locate(db: Database, tenant: str, named: Sequence[Reference]) -> dict[str, tuple[SourceFile, ...]]:
-    """The files of each network, by its key. Raises SourceUnavailable: one is not there any more; Unavailable."""
+def locate_files(db: Database, tenant: str, named: Sequence[Reference]) -> dict[str, tuple[SourceFile, ...]]:
+    """The files of each network, by its key. Raises SourceUnavailable if one was deleted; Unavailable."""
     with db.read() as session:
-        found = _look(session, tenant, named)
+        found = _find_sources(session, tenant, named)
     for reference in named:
         problem = found[reference.key].problem
         if problem is not None:
@@ -92,10 +93,10 @@ def locate(db: Database, tenant: str, named: Sequence[Reference]) -> dict[str, t
     return {key: one.files for key, one in found.items()}
 
 
-def keep(session: Session, tenant: str, job_id: str, named: Sequence[Reference]) -> None:
-    """Note, in the transaction of a new job, what it needs.
+def record_sources(session: Session, tenant: str, job_id: str, named: Sequence[Reference]) -> None:
+    """Insert, in the transaction of a new job, a row for each network that it needs.
 
-    Raises InvalidSpec: it was deleted since it was looked at.
+    Raises InvalidSpec if one was deleted since the job was planned.
     """
     wanted: dict[tuple[Kind, str], Reference] = {}
     for reference in named:
@@ -113,7 +114,7 @@ def keep(session: Session, tenant: str, job_id: str, named: Sequence[Reference])
         known = select(WeightsRow.id).where(WeightsRow.id.in_(ids["weights"]), WeightsRow.tenant_id == tenant)
         locked = known.order_by(WeightsRow.id).with_for_update(read=True)
         present |= {("weights", found) for found in session.scalars(locked)}
-    faults = [_fault(wanted[one], _unknown(wanted[one])) for one in wanted if one not in present]
+    faults = [_fault_of(wanted[one], _unknown_source(wanted[one])) for one in wanted if one not in present]
     if faults:
         raise InvalidSpec(faults)
     rows = [{"job_id": job_id, "kind": kind, "source_id": source_id} for kind, source_id in wanted]
@@ -121,13 +122,13 @@ def keep(session: Session, tenant: str, job_id: str, named: Sequence[Reference])
 
 
 def check_unused(session: Session, kind: Kind, source_id: str) -> None:
-    """Raise InUse, naming jobs, while one that is not over needs it; the source's row is locked by the caller."""
+    """Raise InUse, naming jobs, while one that has not finished needs it; the caller holds the lock of its row."""
     users = session.scalars(
         select(JobSourceRow.job_id)
         .join(JobRow, JobRow.id == JobSourceRow.job_id)
         .where(JobSourceRow.kind == kind, JobSourceRow.source_id == source_id, JobRow.state.not_in(TERMINAL))
         .order_by(JobSourceRow.job_id)
-        .limit(MOST_NAMED)
+        .limit(MOST_USERS_NAMED)
     ).all()
     if users:
         what = "this job's network" if kind == "job" else "the weights"
@@ -138,8 +139,8 @@ class _Unusable(Exception):
     """A reference that cannot be used; the message says why and what to do."""
 
 
-def _look(session: Session, tenant: str, named: Sequence[Reference]) -> dict[str, Found]:
-    """What the rows say, by key: one query for all jobs, one for all weights."""
+def _find_sources(session: Session, tenant: str, named: Sequence[Reference]) -> dict[str, FoundSource]:
+    """What the rows say about each reference, by key: one query for all jobs, one for all weights."""
     job_ids = {reference.id for reference in named if reference.kind == "job"}
     weights_ids = {reference.id for reference in named if reference.kind == "weights"}
     states: dict[str, str] = {}
@@ -164,37 +165,37 @@ def _look(session: Session, tenant: str, named: Sequence[Reference]) -> dict[str
     found = {}
     for reference in named:
         if reference.kind == "job":
-            found[reference.key] = _found_job(reference, states.get(reference.id), delivered)
+            found[reference.key] = _find_job(reference, states.get(reference.id), delivered)
         else:
-            found[reference.key] = _found_weights(reference, uploaded.get(reference.id))
+            found[reference.key] = _find_weights(reference, uploaded.get(reference.id))
     return found
 
 
-def _found_job(reference: Reference, state: str | None, delivered: dict[tuple[str, str], SourceFile]) -> Found:
+def _find_job(reference: Reference, state: str | None, delivered: dict[tuple[str, str], SourceFile]) -> FoundSource:
     if state is None:
-        return Found(problem=_unknown(reference))
+        return FoundSource(problem=_unknown_source(reference))
     if state != "succeeded":
         how = {"failed": "failed: name one that succeeded", "cancelled": "was cancelled: name one that succeeded"}
-        return Found(problem=f"job {reference.id} {how.get(state, UNFINISHED.format(state=state))}")
+        return FoundSource(problem=f"job {reference.id} {how.get(state, UNFINISHED.format(state=state))}")
     assert reference.artifact is not None, "the reference of a job says which network"
     files = []
     for name, artifact in ARTIFACTS[reference.artifact].items():
         file = delivered.get((reference.id, artifact))
         if file is None:
-            return Found(problem=f"job {reference.id} delivered no {artifact}: name another job")
+            return FoundSource(problem=f"job {reference.id} delivered no {artifact}: name another job")
         files.append(replace(file, name=name))
-    return Found(tuple(files))
+    return FoundSource(tuple(files))
 
 
-def _found_weights(reference: Reference, row: WeightsRow | None) -> Found:
+def _find_weights(reference: Reference, row: WeightsRow | None) -> FoundSource:
     if row is None:
-        return Found(problem=_unknown(reference))
+        return FoundSource(problem=_unknown_source(reference))
     file = SourceFile(WEIGHTS_FILE, weights_key(row.id), row.size_bytes, row.sha256)
-    return Found((file,), tuple(row.tensors))
+    return FoundSource((file,), tuple(row.tensors))
 
 
-def _read(storage: Storage, reference: Reference, found: Found) -> Source:
-    """The source. Raises _Unusable, Unavailable."""
+def _read_source(storage: Storage, reference: Reference, found: FoundSource) -> Source:
+    """The network's tensors and its architecture, of the files in the store. Raises _Unusable, Unavailable."""
     if found.problem is not None:
         raise _Unusable(found.problem)
     files = {file.name: file for file in found.files}
@@ -222,12 +223,12 @@ def _read(storage: Storage, reference: Reference, found: Found) -> Source:
 
 
 def _stored_entries(storage: Storage, file: SourceFile) -> tuple[TensorEntry, ...]:
-    """The tensors of a stored safetensors file; its header alone is read."""
+    """The tensors of a stored safetensors file, of which only the header is read."""
     return read_entries(lambda start, end: b"".join(storage.stream(file.key, start, end)), file.size_bytes)[0]
 
 
 def weights_key(weights_id: str) -> str:
-    """Where the bytes of uploaded weights lie."""
+    """The key of the bytes of uploaded weights."""
     return f"{weights_prefix(weights_id)}{WEIGHTS_FILE}"
 
 
@@ -236,11 +237,11 @@ def weights_prefix(weights_id: str) -> str:
     return f"weights/{weights_id}/"
 
 
-def _unknown(reference: Reference) -> str:
+def _unknown_source(reference: Reference) -> str:
     if reference.kind == "job":
         return f"there is no job {reference.id}: name one that succeeded and was not deleted"
     return f"there are no weights {reference.id}: upload them with POST /v1/weights"
 
 
-def _fault(reference: Reference, problem: str) -> Fault:
+def _fault_of(reference: Reference, problem: str) -> Fault:
     return Fault(reference.pointer, problem, value=reference.id)

@@ -1,10 +1,10 @@
-"""A move of a job: one conditional UPDATE, its event rows, one transaction. Zero rows changed means "not yours":
-nothing happened.
+"""A transition of a job's state: one conditional UPDATE and its event rows in one transaction. Where no row fulfils the
+condition, another process was first, and nothing is written.
 
     queued -> running -> succeeded | failed | cancelled      queued | running <-> paused
 
 A user's request to a running job is the flag `wish` (cancel > stop > pause); `cancelling` is a running job with the
-wish to cancel. Terminal is terminal: no move but the removal of the row names a terminal state.
+wish to cancel. Terminal states are final: no transition starts from one, only the removal of the row.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from app.jobs.events import NewEvent, write_events
 
 @dataclass(frozen=True)
 class JobAfter:
-    """The job's row after a move, as far as moves need it."""
+    """The columns of a job's row that are read after a transition."""
 
     job_id: str
     attempt: int
@@ -47,12 +47,12 @@ def transition(
     *,
     seen: bool = True,
 ) -> JobAfter | None:
-    """The row after the UPDATE, with the events written; None if no row fulfils `where`.
+    """Update the row that fulfils `where` and insert its events; returns the row as it is then, None if there is none.
 
     Event numbers come from the row: its lock is held until the commit, so a job's events become visible in order,
-    without gaps. `seen` is False for a change that no reader sees.
+    without gaps. `seen` is False for a change that no reader sees: the revision stays.
     """
-    # RETURNING deleted_at, not deleted_at IS NOT NULL: that SQLite 3.40 answers wrongly beside jobs_newest's condition.
+    # RETURNING deleted_at, not deleted_at IS NOT NULL, which SQLite 3.40 answers wrongly beside jobs_newest's condition.
     changed: dict[str, Any] = {**values, "event_seq": JobRow.event_seq + len(events)}
     if seen:
         changed["revision"] = JobRow.revision + 1
@@ -79,9 +79,9 @@ def transition(
 
 
 def clear_objects(session: Session, db: Database, job_id: str, *, keep_artifacts: bool) -> None:
-    """Ask for the deletion of a terminal job's objects: all of them, or its checkpoints alone.
+    """Remove a terminal job's checkpoint rows, and post errands that delete its objects: all, or its checkpoints alone.
 
-    Rows go before objects.
+    Rows are removed before objects, so that no row is without its bytes.
     """
     if keep_artifacts:
         attempts = session.scalars(select(CheckpointRow.attempt).where(CheckpointRow.job_id == job_id).distinct())
@@ -90,11 +90,11 @@ def clear_objects(session: Session, db: Database, job_id: str, *, keep_artifacts
         prefixes = [job_prefix(job_id)]
     session.execute(delete(CheckpointRow).where(CheckpointRow.job_id == job_id))
     for prefix in prefixes:
-        outbox.post(session, db, "delete_prefix", prefix)
+        outbox.post_errand(session, db, "delete_prefix", prefix)
 
 
-def purge(session: Session, db: Database, job_id: str) -> None:
-    """Remove the job's row, what hangs on it, and its objects."""
+def purge_job(session: Session, db: Database, job_id: str) -> None:
+    """Remove the job's row, the rows that refer to it, and its objects."""
     clear_objects(session, db, job_id, keep_artifacts=False)
     session.execute(delete(JobRow).where(JobRow.id == job_id))
 
@@ -118,7 +118,7 @@ def allowed_verbs(state: str, wish: str | None, progress_step: int) -> tuple[str
             verbs.append("resume")
     else:
         if progress_step > 0:
-            verbs.append("stop")  # keeps what the checkpoint holds
+            verbs.append("stop")  # delivers what the checkpoint holds
         if state == "queued" and wish is None:
             verbs.append("pause")
         if state == "paused":

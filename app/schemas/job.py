@@ -1,4 +1,4 @@
-"""A job, and what it says while it runs."""
+"""A job, and what it reports while it runs."""
 
 from __future__ import annotations
 

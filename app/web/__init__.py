@@ -1,1 +1,1 @@
-"""The web page: HTML made on the server from the same documents that the API answers with."""
+"""The web pages: HTML made on the server from the documents that the API answers with. Imports nothing of ours."""

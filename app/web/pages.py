@@ -18,7 +18,7 @@ POLICY = (
 ASSETS = {"page.css": "text/css", "page.js": "text/javascript"}
 ASSET_FOLDER = Path(__file__).parent / "assets"
 STATES = ("queued", "running", "paused", "succeeded", "failed", "cancelled")
-MOST_NAMED = 3
+MOST_LAYERS_NAMED = 3
 BUSY = frozenset({"queued", "running", "cancelling"})
 EVENT_TYPES = (
     "job.submitted",
@@ -94,7 +94,7 @@ def jobs_page(jobs: Sequence[Document], next_cursor: str | None, state: str | No
 
 
 def job_page(job: Document, report: Document | None, artifacts: Sequence[Document], events: Sequence[Document]) -> str:
-    """One job: the verdict first, then progress or error, the tables, the files, the events."""
+    """One job: state and progress or error first, then the verdict, the tables, the files, the events."""
     table = (report or {}).get("sensitivity")
     live = element(
         "div",
@@ -228,7 +228,8 @@ def _sensitivity(table: Document) -> Html:
     """The accuracy when one group of channels alone is cut, a row for each group, a column for each part kept."""
     groups, whole = table["groups"], table["whole"]
     parts = [f"{point['kept'] * 100:.4g} % kept" for point in groups[0]["points"]] if groups else []
-    head = element("tr", *(element("th", title) for title in ("layers whose channels go together", "channels", *parts)))
+    titles = ("layers that lose channels together", "channels", *parts)
+    head = element("tr", *(element("th", title) for title in titles))
     body = [
         element(
             "tr",
@@ -251,15 +252,15 @@ def _sensitivity(table: Document) -> Html:
             element("h2", "Sensitivity"),
             element("p", words, element("strong", _percent(table["accuracy"])), "."),
             element("table", head, *body),
-            element("p", f"Left whole: {left}.", class_="soft") if whole else None,
+            element("p", f"Not cut: {left}.", class_="soft") if whole else None,
         ]
     )
 
 
 def _named(layers: Sequence[str]) -> str:
-    """Names of layers as words, at most three."""
-    more = f" and {len(layers) - MOST_NAMED} more" if len(layers) > MOST_NAMED else ""
-    return ", ".join(layers[:MOST_NAMED]) + more
+    """Names of layers, at most three, and how many more there are."""
+    more = f" and {len(layers) - MOST_LAYERS_NAMED} more" if len(layers) > MOST_LAYERS_NAMED else ""
+    return ", ".join(layers[:MOST_LAYERS_NAMED]) + more
 
 
 def _cut(point: Document) -> str:
@@ -297,7 +298,8 @@ def _downloads(job: Document, artifacts: Sequence[Document], report: Document | 
     if not artifacts:
         return None
     proofs = (report or {}).get("verification") or {}
-    head = element("tr", *(element("th", title) for title in ("file", "bytes", "proved: largest difference", "sha256")))
+    titles = ("file", "bytes", "verified: largest difference", "sha256")
+    head = element("tr", *(element("th", title) for title in titles))
     rows = [
         element(
             "tr",

@@ -1,4 +1,4 @@
-"""The API and its error codes as pages, made from what the code says about itself."""
+"""The API, the job language and the error codes as pages, made from the OpenAPI document and the error classes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def language_page(openapi: dict[str, Any]) -> str:
 
 
 def errors_page(codes: list[ErrorCode]) -> str:
-    """Every error code once, with what to do."""
+    """Every error code once, with its sentence and its hint."""
     seen: dict[str, ErrorCode] = {}
     for code in codes:
         seen.setdefault(code.code, code)
@@ -78,7 +78,7 @@ def errors_page(codes: list[ErrorCode]) -> str:
 
 
 def _reachable(schemas: Mapping[str, Any], root: str) -> list[str]:
-    """Names of the schemas that `root` leads to, in the order in which a reader meets them."""
+    """Names of the schemas that can be reached from `root`, level by level."""
     found: dict[str, None] = {}
     waiting = [root]
     while waiting:
@@ -118,7 +118,7 @@ def _part(name: str, schema: Mapping[str, Any]) -> Html:
 
 
 def _kind(schema: Mapping[str, Any]) -> Html:
-    """What a value may be, as words; parts of the language are links."""
+    """What a value may be, in words; parts of the language are links."""
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         return element("a", name, href=f"/docs/jobs#{name}")

@@ -82,7 +82,7 @@ def _jobs() -> None:
 
 
 def _belongings() -> None:
-    """What a job says and keeps."""
+    """What belongs to a job: events, metrics, log, checkpoints, artifacts."""
     op.create_table(
         "events",
         sa.Column("job_id", sa.String(length=64), nullable=False),
@@ -145,7 +145,7 @@ def _belongings() -> None:
 
 
 def _requests() -> None:
-    """How jobs are found and requests repeated."""
+    """Labels of jobs, and keys of repeated requests."""
     op.create_table(
         "job_labels",
         sa.Column("tenant_id", sa.String(length=64), nullable=False),

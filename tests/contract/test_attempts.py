@@ -12,10 +12,17 @@ from sqlalchemy import select, update
 from app.database.engine import Database
 from app.database.tables import JobRow, OutboxRow, Row
 from app.errors import LostOwnership, NotFound
-from app.jobs import attempts, commands
-from app.jobs.artifacts import attempt_prefix, get_artifact, list_artifacts, list_checkpoints
-from app.jobs.attempts import Claim, NewArtifact, NewEvent
-from app.jobs.events import LOG_CAP_BYTES, LOG_CUT
+from app.jobs import attempts, commands, queries, workers
+from app.jobs.artifacts import (
+    NewArtifact,
+    attempt_prefix,
+    get_artifact,
+    latest_checkpoints,
+    list_artifacts,
+    list_checkpoints,
+)
+from app.jobs.attempts import Claim
+from app.jobs.events import LOG_CAP_BYTES, LOG_CUT, NewEvent, list_events, read_log, read_metrics
 from tests.support.jobs import lives
 from tests.support.jobs.lives import TENANT, event_types
 
@@ -68,7 +75,7 @@ def test_an_old_attempts_writes_change_nothing(db: Database, write: str) -> None
 @pytest.mark.parametrize("state", ["succeeded", "failed", "cancelled", "paused", "queued with a checkpoint"])
 def test_a_worker_cannot_write_to_a_job_that_left_it(db: Database, state: str) -> None:
     job_id = lives.job_in(db, state)
-    job = commands.get_job(db, TENANT, job_id)
+    job = queries.get_job(db, TENANT, job_id)
     before = everything(db)
     for write in WRITES.values():
         with pytest.raises(LostOwnership):
@@ -90,17 +97,17 @@ def test_a_claim_says_who_has_the_job_and_starts_its_clock_once(db: Database) ->
     assert (claim.attempt, claim.tenant, claim.spec, claim.wish, claim.progress_step, claim.name) == (
         1, TENANT, lives.SPEC, None, 0, "seed",
     )  # fmt: skip
-    started = commands.get_job(db, TENANT, job_id).started_at
+    started = queries.get_job(db, TENANT, job_id).started_at
     assert started is not None
     attempts.release(db, claim)
     assert lives.claim(db, job_id, "w2").attempt == 2
-    assert commands.get_job(db, TENANT, job_id).started_at == started
-    claimed = [event for event in commands.list_events(db, TENANT, job_id) if event.type == "job.claimed"]
+    assert queries.get_job(db, TENANT, job_id).started_at == started
+    claimed = [event for event in list_events(db, TENANT, job_id) if event.type == "job.claimed"]
     assert [event.data["worker"] for event in claimed] == ["w1", "w2"]
 
 
 def test_a_job_in_a_newer_language_waits_for_a_newer_worker(db: Database) -> None:
-    commands.submit(db, tenant=TENANT, spec={**lives.SPEC, "spec_version": 2})
+    commands.submit_job(db, tenant=TENANT, spec={**lives.SPEC, "spec_version": 2})
     assert attempts.claim(db, worker_id="w") is None
 
 
@@ -114,10 +121,10 @@ def test_a_renewal_writes_what_happened_and_brings_the_wish(db: Database) -> Non
         )
         is None
     )
-    assert commands.get_job(db, TENANT, job_id).progress == {"phase": "training", "images_per_s": None}
+    assert queries.get_job(db, TENANT, job_id).progress == {"phase": "training", "images_per_s": None}
     commands.stop_job(db, TENANT, job_id)
     assert attempts.renew(db, claim, worker_id="w") == "stop"
-    assert commands.get_job(db, TENANT, job_id).progress == {"phase": "training", "images_per_s": None}
+    assert queries.get_job(db, TENANT, job_id).progress == {"phase": "training", "images_per_s": None}
     assert event_types(db, job_id) == [
         "job.submitted",
         "job.claimed",
@@ -125,7 +132,7 @@ def test_a_renewal_writes_what_happened_and_brings_the_wish(db: Database) -> Non
         "epoch.finished",
         "job.stopping",
     ]
-    assert commands.list_events(db, TENANT, job_id, after=3, limit=1)[0].data == {"epoch": 2, "loss": None}
+    assert list_events(db, TENANT, job_id, after=3, limit=1)[0].data == {"epoch": 2, "loss": None}
 
 
 def test_a_step_that_is_trained_again_replaces_its_point(db: Database) -> None:
@@ -134,7 +141,7 @@ def test_a_step_that_is_trained_again_replaces_its_point(db: Database) -> None:
     points = [("train.loss", 2, 2.0), ("train.loss", 1, 3.0), ("val.loss", 1, math.nan), ("train.loss", 2, 1.5)]
     attempts.renew(db, claim, worker_id="w", metrics=points)
     attempts.renew(db, claim, worker_id="w", metrics=[("train.loss", 1, 2.5), ("val.accuracy", 1, 0.5)])
-    assert commands.read_metrics(db, TENANT, job_id) == {"train.loss": [(1, 2.5), (2, 1.5)], "val.accuracy": [(1, 0.5)]}
+    assert read_metrics(db, TENANT, job_id) == {"train.loss": [(1, 2.5), (2, 1.5)], "val.accuracy": [(1, 0.5)]}
 
 
 def test_a_log_keeps_its_newest_part_and_says_what_it_lost(db: Database) -> None:
@@ -142,11 +149,11 @@ def test_a_log_keeps_its_newest_part_and_says_what_it_lost(db: Database) -> None
     claim = lives.claim(db, job_id)
     attempts.renew(db, claim, worker_id="w", log="first\n")
     attempts.renew(db, claim, worker_id="w", log="nul \0, lone \udc80, é\n")
-    assert commands.read_log(db, TENANT, job_id) == "first\nnul \ufffd, lone ?, é\n"
+    assert read_log(db, TENANT, job_id) == "first\nnul \ufffd, lone ?, é\n"
     block = "x" * (LOG_CAP_BYTES // 4 - 1) + "\n"
     for _ in range(5):
         attempts.renew(db, claim, worker_id="w", log=block)
-    log = commands.read_log(db, TENANT, job_id)
+    log = read_log(db, TENANT, job_id)
     assert log.startswith(LOG_CUT)
     assert log.endswith(block)
     assert LOG_CAP_BYTES * 3 // 4 <= len(log) - len(LOG_CUT) <= LOG_CAP_BYTES
@@ -156,14 +163,14 @@ def test_of_checkpoints_the_two_newest_stay_and_the_older_ones_objects_go(db: Da
     job_id = lives.submit(db).id
     claim = lives.claim(db, job_id)
     keys = [lives.checkpoint(db, claim, step) for step in (10, 20, 30)]
-    assert [saved.key for saved in attempts.latest_checkpoints(db, job_id)] == [keys[2], keys[1]]
+    assert [saved.key for saved in latest_checkpoints(db, job_id)] == [keys[2], keys[1]]
     assert objects_to_delete(db) == {keys[0].removesuffix("safetensors")}
     attempts.release(db, claim)
     second = lives.claim(db, job_id)
     assert second.progress_step == 30
     newest = lives.checkpoint(db, second, 25)
     assert [saved.key for saved in list_checkpoints(db, TENANT, job_id)] == [newest, keys[2]]
-    assert attempts.latest_checkpoints(db, job_id)[0].state_key == newest.removesuffix("safetensors") + "json"
+    assert latest_checkpoints(db, job_id)[0].state_key == newest.removesuffix("safetensors") + "json"
     lives.checkpoint(db, second, 25)  # a repeated record is the same record
     assert len(list_checkpoints(db, TENANT, job_id)) == 2
 
@@ -174,9 +181,9 @@ def test_an_attempt_delivers_only_what_lies_under_its_own_prefix(db: Database) -
     before = everything(db)
     for foreign in (attempt_prefix(job_id, 2), attempt_prefix("job_other", 1), f"jobs/{job_id}/attempts/11/"):
         artifact = NewArtifact("model.py", "source", f"{foreign}artifacts/model.py", "0" * 64, 1, "text/x-python")
-        with pytest.raises(ValueError, match="does not lie under"):
+        with pytest.raises(ValueError, match="does not begin with"):
             attempts.finish(db, claim, summary={}, report={}, artifacts=[artifact])
-        with pytest.raises(ValueError, match="does not lie under"):
+        with pytest.raises(ValueError, match="does not begin with"):
             attempts.record_checkpoint(
                 db, claim, step=1, epoch=1, phase="training", key=f"{foreign}checkpoints/1.safetensors",
                 size_bytes=1, sha256="0" * 64, metrics={},
@@ -190,7 +197,7 @@ def test_success_shows_everything_at_once_and_lets_the_checkpoints_go(db: Databa
     lives.checkpoint(db, claim, 10)
     assert list_artifacts(db, TENANT, job_id) == []
     lives.finish(db, claim, stopped_early=True, events=[NewEvent("phase.started", "info", "exporting")])
-    job = commands.get_job(db, TENANT, job_id)
+    job = queries.get_job(db, TENANT, job_id)
     assert (job.state, job.summary, job.stopped_early) == ("succeeded", {"final": {"accuracy": 0.9}}, True)
     assert job.finished_at is not None
     [artifact] = list_artifacts(db, TENANT, job_id)
@@ -212,7 +219,7 @@ def test_after_a_cancel_a_job_cannot_succeed(db: Database) -> None:
         lives.finish(db, claim)
     assert everything(db) == before
     attempts.obey_cancel(db, claim)
-    assert commands.get_job(db, TENANT, job_id).state == "cancelled"
+    assert queries.get_job(db, TENANT, job_id).state == "cancelled"
     assert objects_to_delete(db) == {f"jobs/{job_id}/"}
 
 
@@ -220,7 +227,7 @@ def test_nobody_is_cancelled_who_was_not_asked_to(db: Database) -> None:
     claim = lives.claim(db, lives.submit(db).id)
     with pytest.raises(LostOwnership):
         attempts.obey_cancel(db, claim)
-    assert commands.get_job(db, TENANT, claim.job_id).state == "running"
+    assert queries.get_job(db, TENANT, claim.job_id).state == "running"
 
 
 def test_a_pause_that_was_taken_back_lets_the_worker_train_on(db: Database) -> None:
@@ -228,10 +235,10 @@ def test_a_pause_that_was_taken_back_lets_the_worker_train_on(db: Database) -> N
     claim = Claim(job_id, 1, TENANT, lives.SPEC, None, 0, None)
     commands.resume_job(db, TENANT, job_id)
     assert attempts.obey_pause(db, claim) is False
-    assert commands.get_job(db, TENANT, job_id).state == "running"
+    assert queries.get_job(db, TENANT, job_id).state == "running"
     commands.pause_job(db, TENANT, job_id)
     assert attempts.obey_pause(db, claim) is True
-    assert commands.get_job(db, TENANT, job_id).state == "paused"
+    assert queries.get_job(db, TENANT, job_id).state == "paused"
     assert attempts.claim(db, worker_id="w") is None
 
 
@@ -250,13 +257,13 @@ def test_three_crashes_without_progress_poison_a_job_and_progress_forgives(db: D
         with db.write() as session:
             session.execute(update(JobRow).values(available_at=db.now()))
     assert states == ["queued", "queued", "queued", "failed"]
-    job = commands.get_job(db, TENANT, job_id)
+    job = queries.get_job(db, TENANT, job_id)
     assert job.error is not None
     assert job.error["code"] == "poison"
     assert job.error["message"] == "the trainer was ended by signal 11, 3 times without progress"
     assert job.finished_at is not None
     assert event_types(db, job_id)[-2:] == ["worker.lost", "job.failed"]
-    lost = commands.list_events(db, TENANT, job_id)[-2]
+    lost = list_events(db, TENANT, job_id)[-2]
     assert (lost.data["last_words"], lost.data["crashes"]) == ("boom", 3)
 
 
@@ -268,7 +275,7 @@ def test_a_crashed_job_waits_longer_each_time(db: Database) -> None:
         with db.read() as session:
             now = session.scalar(select(db.now()))
         assert now is not None
-        waits_s = (commands.get_job(db, TENANT, job_id).available_at - now).total_seconds()
+        waits_s = (queries.get_job(db, TENANT, job_id).available_at - now).total_seconds()
         assert least_s - 1 < waits_s < most_s
         with db.write() as session:
             session.execute(update(JobRow).values(available_at=db.now()))
@@ -290,7 +297,7 @@ def test_what_the_user_wished_is_done_when_the_worker_goes(
         claim = lives.claim(db, lives.submit(db).id)
         act(db, TENANT, claim.job_id)
         assert give_back(claim) == expected
-        job = commands.get_job(db, TENANT, claim.job_id)
+        job = queries.get_job(db, TENANT, claim.job_id)
         assert job.state == expected
         assert (job.finished_at is not None) == (expected == "cancelled")
         assert job.wish == ("stop" if wish == "stop" else None)
@@ -303,7 +310,7 @@ def test_a_released_job_runs_again_at_once_without_a_crash(db: Database) -> None
         claim = lives.claim(db, job_id)
         assert claim.attempt == attempt
         assert attempts.release(db, claim) == "queued"
-    assert commands.get_job(db, TENANT, job_id).crashes == 0
+    assert queries.get_job(db, TENANT, job_id).crashes == 0
 
 
 def test_a_release_never_poisons_a_job_that_crashed_while_it_was_told_to_pause(db: Database) -> None:
@@ -314,16 +321,16 @@ def test_a_release_never_poisons_a_job_that_crashed_while_it_was_told_to_pause(d
         assert attempts.crash(db, claim, {"exit_code": 70}) == "paused"
         commands.resume_job(db, TENANT, job_id)
     assert attempts.release(db, lives.claim(db, job_id), why="the store is away") == "queued"
-    last = commands.list_events(db, TENANT, job_id)[-1]
+    last = list_events(db, TENANT, job_id)[-1]
     assert last.message == "the store is away; the job goes on from its checkpoint"
 
 
 def test_a_worker_that_was_forgotten_learns_it_from_its_beat(db: Database) -> None:
-    attempts.register_worker(db, "w", host="h", pid=1, slots=1, device="cpu")
-    assert attempts.beat_worker(db, "w", ["job"])
-    assert [worker.running for worker in attempts.list_workers(db)] == [["job"]]
-    attempts.forget_worker(db, "w")
-    assert not attempts.beat_worker(db, "w", [])
+    workers.register_worker(db, "w", host="h", pid=1, slots=1, device="cpu")
+    assert workers.record_beat(db, "w", ["job"])
+    assert [worker.running for worker in workers.list_workers(db)] == [["job"]]
+    workers.remove_worker(db, "w")
+    assert not workers.record_beat(db, "w", [])
 
 
 def test_a_stop_at_rest_reaches_the_next_worker(db: Database) -> None:
@@ -332,31 +339,31 @@ def test_a_stop_at_rest_reaches_the_next_worker(db: Database) -> None:
     claim = lives.claim(db, job_id)
     assert (claim.wish, claim.progress_step) == ("stop", 10)
     lives.finish(db, claim, stopped_early=True)
-    assert commands.get_job(db, TENANT, job_id).stopped_early
+    assert queries.get_job(db, TENANT, job_id).stopped_early
 
 
 def test_a_failure_is_final_and_says_what_to_do(db: Database) -> None:
     job_id = lives.job_in(db, "failed")
-    job = commands.get_job(db, TENANT, job_id)
+    job = queries.get_job(db, TENANT, job_id)
     assert (job.state, job.error) == ("failed", lives.ERROR)
-    last = commands.list_events(db, TENANT, job_id)[-1]
+    last = list_events(db, TENANT, job_id)[-1]
     assert (last.type, last.level, last.message) == ("job.failed", "error", lives.ERROR["message"])
 
 
 def test_the_jobs_of_a_dead_process_need_not_wait_for_its_lease(db: Database) -> None:
     mine, other = lives.claim(db, lives.submit(db).id, "dead"), lives.claim(db, lives.submit(db).id, "alive")
-    assert attempts.abandon(db, "dead") == [mine.job_id]
-    assert commands.get_job(db, TENANT, mine.job_id).state == "queued"
-    assert commands.get_job(db, TENANT, mine.job_id).crashes == 1
-    assert commands.get_job(db, TENANT, other.job_id).state == "running"
+    assert attempts.reap_worker(db, "dead") == [mine.job_id]
+    assert queries.get_job(db, TENANT, mine.job_id).state == "queued"
+    assert queries.get_job(db, TENANT, mine.job_id).crashes == 1
+    assert queries.get_job(db, TENANT, other.job_id).state == "running"
 
 
 def test_workers_are_listed_until_they_say_good_bye(db: Database) -> None:
-    attempts.register_worker(db, "w1", host="h", pid=1, slots=2, device="cpu")
-    attempts.register_worker(db, "w2", host="h", pid=2, slots=1, device="cuda:0")
-    attempts.beat_worker(db, "w2", running=["job_x"])
-    first, second = attempts.list_workers(db)
+    workers.register_worker(db, "w1", host="h", pid=1, slots=2, device="cpu")
+    workers.register_worker(db, "w2", host="h", pid=2, slots=1, device="cuda:0")
+    workers.record_beat(db, "w2", running=["job_x"])
+    first, second = workers.list_workers(db)
     assert (first.id, first.slots, first.running, first.alive) == ("w1", 2, [], True)
     assert (second.id, second.device, second.running) == ("w2", "cuda:0", ["job_x"])
-    attempts.forget_worker(db, "w1")
-    assert [worker.id for worker in attempts.list_workers(db)] == ["w2"]
+    workers.remove_worker(db, "w1")
+    assert [worker.id for worker in workers.list_workers(db)] == ["w2"]

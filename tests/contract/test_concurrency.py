@@ -13,8 +13,8 @@ from sqlalchemy import select
 from app.database.engine import Database
 from app.database.tables import EventRow, JobRow
 from app.errors import IllegalTransition, LostOwnership
-from app.jobs import attempts, commands
-from app.jobs.attempts import NewEvent
+from app.jobs import attempts, commands, queries
+from app.jobs.events import NewEvent, list_events
 from app.jobs.transitions import transition
 from tests.support.checkout import ROOT
 from tests.support.jobs import lives
@@ -51,7 +51,7 @@ def test_twins_of_a_request_make_one_job(db: Database) -> None:
 
     def send(key: str) -> tuple[str, bool]:
         start.wait()
-        view, created = commands.submit(db, tenant=TENANT, spec=SPEC, idempotency=(key, "a" * 64))
+        view, created = commands.submit_job(db, tenant=TENANT, spec=SPEC, idempotency=(key, "a" * 64))
         return view.id, created
 
     with ThreadPoolExecutor(8) as pool:
@@ -59,7 +59,7 @@ def test_twins_of_a_request_make_one_job(db: Database) -> None:
             answers = list(pool.map(send, [key] * 8))
             assert len({job_id for job_id, _ in answers}) == 1
             assert sum(created for _, created in answers) == 1
-    assert len(commands.list_jobs(db, TENANT)[0]) == 5
+    assert len(queries.list_jobs(db, TENANT)[0]) == 5
 
 
 def test_readers_see_event_numbers_without_gaps_while_six_write(db: Database) -> None:
@@ -72,7 +72,7 @@ def test_readers_see_event_numbers_without_gaps_while_six_write(db: Database) ->
         after = 0
         while True:
             over = done.is_set()
-            for event in commands.list_events(db, TENANT, job_id, after=after, limit=1000):
+            for event in list_events(db, TENANT, job_id, after=after, limit=1000):
                 if event.seq != after + 1:
                     gaps.append((after, event.seq))
                 after = event.seq
@@ -114,7 +114,7 @@ def test_a_cancel_and_a_finish_at_once_leave_one_end(db: Database) -> None:
                 pool.submit(commands.cancel_job, db, TENANT, job_id),
             )
             refused = (type(finished.exception()), type(cancelled.exception()))
-            state = commands.get_job(db, TENANT, job_id).shown_state
+            state = queries.get_job(db, TENANT, job_id).shown_state
             ends.append(state)
             assert (state, refused) in (
                 ("succeeded", (type(None), IllegalTransition)),

@@ -20,8 +20,8 @@ from sqlalchemy.orm import Session
 from app.database.engine import Database, filesystem_type
 from app.database.tables import JobRow, Row, new_id
 from app.errors import NewerDatabase, StartupError, StorageFull, Unavailable
-from app.jobs import attempts, commands
-from app.jobs.attempts import NewEvent
+from app.jobs import attempts, commands, queries
+from app.jobs.events import NewEvent, read_log
 from tests.support.checkout import ROOT
 from tests.support.jobs import lives
 from tests.support.jobs.lives import SPEC, TENANT, event_types
@@ -108,7 +108,7 @@ def test_times_are_aware_and_keep_their_microseconds(db: Database) -> None:
     moment = datetime(2026, 2, 3, 4, 5, 6, 789, tzinfo=timezone(timedelta(hours=5)))
     with db.write() as session:
         session.execute(update(JobRow).values(created_at=moment))
-    read = commands.get_job(db, TENANT, job_id).created_at
+    read = queries.get_job(db, TENANT, job_id).created_at
     assert read == moment
     assert read.tzinfo is UTC
     with pytest.raises(sqlalchemy.exc.StatementError, match="naive"), db.write() as session:
@@ -139,7 +139,7 @@ def test_what_is_raised_in_a_session_rolls_everything_back(db: Database) -> None
 
     with pytest.raises(ZeroDivisionError):
         change()
-    assert commands.get_job(db, TENANT, job_id).name is None
+    assert queries.get_job(db, TENANT, job_id).name is None
 
 
 def test_wrong_sql_is_our_bug_and_not_an_absent_database(db: Database) -> None:
@@ -190,7 +190,7 @@ def test_a_sqlite_database_locked_by_a_backup_says_try_again_and_reads_go_on(dat
     with pytest.raises(Unavailable):
         commands.cancel_job(db, TENANT, job_id)
     assert 4 < time.monotonic() - began < 9
-    assert commands.get_job(db, TENANT, job_id).state == "queued"
+    assert queries.get_job(db, TENANT, job_id).state == "queued"
     backup.execute("ROLLBACK")
     backup.close()
     commands.cancel_job(db, TENANT, job_id)
@@ -205,11 +205,11 @@ def test_a_full_disk_is_called_so_and_reads_go_on(database_url: str) -> None:
         session.execute(text("PRAGMA max_page_count = 1"))  # is raised to what there is
     big = {**SPEC, "filler": "x" * 1_000_000}
     with pytest.raises(StorageFull, match="free space"):
-        commands.submit(db, tenant=TENANT, spec=big)
-    assert [job.id for job in commands.list_jobs(db, TENANT)[0]] == [job_id]
+        commands.submit_job(db, tenant=TENANT, spec=big)
+    assert [job.id for job in queries.list_jobs(db, TENANT)[0]] == [job_id]
     with db.read() as session:
         session.execute(text("PRAGMA max_page_count = 1000000"))
-    commands.submit(db, tenant=TENANT, spec=big)
+    commands.submit_job(db, tenant=TENANT, spec=big)
     db.close()
 
 
@@ -226,7 +226,7 @@ def test_a_killed_backend_is_one_try_again_and_the_next_request_works(postgres_s
 
         with pytest.raises(Unavailable):
             lose_connection()
-        assert commands.get_job(db, TENANT, job_id).name is None
+        assert queries.get_job(db, TENANT, job_id).name is None
         db.close()
 
 
@@ -235,10 +235,10 @@ def test_a_submit_whose_commit_got_lost_makes_one_job(postgres_server: servers.P
     with postgres_server.database() as url, proxies.proxy(postgres_server.port) as proxy:
         db = Database(url.replace(f":{postgres_server.port}/", f":{proxy.port}/"))
         proxy.cut(b"COMMIT", when)  # type: ignore[arg-type]
-        view, created = commands.submit(db, tenant=TENANT, spec=SPEC, idempotency=("key", "a" * 64))
+        view, created = commands.submit_job(db, tenant=TENANT, spec=SPEC, idempotency=("key", "a" * 64))
         assert proxy.cuts == 1
         assert created
-        assert [job.id for job in commands.list_jobs(db, TENANT)[0]] == [view.id]
+        assert [job.id for job in queries.list_jobs(db, TENANT)[0]] == [view.id]
         assert event_types(db, view.id) == ["job.submitted"]
         db.close()
 
@@ -254,7 +254,7 @@ def test_a_renewal_whose_commit_got_lost_writes_its_events_once(postgres_server:
         lives.finish(db, claim)
         assert proxy.cuts == 2
         assert event_types(db, claim.job_id) == ["job.submitted", "job.claimed", "warning", "job.succeeded"]
-        assert commands.read_log(db, TENANT, claim.job_id) == "once\n"
+        assert read_log(db, TENANT, claim.job_id) == "once\n"
         db.close()
 
 
@@ -264,7 +264,7 @@ def test_a_database_that_stays_away_after_a_lost_commit_says_try_again(postgres_
 
         looks = 0
 
-        def _look_up(self, landed: object, result: object) -> bool:
+        def _look_up_commit(self, landed: object, result: object) -> bool:
             self.looks += 1
             proxy.cut(b"COMMIT", "before")
             return False

@@ -30,11 +30,11 @@ def upload(tmp_path: Path) -> Path:
 
 def submit(db: Database, dataset: str) -> str:
     spec: dict[str, Any] = {"spec_version": 1, "data": {"dataset": dataset}, "model": {"preset": "simple_cnn"}}
-    return commands.submit(db, tenant=TENANT, spec=spec)[0].id
+    return commands.submit_job(db, tenant=TENANT, spec=spec)[0].id
 
 
 def facts_of(db: Database, dataset_id: str) -> DataFacts:
-    return registry.facts(db, TENANT, DataSpec(dataset=dataset_id))
+    return registry.read_facts(db, TENANT, DataSpec(dataset=dataset_id))
 
 
 def test_an_upload_is_checked_used_and_deleted(
@@ -58,10 +58,12 @@ def test_an_upload_is_checked_used_and_deleted(
     sweep(db, storage, settings)
     assert keys(storage) == [f"{view.id}/packed/{name}" for name in PACKED_FILES], "the upload itself is gone"
 
-    folder = registry.materialize(DataSpec(dataset=view.id), None, db=db, storage=storage, settings=settings)
+    folder = registry.materialize_data(DataSpec(dataset=view.id), None, db=db, storage=storage, settings=settings)
     assert read_manifest(folder) == view.manifest
     assert np.load(folder / "train.images.npy").shape == (36, 8, 8)
-    assert registry.materialize(DataSpec(dataset=view.id), None, db=db, storage=storage, settings=settings) == folder
+    assert (
+        registry.materialize_data(DataSpec(dataset=view.id), None, db=db, storage=storage, settings=settings) == folder
+    )
 
     job = submit(db, view.id)
     with pytest.raises(InUse, match=job):
@@ -75,7 +77,7 @@ def test_an_upload_is_checked_used_and_deleted(
     sweep(db, storage, settings)
     assert keys(storage) == []
     with pytest.raises(DataUnavailable, match="was deleted before the job ran"):
-        registry.materialize(DataSpec(dataset=view.id), None, db=db, storage=storage, settings=settings)
+        registry.materialize_data(DataSpec(dataset=view.id), None, db=db, storage=storage, settings=settings)
 
 
 def test_the_same_file_twice_is_stored_once_until_both_are_deleted(
@@ -90,7 +92,7 @@ def test_the_same_file_twice_is_stored_once_until_both_are_deleted(
     registry.delete_dataset(db, TENANT, first.id)
     sweep(db, storage, settings)
     assert len(keys(storage)) == 5, "the second one still uses them"
-    registry.materialize(DataSpec(dataset=second.id), None, db=db, storage=storage, settings=settings)
+    registry.materialize_data(DataSpec(dataset=second.id), None, db=db, storage=storage, settings=settings)
     third = ready(db, storage, settings, upload)
     assert third.state == "ready"
     registry.delete_dataset(db, TENANT, second.id)
@@ -147,15 +149,15 @@ def test_two_checks_at_once_do_the_work_once(
 
 
 def test_built_in_and_synthetic_data_need_no_row(db: Database, local_storage: Storage, settings: Settings) -> None:
-    assert registry.facts(db, TENANT, DataSpec(dataset="mnist")).train == 60_000
+    assert registry.read_facts(db, TENANT, DataSpec(dataset="mnist")).train == 60_000
     synthetic = DataSpec(synthetic=Synthetic(classes=3, train=9, test=3))
-    assert registry.facts(db, TENANT, synthetic).classes == 3
-    folder = registry.materialize(synthetic, (1, 4, 4), db=db, storage=local_storage, settings=settings)
+    assert registry.read_facts(db, TENANT, synthetic).classes == 3
+    folder = registry.materialize_data(synthetic, (1, 4, 4), db=db, storage=local_storage, settings=settings)
     assert np.load(folder / "train.images.npy").shape == (9, 1, 4, 4)
     with pytest.raises(DataInvalid, match="take their shape from the job"):
-        registry.materialize(synthetic, None, db=db, storage=local_storage, settings=settings)
+        registry.materialize_data(synthetic, None, db=db, storage=local_storage, settings=settings)
     large = DataSpec(synthetic=Synthetic(train=1_000_000))
     with pytest.raises(DataInvalid, match="the limit is"):
-        registry.materialize(large, (3, 512, 512), db=db, storage=local_storage, settings=settings)
+        registry.materialize_data(large, (3, 512, 512), db=db, storage=local_storage, settings=settings)
     with pytest.raises(InvalidSpec, match=r"built-in name \(fashion-mnist, mnist\)"):
         facts_of(db, "cifar-1000")

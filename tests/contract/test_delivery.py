@@ -17,7 +17,7 @@ import pytest
 from pydantic import SecretStr
 
 from app.database.engine import Database
-from app.jobs import attempts, commands
+from app.jobs import queries, workers
 from app.jobs.doorbell import QUEUE, TASK, BellListener, CeleryBell, Doorbell, LocalBell, celery_app, open_bell
 from app.jobs.recovery import Sweeper
 from app.settings import Settings
@@ -96,8 +96,8 @@ def sqlite_db(tmp_path: Path, sqlite_template: Path) -> Iterator[Database]:
 def delivery(request: pytest.FixtureRequest, sqlite_db: Database, tmp_path: Path) -> Iterator[Delivery]:
     url = str(sqlite_db.url)
     if request.param == "local":
-        bell: Doorbell = LocalBell(tmp_path / "home")
-        arguments = (url, "local", str(tmp_path / "home"), FAR_S)
+        bell: Doorbell = LocalBell(tmp_path / "doorbells")
+        arguments = (url, "local", str(tmp_path / "doorbells"), FAR_S)
     else:
         broker_url = servers.redis_url(request.getfixturevalue("valkey_server"))
         bell, arguments = CeleryBell(broker_url), (url, "celery", broker_url)
@@ -114,7 +114,7 @@ def test_a_ring_brings_the_job_to_a_worker_at_once_however_often_it_rings(
             for _ in range(5):
                 delivery.bell.ring(job_id)
             assert worker.next(AT_ONCE_S) == job_id
-            assert commands.get_job(sqlite_db, TENANT, job_id).attempt == 1
+            assert queries.get_job(sqlite_db, TENANT, job_id).attempt == 1
         assert worker.next(0.3) is None
 
 
@@ -147,16 +147,16 @@ def test_an_idle_worker_takes_the_job_while_another_is_busy(sqlite_db: Database,
 def test_a_lost_ring_is_rung_again_by_a_sweep(
     sqlite_db: Database, delivery: Delivery, local_storage: Storage, settings: Settings
 ) -> None:
-    attempts.register_worker(sqlite_db, "w", host="h", pid=1, slots=1, device="cpu")
+    workers.register_worker(sqlite_db, "w", host="h", pid=1, slots=1, device="cpu")
     with delivery.worker() as worker:
         job_id = lives.submit(sqlite_db).id
         assert worker.next(0.3) is None
-        Sweeper(sqlite_db, local_storage, delivery.bell, settings).ring_waiting()
+        Sweeper(sqlite_db, local_storage, delivery.bell, settings).ring_for_waiting()
         assert worker.next(AT_ONCE_S) == job_id
 
 
 def test_without_any_ring_a_poll_finds_the_job(sqlite_db: Database, tmp_path: Path) -> None:
-    ringer = Ringer(str(sqlite_db.url), "local", str(tmp_path / "home"), "0.2")
+    ringer = Ringer(str(sqlite_db.url), "local", str(tmp_path / "doorbells"), "0.2")
     try:
         assert ringer.next(30) == "ready"
         job_id = lives.submit(sqlite_db).id
@@ -169,14 +169,14 @@ def test_a_local_ring_reaches_every_listener_and_passes_over_dead_ones(tmp_path:
     bell = LocalBell(tmp_path)
     bell.ring("nobody listens")
     with BellListener(tmp_path) as first, BellListener(tmp_path) as second:
-        (tmp_path / "doorbells" / f"{2**22 + 1}.{servers.free_port()}").touch()
-        (tmp_path / "doorbells" / "junk").touch()
+        (tmp_path / f"{2**22 + 1}.{servers.free_port()}").touch()
+        (tmp_path / "junk").touch()
         bell.ring("job_1")
-        assert [listener.wait(1) for listener in (first, second)] == ["job_1", "job_1"]
-        assert first.wait(0.05) is None
+        assert [listener.wait_for_ring(1) for listener in (first, second)] == ["job_1", "job_1"]
+        assert first.wait_for_ring(0.05) is None
         with BellListener(tmp_path):
-            assert len(list((tmp_path / "doorbells").iterdir())) == 3, "notes of the dead are gone"
-    assert list((tmp_path / "doorbells").iterdir()) == []
+            assert len(list(tmp_path.iterdir())) == 3, "notes of the dead are gone"
+    assert list(tmp_path.iterdir()) == []
     bell.ring("nobody listens any more")
     bell.close()
 
@@ -238,7 +238,7 @@ def test_the_bell_of_a_deployment_follows_its_broker(tmp_path: Path) -> None:
 
 def test_a_note_names_its_process_and_an_open_port(tmp_path: Path) -> None:
     with BellListener(tmp_path):
-        [note] = (tmp_path / "doorbells").iterdir()
+        [note] = tmp_path.iterdir()
         pid, port = map(int, note.name.split("."))
         assert pid == os.getpid()
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, pytest.raises(OSError, match="in use"):

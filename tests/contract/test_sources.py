@@ -17,7 +17,7 @@ from app import weights
 from app.database.engine import Database
 from app.database.tables import JobRow, JobSourceRow, WeightsRow
 from app.errors import Fault, InUse, InvalidSpec, InvalidWeights, NotFound, SourceUnavailable, Unavailable
-from app.jobs import attempts, commands, references
+from app.jobs import attempts, commands, queries, references
 from app.settings import Settings
 from app.spec.job import parse_job
 from app.spec.references import Reference, Source, references_in
@@ -29,6 +29,7 @@ from tests.support.jobs.lives import TENANT
 from tests.support.jobs.sources import SEEN
 from tests.support.jobs.weights import good, tensors_of
 from tests.support.services.datasets import sweep
+from tests.support.services.uploads import put_bytes
 
 UNKNOWN = "job_" + "0" * 26
 LAYERS = [{"type": "conv", "name": "one", "out_channels": 4, "kernel_size": 3}, {"type": "linear", "out_features": 10}]
@@ -55,7 +56,7 @@ def taught_by(job_id: str, artifact: str = "pruned") -> dict[str, Any]:
 
 
 def resolve(db: Database, storage: Storage, spec: dict[str, Any], tenant: str = TENANT) -> dict[str, Source]:
-    return references.resolve(db, storage, tenant, parse_job(spec))
+    return references.resolve_sources(db, storage, tenant, parse_job(spec))
 
 
 def refused(db: Database, storage: Storage, spec: dict[str, Any], tenant: str = TENANT) -> Fault:
@@ -120,7 +121,7 @@ def test_a_file_that_is_refused_leaves_nothing(db: Database, local_storage: Stor
 
 
 def test_bytes_whose_row_never_came_are_garbage(db: Database, local_storage: Storage, settings: Settings) -> None:
-    local_storage.put_bytes("weights/wt_orphan/weights.safetensors", b"x")
+    put_bytes(local_storage, "weights/wt_orphan/weights.safetensors", b"x")
     sweep(db, local_storage, settings)
     assert keys(local_storage) == []
 
@@ -158,7 +159,7 @@ def test_another_tenants_weights_and_jobs_do_not_exist(db: Database, local_stora
         with pytest.raises(InvalidSpec):
             submit(db, spec)
     with pytest.raises(SourceUnavailable):
-        references.locate(db, TENANT, references_in(parse_job(from_job(their_job))))
+        references.locate_files(db, TENANT, references_in(parse_job(from_job(their_job))))
 
 
 def test_of_a_finished_job_everything_but_the_weights_is_known(db: Database, storage: Storage) -> None:
@@ -257,7 +258,7 @@ def test_a_job_whose_network_is_needed_is_in_use_until_the_other_is_over(
         with pytest.raises(InUse) as refusal:
             commands.delete_job(db, TENANT, source)
         assert all(job_id in str(refusal.value) for job_id in left)
-        assert commands.get_job(db, TENANT, source).state == "succeeded"
+        assert queries.get_job(db, TENANT, source).state == "succeeded"
         if left != [running]:
             commands.cancel_job(db, TENANT, left[-1] if left[-1] != running else waiting)
     attempts.fail(db, claim, lives.ERROR)
@@ -366,7 +367,7 @@ def test_the_files_of_each_network_are_found_for_the_worker(
         Reference("job", source, "baseline", "/optimizations/0/teacher"),
         Reference("weights", view.id, None, "/model/weights"),
     )
-    found = references.locate(db, TENANT, named)
+    found = references.locate_files(db, TENANT, named)
     assert {key: [file.name for file in files] for key, files in found.items()} == {
         f"job-{source}-baseline": ["weights.safetensors", "architecture.json"],
         f"weights-{view.id}": ["weights.safetensors"],
@@ -377,5 +378,5 @@ def test_the_files_of_each_network_are_found_for_the_worker(
             assert (len(content), hashlib.sha256(content).hexdigest()) == (file.size_bytes, file.sha256)
     weights.delete_weights(db, TENANT, view.id)
     with pytest.raises(SourceUnavailable, match="there are no weights") as gone:
-        references.locate(db, TENANT, named)
+        references.locate_files(db, TENANT, named)
     assert (gone.value.pointer, gone.value.code) == ("/model/weights", "source_unavailable")

@@ -191,7 +191,7 @@ def test_a_crowd_within_the_size_limit_is_refused_fast_with_at_most_100_errors(a
 
 
 def test_a_body_one_byte_over_the_limit_is_413_and_one_at_it_is_read(api):
-    limit = api.given.settings.max_spec_bytes
+    limit = api.context.settings.max_spec_bytes
     body = json.dumps(SPEC).encode()
     assert _post(api, body + b" " * (limit - len(body)), "/v1/jobs/validate").status_code == 200
     over = body + b" " * (limit - len(body) + 1)

@@ -1,4 +1,4 @@
-"""The Celery side of a worker: one thin task. Its message carries a job id and may be lost, doubled or late."""
+"""The Celery side of a worker: one task. Its message carries a job id and may be lost, doubled or late."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from worker.supervision.supervisor import Supervisor
 
 
 def run_celery(supervisor: Supervisor, broker_url: str, slots: int) -> None:
-    """Serve rings from the broker until SIGTERM; running jobs are then told to checkpoint and return."""
+    """Serve rings from the broker until SIGTERM; running jobs are then told to write a checkpoint and are released."""
     app = celery_app(broker_url, worker=True)
 
     @app.task(name=TASK, ignore_result=True)

@@ -1,7 +1,7 @@
-"""Trainer processes: where they are started, and what the supervisor holds of each.
+"""The pool of trainer processes, and the supervisor's side of each.
 
-The kernel ends a child when the *thread* that forked it ends (PR_SET_PDEATHSIG), so every trainer is started by one thread that
-lives as long as the worker. It also keeps warm spares: a trainer that has torch imported before its job exists.
+The kernel ends a child when the *thread* that forked it ends (PR_SET_PDEATHSIG), so every trainer is started by one thread
+that runs as long as the worker. It also has spares ready: trainers that imported torch before their job exists.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ ALLOWED = frozenset(
         "VIRTUAL_ENV",
     }
 )
-SPARE_DELAY_S = 3.0  # importing torch takes two seconds of one core: not while the new job takes its first steps
+SPARE_DELAY_S = 3.0  # importing torch takes two seconds of one core: not during the first steps of the new job
 
 
 class TrainerProcess:
-    """One trainer: its lines out, our lines in, its log, its end."""
+    """One trainer process: lines are read from it and sent to it; it has a log; it can be ended."""
 
     def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
         self.process = process
         self.log = log
         self.lines: queue.Queue[dict[str, Any] | None] = queue.Queue()  # None: the pipe is closed
-        self._reader = threading.Thread(target=self._read, name=f"trainer-{process.pid}", daemon=True)
+        self._reader = threading.Thread(target=self._read_lines, name=f"trainer-{process.pid}", daemon=True)
         self._reader.start()
 
     @property
@@ -64,8 +64,8 @@ class TrainerProcess:
         """True until the process has ended."""
         return self.process.poll() is None
 
-    def say(self, **line: Any) -> bool:
-        """Send one line; False if the trainer no longer listens."""
+    def send_line(self, **line: Any) -> bool:
+        """Send one line; False if the trainer does not read any more."""
         if self.process.stdin is None:
             return False
         try:
@@ -76,16 +76,16 @@ class TrainerProcess:
         return True
 
     def next_line(self, timeout_s: float) -> dict[str, Any] | None:
-        """The next line, None at the end of the pipe; raises queue.Empty when nothing came in time."""
+        """The next line, None at the end of the pipe. Raises queue.Empty if no line comes in time."""
         return self.lines.get(timeout=timeout_s)
 
     def show_stack(self) -> None:
-        """Have the stack of every thread written to the trainer's log."""
+        """Make the trainer write the stack of every thread to its log."""
         if self.alive:
             self.process.send_signal(signal.SIGUSR1)
 
     def end(self) -> int:
-        """Kill the trainer and everything it started, close its pipes; its exit code (negative: the signal)."""
+        """Kill the trainer and everything it started, close its pipes; returns its exit code (negative: the signal)."""
         if self.alive:
             with suppress(ProcessLookupError):  # it ended in between
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -102,32 +102,32 @@ class TrainerProcess:
         self.end()
         self.log.unlink(missing_ok=True)
 
-    def _read(self) -> None:
+    def _read_lines(self) -> None:
         assert self.process.stdout is not None
         try:
             for text in self.process.stdout:
                 if not text.endswith("\n"):
-                    break  # cut in half by the trainer's death
+                    break  # cut off by the trainer's death
                 self.lines.put(json.loads(text))
         finally:
-            self.lines.put(None)  # also after a line that is no JSON: whoever listens must not wait for ever
+            self.lines.put(None)  # also after a line that is not JSON, so that the reader does not wait for ever
 
 
 class TrainerPool:
-    """Starts trainers, and keeps `spares` of them warm."""
+    """Starts trainers, and has `spares` of them ready."""
 
     def __init__(self, scratch: Path, *, spares: int = 1, environment: Mapping[str, str] | None = None) -> None:
         self._scratch = scratch
         self._spares = spares
         self._environment = dict(environment or {})
         self._waiting: queue.Queue[Future[TrainerProcess] | None] = queue.Queue()
-        self._warm: list[TrainerProcess] = []
+        self._ready: list[TrainerProcess] = []
         self._started = 0
-        self._thread = threading.Thread(target=self._work, name="nursery", daemon=True)
+        self._thread = threading.Thread(target=self._serve_requests, name="trainer-pool", daemon=True)
         self._thread.start()
 
-    def take(self) -> TrainerProcess:
-        """A trainer for one job: a warm spare, or a fresh one."""
+    def take_trainer(self) -> TrainerProcess:
+        """Take a trainer for one job out of the pool: a spare, or a new one."""
         wanted: Future[TrainerProcess] = Future()
         self._waiting.put(wanted)
         return wanted.result()
@@ -137,42 +137,42 @@ class TrainerPool:
         self._waiting.put(None)
         self._thread.join()
 
-    def _work(self) -> None:
+    def _serve_requests(self) -> None:
         while True:
             try:
                 wanted = self._waiting.get(timeout=SPARE_DELAY_S if self._started else 0)
             except queue.Empty:
-                self._keep_warm()
+                self._start_spares()
                 continue
             if wanted is None:
                 break
             try:
-                wanted.set_result(self._warm.pop(0) if self._warm and self._warm[0].alive else self._start())
+                wanted.set_result(self._ready.pop(0) if self._ready and self._ready[0].alive else self._start())
             except OSError as error:
                 wanted.set_exception(error)
-        for spare in self._warm:
+        for spare in self._ready:
             spare.discard()
 
-    def _keep_warm(self) -> None:
-        """Have as many spares as wanted; where none can be started, the next turn tries again.
+    def _start_spares(self) -> None:
+        """Start spares until there are enough; if one cannot be started, the next turn tries again.
 
         This thread must not end: the kernel would end every running trainer with it.
         """
-        for dead in [spare for spare in self._warm if not spare.alive]:
-            self._warm.remove(dead)
+        for dead in [spare for spare in self._ready if not spare.alive]:
+            self._ready.remove(dead)
             dead.discard()
         try:
-            while len(self._warm) < self._spares:
-                self._warm.append(self._start())
+            while len(self._ready) < self._spares:
+                self._ready.append(self._start())
         except OSError as error:
             log.warning("no spare trainer could be started", reason=str(error))
 
     def _start(self) -> TrainerProcess:
         self._started += 1
         self._scratch.mkdir(parents=True, exist_ok=True)
-        words = self._scratch / f"trainer-{os.getpid()}-{self._started}.log"
+        log_path = self._scratch / f"trainer-{os.getpid()}-{self._started}.log"
         environment = {name: os.environ[name] for name in ALLOWED if name in os.environ}
-        with words.open("wb") as stderr:
+        with log_path.open("wb") as stderr:
             process = subprocess.Popen(
                 [sys.executable, "-m", "worker.trainer"],
                 stdin=subprocess.PIPE,
@@ -184,4 +184,4 @@ class TrainerPool:
                 cwd=self._scratch,
                 env={**environment, **self._environment, **parent_environment()},
             )
-        return TrainerProcess(process, words)
+        return TrainerProcess(process, log_path)

@@ -1,6 +1,7 @@
-"""Carries files between the worker's disk and the object store, beside the training and never in its way.
+"""Transfers of files between the worker's disk and the object store, while the job trains.
 
-One thread per attempt, first in first out. Of checkpoints only the newest waits: a slow store skips some and falls behind none.
+One thread per attempt, first in first out. Of checkpoints only the newest waits: with a slow store some are skipped, so
+that the queue never grows.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from app.database.engine import Database
-from app.errors import SourceUnavailable, Unavailable
+from app.errors import ObjectNotFound, SourceUnavailable, Unavailable
 from app.failpoints import failpoint
 from app.jobs import attempts, references
 from app.jobs.artifacts import artifact_key, checkpoint_key, latest_checkpoints, state_key
 from app.jobs.attempts import Claim
 from app.jobs.references import SourceFile
 from app.spec.references import Reference
-from app.storage import ObjectNotFound, Storage
+from app.storage import Storage
 from worker.checkpoint import CheckpointRefused, check_checkpoint, file_digest, spec_digest
 
 T = TypeVar("T")
@@ -31,7 +32,7 @@ RETRY_FOR_S = 600.0
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """A checkpoint on the worker's disk, as the trainer announced it."""
+    """A checkpoint on the worker's disk, as the trainer reported it."""
 
     step: int
     epoch: int
@@ -42,25 +43,25 @@ class CheckpointFiles:
 
 
 class Transfers:
-    """The storage side of one attempt."""
+    """The uploads and downloads of one attempt."""
 
     def __init__(self, claim: Claim, db: Database, storage: Storage) -> None:
         self._claim = claim
         self._db = db
         self._storage = storage
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="porter")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="transfers")
         self._lock = threading.Lock()
         self._newest: CheckpointFiles | None = None
         self._closed = threading.Event()
 
-    def do(self, work: Callable[[], T]) -> Future[T]:
-        """Run `work` in the porter's thread, after what waits already."""
+    def run_later(self, work: Callable[[], T]) -> Future[T]:
+        """Run `work` in the thread of the transfers, after what waits already."""
         return self._pool.submit(work)
 
-    def keep_trying(self, work: Callable[[], T]) -> T:
-        """The result of `work`, called until the store or the database answers: the training must not end for them.
+    def retry_while_away(self, work: Callable[[], T]) -> T:
+        """Call `work` until the store and the database answer, so that the training does not end; returns its result.
 
-        In the porter's thread. Raises Unavailable after ten minutes, or once the porter is closed.
+        In the thread of the transfers. Raises Unavailable after ten minutes, or once `close` was called.
         """
         started, delay_s = time.monotonic(), 0.5
         while True:
@@ -73,7 +74,7 @@ class Transfers:
             delay_s = min(30.0, delay_s * 2)
 
     def publish_checkpoint(self, files: CheckpointFiles) -> Future[None]:
-        """Bytes into the store, then the row; a newer checkpoint takes the place of one that still waits."""
+        """Store the bytes, then write the row, in the thread; a newer checkpoint replaces one that still waits."""
         with self._lock:
             replaced, self._newest = self._newest, files
         if replaced is not None:
@@ -81,19 +82,19 @@ class Transfers:
         return self._pool.submit(self._publish_newest)
 
     def publish_artifact(self, name: str, path: Path) -> str:
-        """The key under which the file now lies; called in the porter's thread."""
+        """Store the file; returns its key. Called in the thread of the transfers."""
         key = artifact_key(self._claim.job_id, self._claim.attempt, name)
-        self.keep_trying(lambda: self._storage.put_file(key, path))
+        self.retry_while_away(lambda: self._storage.put_file(key, path))
         return key
 
     def fetch_checkpoint(self, folder: Path) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint whose bytes are what the row says, in `folder`, and a sentence for each that is not."""
+        """Fetch the newest intact checkpoint to `folder`; returns the folder, and a sentence for each that is not intact."""
         problems = []
         for saved in latest_checkpoints(self._db, self._claim.job_id):
             tensors, state = folder / "checkpoint.safetensors", folder / "checkpoint.json"
             try:
                 for key, path in ((saved.key, tensors), (saved.state_key, state)):
-                    self.keep_trying(lambda key=key, path=path: self._storage.fetch(key, path))  # type: ignore[misc]
+                    self.retry_while_away(lambda key=key, path=path: self._storage.fetch(key, path))  # type: ignore[misc]
             except ObjectNotFound:
                 problems.append(f"the checkpoint of step {saved.step} is missing from the store")
                 continue
@@ -106,11 +107,11 @@ class Transfers:
         return None, problems
 
     def fetch_sources(self, named: Sequence[Reference], folder: Path) -> None:
-        """The files of every network that the job refers to, in `folder`, each network under its key.
+        """Fetch the files of every network that the job refers to, each network to a folder named by its key.
 
-        Raises SourceUnavailable: one was deleted, or its bytes are not what they were.
+        Raises SourceUnavailable if one was deleted, or its bytes have changed.
         """
-        located = self.keep_trying(lambda: references.locate(self._db, self._claim.tenant, named))
+        located = self.retry_while_away(lambda: references.locate_files(self._db, self._claim.tenant, named))
         for reference in named:
             for file in located[reference.key]:
                 self._fetch_source(reference, file, folder / reference.key / file.name)
@@ -118,7 +119,7 @@ class Transfers:
     def _fetch_source(self, reference: Reference, file: SourceFile, path: Path) -> None:
         what = f"the network of job {reference.id}" if reference.kind == "job" else f"weights {reference.id}"
         try:
-            self.keep_trying(lambda: self._storage.bring(file.key, path))
+            self.retry_while_away(lambda: self._storage.link_or_fetch(file.key, path))
         except ObjectNotFound as error:
             message = f"{what}: {file.name} is gone from the object store"
             raise SourceUnavailable(message, pointer=reference.pointer) from error
@@ -127,7 +128,7 @@ class Transfers:
             raise SourceUnavailable(message, pointer=reference.pointer)
 
     def close(self) -> None:
-        """Stop after the work at hand; what still waits is dropped."""
+        """Stop after the current work; what still waits is dropped."""
         self._closed.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -135,7 +136,7 @@ class Transfers:
         with self._lock:
             files, self._newest = self._newest, None
         if files is None:
-            return  # an earlier turn took the newer one
+            return  # an earlier turn published the newer one
         try:
             self._publish(files)
         finally:
@@ -143,10 +144,10 @@ class Transfers:
 
     def _publish(self, files: CheckpointFiles) -> None:
         key = checkpoint_key(self._claim.job_id, self._claim.attempt, files.step)
-        self.keep_trying(lambda: self._storage.put_file(key, files.tensors))
-        self.keep_trying(lambda: self._storage.put_file(state_key(key), files.state))
+        self.retry_while_away(lambda: self._storage.put_file(key, files.tensors))
+        self.retry_while_away(lambda: self._storage.put_file(state_key(key), files.state))
         failpoint("checkpoint_after_bytes")
-        self.keep_trying(
+        self.retry_while_away(
             lambda: attempts.record_checkpoint(
                 self._db,
                 self._claim,

@@ -9,11 +9,10 @@ from fastapi import APIRouter, Path, Request
 from starlette.responses import Response
 
 from app.api import responses
-from app.api.context import Context
-from app.api.downloads import StoredFile, download
+from app.api.context import Context, RequestContext, Tenant
+from app.api.downloads import StoredFile, answer_download
 from app.api.parameters import JobId, check_id
 from app.api.rendering import Json, artifact_document
-from app.api.routes.jobs import RequestContext, Tenant
 from app.errors import NotFound
 from app.jobs.artifacts import get_artifact, list_artifacts
 
@@ -51,4 +50,4 @@ def send_artifact(request: Request, context: Context, owner: str, job_id: str, n
         sha256=artifact.sha256,
         read=lambda start, end: context.storage.stream(artifact.key, start, end),
     )
-    return download(request, file)
+    return answer_download(request, file)

@@ -1,4 +1,4 @@
-"""`/healthz` and `/readyz`: is the process alive, and can it do its work."""
+"""`/healthz` and `/readyz`: whether the process is alive, and whether it can do its work."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from sqlalchemy import text
 from starlette.responses import Response
 
 from app.api import responses
+from app.api.context import RequestContext
 from app.api.rendering import Json
-from app.api.routes.jobs import RequestContext
 from app.errors import Unavailable
 
 router = APIRouter(tags=["operation"])

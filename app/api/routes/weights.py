@@ -10,10 +10,10 @@ from starlette.responses import Response
 
 from app import weights
 from app.api import responses
+from app.api.context import RequestContext, Tenant
 from app.api.parameters import Cursor, Limit, WeightsId, check_id, is_id
 from app.api.rendering import Json
-from app.api.routes.jobs import RequestContext, Tenant
-from app.api.uploads import receiving
+from app.api.uploads import receive_upload
 from app.errors import InvalidCursor
 from app.validation.strict import Text
 
@@ -34,7 +34,7 @@ async def upload_weights(request: Request, context: RequestContext, owner: Tenan
 
     A job starts from them with `"model": {..., "weights": "<id>"}`, tensors by layer name.
     """
-    async with receiving(request, context) as received:
+    async with receive_upload(request, context) as received:
         view = await run_in_threadpool(
             weights.register_weights,
             context.db,
@@ -65,6 +65,6 @@ def get_weights(context: RequestContext, owner: Tenant, weights_id: WeightsId) -
 
 @router.delete("/{weights_id}", status_code=204, summary="Remove weights", responses=responses.REMOVED)
 def delete_weights(context: RequestContext, owner: Tenant, weights_id: WeightsId) -> Response:
-    """Nothing; 409 while a job that has not finished needs them."""
+    """Remove the weights; 409 while a job that has not finished needs them."""
     weights.delete_weights(context.db, owner, check_id("wt", weights_id))
     return Response(status_code=204)

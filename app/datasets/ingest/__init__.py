@@ -1,1 +1,1 @@
-"""From what was uploaded or downloaded to a packed data set: one folder of arrays that a worker maps into memory."""
+"""Checking and packing of uploads, and built-in and synthetic data. Imports packed, parent_death, settings and spec."""

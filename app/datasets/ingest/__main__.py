@@ -1,7 +1,7 @@
-"""The process that touches an upload: `python -m app.datasets.ingest UPLOAD FORMAT OUT --limits JSON --name NAME`.
+"""The process that reads an upload: `python -m app.datasets.ingest UPLOAD FORMAT OUT --limits JSON --name NAME`.
 
-It writes the packed folder OUT/packed and OUT/result.json, ends with 0 for a data set and for a refusal alike, and
-has no credentials, little memory and a clock: whatever a hostile file does to it, the API sees a sentence.
+It writes the packed folder OUT/packed and OUT/result.json, and ends with 0 for a data set and for a refusal alike. It has
+no credentials, and limits of memory and time: whatever a hostile file does to it, the API gets a sentence.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import json
 import resource
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from app.datasets.ingest.limits import Rejected, UploadLimits, UploadProblem
-from app.datasets.ingest.pack import ingest
+from app.datasets.ingest.pack import pack_upload
 from app.datasets.packed.packed import PACKED, RESULT
 from app.parent_death import end_with_parent
 
@@ -27,7 +28,7 @@ DISK_ERRORS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Check and pack one upload; 0 when `result.json` holds the answer."""
+    """Check and pack one upload; returns 0 when `result.json` holds the answer."""
     parser = argparse.ArgumentParser(
         prog="python -m app.datasets.ingest", description="Check and pack one uploaded data set."
     )
@@ -39,13 +40,15 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     end_with_parent(signal.SIGKILL)
     limits = UploadLimits(**chosen.limits)
-    confine(limits)
-    (chosen.out / RESULT).write_text(json.dumps(check(chosen.upload, chosen.format, chosen.out, limits, chosen.name)))
+    confine_process(limits)
+    (chosen.out / RESULT).write_text(
+        json.dumps(pack_or_refuse(chosen.upload, chosen.format, chosen.out, limits, chosen.name))
+    )
     return 0
 
 
-def confine(limits: UploadLimits) -> None:
-    """Bound this process for good: processor seconds, size of a file it writes, address space; no core dump."""
+def confine_process(limits: UploadLimits) -> None:
+    """Limit this process until its end: processor seconds, size of a file it writes, address space; no core dump."""
     for what, most in (
         (resource.RLIMIT_CPU, limits.cpu_s),
         (resource.RLIMIT_FSIZE, limits.unpacked_bytes + (1 << 20)),
@@ -57,30 +60,28 @@ def confine(limits: UploadLimits) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write then fails with EFBIG, which is answered in words
 
 
-def check(upload: Path, kind: str, out: Path, limits: UploadLimits, name: str) -> dict[str, object]:
-    """The answer for `result.json`: a manifest, or the problems of a refusal."""
+def pack_or_refuse(upload: Path, kind: str, out: Path, limits: UploadLimits, name: str) -> dict[str, object]:
+    """Pack the upload; returns the answer for `result.json`: a manifest, or the problems of a refusal."""
     packed = out / PACKED
     packed.mkdir()
     try:
-        ingested = ingest(upload, kind, packed, limits, name=name)
+        packed_upload = pack_upload(upload, kind, packed, limits, name=name)
     except Rejected as refusal:
-        return {"format": None, "manifest": None, "problems": [problem.document() for problem in refusal.problems]}
+        return _answer(None, None, refusal.problems)
     except MemoryError:
         problem = UploadProblem("upload", f"needs more memory to be read than the limit of {limits.memory_bytes} bytes")
-        return {"format": None, "manifest": None, "problems": [problem.document()]}
+        return _answer(None, None, [problem])
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        return {
-            "format": None,
-            "manifest": None,
-            "problems": [UploadProblem("upload", DISK_ERRORS[error.errno]).document()],
-        }
-    return {
-        "format": ingested.format,
-        "manifest": ingested.manifest.document(),
-        "problems": [problem.document() for problem in ingested.problems],
-    }
+        return _answer(None, None, [UploadProblem("upload", DISK_ERRORS[error.errno])])
+    return _answer(packed_upload.format, packed_upload.manifest.document(), packed_upload.problems)
+
+
+def _answer(
+    kind: str | None, manifest: dict[str, object] | None, problems: Sequence[UploadProblem]
+) -> dict[str, object]:
+    return {"format": kind, "manifest": manifest, "problems": [problem.document() for problem in problems]}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`.npz` files: headers are read first, objects (pickles) are refused, images are streamed to disk."""
+"""`.npz` files: headers are read first, objects (pickles) are refused, images are written to disk in blocks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from app.datasets.ingest.archive import Archive, ArchiveMember, Stream, read_exactly, refuse_rest
-from app.datasets.ingest.limits import Rejected, UploadLimits, UploadProblem, reject
+from app.datasets.ingest.limits import Rejected, UploadLimits, UploadProblem, rejection
 from app.datasets.packed.packed import ArrayFile, DType, examples_per_block
 
-LONGEST_HEADER = 10_000  # numpy's own bound for headers that nobody vouches for
+LONGEST_HEADER = 10_000  # numpy's own limit for headers from an unknown source
 MOST_AXES = 5  # example number, channels, three axes of space
 LONGEST_CLASS_NAME = 200
 ARRAYS = {"x_train": "train", "x_test": "test"}
@@ -25,12 +25,11 @@ LABELS = {"y_train": "train", "y_test": "test"}
 
 @dataclass
 class Arrays:
-    """What was found beside the images, which already stand in `<split>.images.npy`."""
+    """What was found besides the images, which are in `<split>.images.npy` already."""
 
     labels: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
-    images: dict[str, tuple[int, tuple[int, ...], DType]] = field(
-        default_factory=dict
-    )  # split: count, example shape, type
+    # by split: count, example shape, type
+    images: dict[str, tuple[int, tuple[int, ...], DType]] = field(default_factory=dict)
     class_names: tuple[str, ...] | None = None
     notes: list[str] = field(default_factory=list)
     names: dict[str, str] = field(default_factory=dict)  # "train.images": what the sender calls it
@@ -55,7 +54,7 @@ class NpyHeader:
 
 
 def pack_npz(archive: Archive, out: Path, limits: UploadLimits) -> Arrays:
-    """Labels, class names and notes of an `.npz` archive; its images are written to `out`.
+    """Write the images of an `.npz` archive to `out`; returns labels, class names and notes.
 
     Raises Rejected with the name of the array that is wrong.
     """
@@ -96,38 +95,38 @@ def read_header(entry: ArchiveMember, stream: Stream, name: str) -> NpyHeader:
     """
     magic = read_exactly(stream, 8, name)
     if magic[:6] != b"\x93NUMPY" or magic[6] not in (1, 2, 3):
-        raise reject(name, "is not a .npy array")
+        raise rejection(name, "is not a .npy array")
     length_bytes = 2 if magic[6] == 1 else 4
     length = int.from_bytes(read_exactly(stream, length_bytes, name), "little")
     if length > LONGEST_HEADER:
-        raise reject(name, f"has a header of {length} bytes; the limit is {LONGEST_HEADER}")
+        raise rejection(name, f"has a header of {length} bytes; the limit is {LONGEST_HEADER}")
     text = read_exactly(stream, length, name).decode("latin-1" if magic[6] < 3 else "utf-8", "replace")
     try:
         fields = ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise reject(name, "has a header that is not a plain description of an array") from error
+        raise rejection(name, "has a header that is not a plain description of an array") from error
     header = _parse_header(fields, name, 8 + length_bytes + length)
     if header.header_bytes + header.data_bytes != entry.size:
-        raise reject(name, f"says it holds {header.data_bytes} bytes, but has {entry.size - header.header_bytes}")
+        raise rejection(name, f"says it holds {header.data_bytes} bytes, but has {entry.size - header.header_bytes}")
     return header
 
 
 def _parse_header(fields: object, name: str, header_bytes: int) -> NpyHeader:
     if not isinstance(fields, dict) or set(fields) != {"descr", "fortran_order", "shape"}:
-        raise reject(name, "has a header without descr, fortran_order and shape")
+        raise rejection(name, "has a header without descr, fortran_order and shape")
     shape, descr, fortran_order = fields["shape"], fields["descr"], fields["fortran_order"]
     if not isinstance(shape, tuple) or not all(type(axis) is int and axis >= 0 for axis in shape):
-        raise reject(name, "has a shape that is not a tuple of counts")
+        raise rejection(name, "has a shape that is not a tuple of counts")
     if len(shape) > MOST_AXES:
-        raise reject(name, f"has {len(shape)} axes; the limit is {MOST_AXES}")
+        raise rejection(name, f"has {len(shape)} axes; the limit is {MOST_AXES}")
     if not isinstance(descr, str) or not isinstance(fortran_order, bool):
-        raise reject(name, "is a structured array: save plain numbers")
+        raise rejection(name, "is a structured array: save plain numbers")
     try:
         dtype = np.dtype(descr)
     except (TypeError, ValueError) as error:
-        raise reject(name, "has an element type that numpy does not know") from error
+        raise rejection(name, "has an element type that numpy does not know") from error
     if dtype.hasobject:
-        raise reject(
+        raise rejection(
             name, "holds Python objects, which are pickled and never loaded: save numbers, or texts with dtype=str"
         )
     return NpyHeader(dtype, shape, fortran_order, header_bytes)
@@ -138,11 +137,11 @@ def _pack_images(
 ) -> tuple[int, tuple[int, ...], DType]:
     header = read_header(entry, stream, name)
     if len(header.shape) < 2:
-        raise reject(
+        raise rejection(
             name, f"has the shape {header.shape}: the first axis counts the examples, at least one more is needed"
         )
     if 0 in header.shape:
-        raise reject(name, f"has the shape {header.shape}: there is nothing in it")
+        raise rejection(name, f"has the shape {header.shape}: it is empty")
     check_example(header.data_bytes // header.shape[0], name, limits)
     dtype: DType
     if header.dtype == np.uint8:
@@ -153,7 +152,7 @@ def _pack_images(
             notes.append(f"{name} was {header.dtype.name} and is kept as float32")
     else:
         advice = f'save {name}.astype("uint8") for values 0 to 255, or .astype("float32")'
-        raise reject(name, f"holds {header.dtype.name}; uint8 and float32 are taken: {advice}")
+        raise rejection(name, f"holds {header.dtype.name}; uint8 and float32 are taken: {advice}")
     with ArrayFile(path, header.shape[1:], dtype) as file:
         for block in _blocks(header, stream, name, path):
             check_finite(block, name, file.count)
@@ -165,20 +164,20 @@ def _pack_images(
 
 
 def check_example(size: int, name: str, limits: UploadLimits) -> None:
-    """Raises Rejected where one example has more bytes than the limit."""
+    """Raise Rejected if one example has more bytes than the limit."""
     if size > limits.example_bytes:
-        raise reject(name, f"holds examples of {size} bytes; the limit is {limits.example_bytes}")
+        raise rejection(name, f"holds examples of {size} bytes; the limit is {limits.example_bytes}")
 
 
 def check_finite(block: npt.NDArray[Any], name: str, start: int) -> None:
-    """Raises Rejected where the examples from number `start` on hold NaN or infinity."""
+    """Raise Rejected if the examples from number `start` on hold NaN or infinity."""
     if block.dtype.kind == "f" and not np.isfinite(block).all():
         first = start + int(np.argmax(~np.isfinite(block.reshape(len(block), -1)).all(axis=1)))
-        raise reject(name, f"holds values that are not finite float32 numbers, the first in example {first}")
+        raise rejection(name, f"holds values that are not finite float32 numbers, the first in example {first}")
 
 
 def _blocks(header: NpyHeader, stream: Stream, name: str, path: Path) -> Iterator[npt.NDArray[Any]]:
-    """The examples in order, about 4 MiB at a time; Fortran order is turned on disk, not in memory."""
+    """The examples in order, about 4 MiB at a time; Fortran order is converted on disk, not in memory."""
     step = examples_per_block(header.shape[1:], header.dtype.itemsize)
     if not header.fortran_order:
         example_bytes = header.data_bytes // header.shape[0]
@@ -204,16 +203,16 @@ def _blocks(header: NpyHeader, stream: Stream, name: str, path: Path) -> Iterato
 def _read_labels(entry: ArchiveMember, stream: Stream, name: str, limits: UploadLimits) -> npt.NDArray[np.int64]:
     header = read_header(entry, stream, name)
     if header.dtype.kind not in "iu":
-        raise reject(name, f"holds {header.dtype.name}; labels are whole numbers from 0: save {name}.astype(int)")
+        raise rejection(name, f"holds {header.dtype.name}; labels are whole numbers from 0: save {name}.astype(int)")
     if len(header.shape) == 2 and header.shape[1] > 1:
-        raise reject(
+        raise rejection(
             name,
             f"has the shape {header.shape}; labels are one number each: of one-hot rows save {name}.argmax(axis=1)",
         )
     if len(header.shape) not in (1, 2):
-        raise reject(name, f"has the shape {header.shape}; labels are one number an example")
+        raise rejection(name, f"has the shape {header.shape}; labels are one number an example")
     if header.shape[0] > limits.labels:
-        raise reject(name, f"holds {header.shape[0]} labels; the limit is {limits.labels}")
+        raise rejection(name, f"holds {header.shape[0]} labels; the limit is {limits.labels}")
     values = np.frombuffer(read_exactly(stream, header.data_bytes, name), header.dtype)
     refuse_rest(stream, name)
     return check_labels(values, name, limits)
@@ -225,12 +224,12 @@ def check_labels(values: npt.NDArray[Any], name: str, limits: UploadLimits) -> n
     Raises Rejected for none, a negative one, and more classes than the limit.
     """
     if not len(values):
-        raise reject(name, "holds no labels")
+        raise rejection(name, "holds no labels")
     smallest, largest = int(values.min()), int(values.max())
     if smallest < 0:
-        raise reject(name, f"holds the label {smallest}; labels count from 0")
+        raise rejection(name, f"holds the label {smallest}; labels count from 0")
     if largest >= limits.classes:
-        raise reject(
+        raise rejection(
             name, f"holds the label {largest}; the limit is {limits.classes} classes, counted from 0 without gaps"
         )
     return values.astype(np.int64)
@@ -240,9 +239,9 @@ def _read_class_names(entry: ArchiveMember, stream: Stream, limits: UploadLimits
     name = "classes"
     header = read_header(entry, stream, name)
     if header.dtype.kind not in "USiu" or len(header.shape) != 1:
-        raise reject(name, f"holds {header.dtype.name} of shape {header.shape}; class names are a list of texts")
+        raise rejection(name, f"holds {header.dtype.name} of shape {header.shape}; class names are a list of texts")
     if header.shape[0] > limits.classes or header.data_bytes > limits.picture_bytes:
-        raise reject(name, f"is too large: at most {limits.classes} names")
+        raise rejection(name, f"is too large: at most {limits.classes} names")
     data = read_exactly(stream, header.data_bytes, name)
     refuse_rest(stream, name)
     values = np.frombuffer(data, header.dtype) if header.dtype.itemsize else np.empty(0, "U1")
@@ -252,7 +251,7 @@ def _read_class_names(entry: ArchiveMember, stream: Stream, limits: UploadLimits
             name,
         )
     except (UnicodeDecodeError, ValueError) as error:
-        raise reject(name, "holds names that are not UTF-8") from error
+        raise rejection(name, "holds names that are not UTF-8") from error
 
 
 def check_class_names(names: list[str], file: str) -> tuple[str, ...]:
@@ -262,10 +261,10 @@ def check_class_names(names: list[str], file: str) -> tuple[str, ...]:
     """
     for name in names:
         if not name or len(name) > LONGEST_CLASS_NAME or not name.isprintable():
-            raise reject(
+            raise rejection(
                 file, f"holds the name {name[:40]!a}; names have 1 to {LONGEST_CLASS_NAME} printable characters"
             )
     if len(set(names)) != len(names):
         [(twice, _)] = Counter(names).most_common(1)
-        raise reject(file, f"names the class {twice!r} twice")
+        raise rejection(file, f"names the class {twice!r} twice")
     return tuple(names)

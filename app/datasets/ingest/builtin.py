@@ -1,7 +1,7 @@
 """Built-in data sets: where their original files are found, and the check that makes every source equally good.
 
-The four IDX files are the same everywhere once they are unpacked, whoever compressed them; so the sha256 of the
-unpacked content is what is checked, of every file from every source.
+The four IDX files are the same everywhere once they are unpacked, whoever compressed them. So the sha256 of the unpacked
+content is checked, of every file from every source.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ class Builtin:
     """A data set that every installation knows: its facts, the sha256 of its unpacked files, where the files are."""
 
     facts: DataFacts
-    title: str
     sha256: Mapping[str, str]
     mirrors: tuple[str, ...]
     debian_package: str | None
@@ -87,9 +86,9 @@ FASHION_CLASSES = (
 BUILTIN: Mapping[str, Builtin] = {
     builtin.name: builtin
     for builtin in (
+        # 28 x 28 grey pictures of clothes (Zalando, MIT licence)
         Builtin(
             facts=_facts("fashion-mnist", FASHION_CLASSES),
-            title="Fashion-MNIST: 28 x 28 grey pictures of clothes (Zalando, MIT licence)",
             sha256={
                 "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
                 "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
@@ -103,9 +102,9 @@ BUILTIN: Mapping[str, Builtin] = {
             debian_package="dataset-fashion-mnist",
             folder_names=("fashion-mnist", "FashionMNIST/raw"),
         ),
+        # 28 x 28 grey pictures of handwritten digits
         Builtin(
             facts=_facts("mnist", tuple(str(digit) for digit in range(10))),
-            title="MNIST: 28 x 28 grey pictures of handwritten digits",
             sha256={
                 "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
                 "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -124,20 +123,20 @@ BUILTIN: Mapping[str, Builtin] = {
 
 
 def ensure_builtin(name: str, settings: Settings, *, system_folder: Path = SYSTEM_FOLDER) -> Path:
-    """The packed folder of a built-in data set in the cache, made from the first source that has the true files.
+    """Make the packed folder of a built-in data set in the cache from the first source that has the true files.
 
-    Sources: ESPALIER_DATA_PATH, the system's folder, the download, the Debian package. A packed folder that is in the
-    cache already was checked when it was made, so it comes before all of them.
+    Returns its path. Sources: ESPALIER_DATA_PATH, the system's folder, the download, the Debian package. A packed folder
+    that is in the cache already was checked when it was made, so it comes before all of them.
 
-    Raises DataUnavailable with what to do where no source has it.
+    Raises DataUnavailable, which says what to do, where no source has the files.
     """
     builtin = BUILTIN[name]
     folder = settings.cache / "builtin" / name
-    return ensure_packed(folder, lambda partial: build(builtin, partial, settings, system_folder))
+    return ensure_packed(folder, lambda partial: build_packed(builtin, partial, settings, system_folder))
 
 
-def build(builtin: Builtin, partial: Path, settings: Settings, system_folder: Path) -> None:
-    """Fill the empty folder `partial` from the first source that works; `sources` inside it is scratch.
+def build_packed(builtin: Builtin, partial: Path, settings: Settings, system_folder: Path) -> None:
+    """Fill the empty folder `partial` from the first source that works; the folder `sources` in it is temporary.
 
     Raises DataUnavailable where none does.
     """
@@ -156,7 +155,7 @@ def build(builtin: Builtin, partial: Path, settings: Settings, system_folder: Pa
     finally:
         shutil.rmtree(scratch)
     raise DataUnavailable(
-        f"the data set {builtin.name} cannot be had on this machine"
+        f"the data set {builtin.name} cannot be obtained on this machine"
         + (f" ({'; '.join(tried)})" if tried else "")
         + f": put {', '.join(f'{file}.gz' for file in ROLES)} into a folder and set ESPALIER_DATA_PATH to it",
         hint="set ESPALIER_DATA_PATH to a folder with the original files, then retry the job",
@@ -173,14 +172,14 @@ Files = Mapping[str, Path]
 def list_sources(
     builtin: Builtin, settings: Settings, system_folder: Path, scratch: Path
 ) -> list[Callable[[], Files | None]]:
-    """The sources in order. Each gives the path of every file, or None where it has nothing; or raises SourceFailed."""
+    """The sources in order. Each returns the path of every file, or None where it has none; or raises SourceFailed."""
     sources: list[Callable[[], Files | None]] = []
     if settings.data_path is not None:
         data_path = settings.data_path
         sources.append(lambda: from_data_path(builtin, data_path))
     sources.append(lambda: find_files(system_folder / builtin.name))
     if not settings.data_offline:
-        sources.append(lambda: download(builtin, scratch))
+        sources.append(lambda: download_files(builtin, scratch))
         if builtin.debian_package is not None:
             package = builtin.debian_package
             sources.append(lambda: from_debian(package, scratch))
@@ -250,7 +249,7 @@ def open_maybe_gzip(path: Path) -> gzip.GzipFile:
     return gzip.open(path, "rb") if compressed else path.open("rb")  # type: ignore[return-value]
 
 
-def download(builtin: Builtin, scratch: Path) -> Files:
+def download_files(builtin: Builtin, scratch: Path) -> Files:
     """Fetch the four files from the first mirror that answers.
 
     Raises SourceFailed where none answers within seconds, or the connection breaks.
@@ -262,14 +261,14 @@ def download(builtin: Builtin, scratch: Path) -> Files:
     for name in ROLES:
         files[name] = scratch / f"{name}.gz"
         try:
-            fetch(f"{mirror}{name}.gz", files[name])
+            fetch_url(f"{mirror}{name}.gz", files[name])
         except (OSError, http.client.HTTPException) as error:
             raise SourceFailed(f"{mirror}{name}.gz: {error}") from error
     return files
 
 
 def first_mirror(mirrors: tuple[str, ...]) -> str | None:
-    """The first mirror that serves the smallest file, all asked at once; None after MIRROR_ANSWERS_WITHIN_S.
+    """The first mirror that serves the smallest file, asked all at once; None after MIRROR_ANSWERS_WITHIN_S.
 
     Each is asked in its own thread, because a name look-up has no time limit of its own.
     """
@@ -294,8 +293,8 @@ def first_mirror(mirrors: tuple[str, ...]) -> str | None:
     return None
 
 
-def fetch(url: str, path: Path) -> None:
-    """Store what the URL serves; ends with OSError where it stalls, breaks or is larger than any of our files."""
+def fetch_url(url: str, path: Path) -> None:
+    """Write what the URL serves to a file. Raises OSError where it stalls, breaks, or is larger than any of our files."""
     with urllib.request.urlopen(url, timeout=STALLED_AFTER_S) as answer, path.open("wb") as file:
         total = 0
         while block := answer.read(1 << 20):

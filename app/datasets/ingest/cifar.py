@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 in their binary form: records of label byte(s) and 3 x 32 x 32 picture bytes."""
+"""CIFAR-10 and CIFAR-100 in their binary form: records of one or two label bytes and 3 x 32 x 32 picture bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from app.datasets.ingest.archive import Archive, Stream, read_exactly
 from app.datasets.ingest.arrays import Arrays, check_class_names
-from app.datasets.ingest.limits import UploadLimits, reject
+from app.datasets.ingest.limits import UploadLimits, rejection
 from app.datasets.packed.packed import ArrayFile
 
 SHAPE = (3, 32, 32)
@@ -48,7 +48,7 @@ def is_pickled(names: list[str]) -> bool:
 
 
 def pack_cifar(archive: Archive, out: Path, limits: UploadLimits) -> Arrays:
-    """Labels and class names of a CIFAR archive; its pictures are written to `out` in the archive's order.
+    """Write the pictures of a CIFAR archive to `out` in the archive's order; returns labels and class names.
 
     Raises Rejected where the files are missing, pickled, or not whole records.
     """
@@ -56,11 +56,11 @@ def pack_cifar(archive: Archive, out: Path, limits: UploadLimits) -> Arrays:
     form = find_form(names)
     if form is None:
         if is_pickled(names):
-            raise reject(
+            raise rejection(
                 "upload",
                 "is the python version of CIFAR, which is pickled and never loaded: send the binary version (*.bin)",
             )
-        raise reject("data_batch_1.bin", "is missing (CIFAR-10), and so is train.bin (CIFAR-100)")
+        raise rejection("data_batch_1.bin", "is missing (CIFAR-10), and so is train.bin (CIFAR-100)")
     arrays = Arrays()
     labels: dict[str, list[int]] = {"train": [], "test": []}
     files = {split: ArrayFile(out / f"{split}.images.npy", SHAPE, "uint8") for split in labels}
@@ -92,12 +92,14 @@ def pack_cifar(archive: Archive, out: Path, limits: UploadLimits) -> Arrays:
 def _pack_records(stream: Stream, size: int, name: str, form: Form, images: ArrayFile, labels: list[int]) -> None:
     record_bytes = form.label_bytes + PICTURE_BYTES
     if size == 0 or size % record_bytes:
-        raise reject(name, f"has {size} bytes, which is no whole number of {form.name} records of {record_bytes} bytes")
+        raise rejection(
+            name, f"has {size} bytes, which is no whole number of {form.name} records of {record_bytes} bytes"
+        )
     for start in range(0, size // record_bytes, RECORDS_AT_ONCE):
         count = min(RECORDS_AT_ONCE, size // record_bytes - start)
         records = np.frombuffer(read_exactly(stream, count * record_bytes, name), np.uint8).reshape(count, record_bytes)
         numbers = records[:, form.label_bytes - 1]
         if int(numbers.max()) >= form.classes:
-            raise reject(name, f"holds the label {int(numbers.max())}; {form.name} has {form.classes} classes")
+            raise rejection(name, f"holds the label {int(numbers.max())}; {form.name} has {form.classes} classes")
         labels.extend(numbers.tolist())
         images.write(records[:, form.label_bytes :].reshape(count, *SHAPE))

@@ -13,13 +13,13 @@ PATIENCE = ("-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=10", "-o",
 
 
 class PackageFailed(Exception):
-    """The package cannot be had."""
+    """The package cannot be downloaded or unpacked."""
 
 
 def unpack_package(package: str, scratch: Path) -> Path | None:
-    """The folder under `scratch` into which the package was unpacked; None on a machine without apt.
+    """Unpack the package into a folder under `scratch`; returns that folder, None on a machine without apt.
 
-    First with the machine's package lists; where those are missing or too old, with lists of our own.
+    It tries the machine's package lists first; where those are missing or too old, lists of our own.
 
     Raises PackageFailed where the package is unknown or cannot be fetched.
     """
@@ -32,24 +32,26 @@ def unpack_package(package: str, scratch: Path) -> Path | None:
         own_lists = ["-o", f"Dir::State::lists={files / 'lists'}", "-o", f"Dir::Cache={files / 'cache'}"]
         for folder in ("lists/partial", "cache/archives/partial"):
             (files / folder).mkdir(parents=True)
-        run(["apt-get", *PATIENCE, *own_lists, "update"], files, UPDATE_WITHIN_S)  # one dead source does not matter
+        run_command(
+            ["apt-get", *PATIENCE, *own_lists, "update"], files, UPDATE_WITHIN_S
+        )  # one dead source does not matter
         archive = fetch_package(package, files, own_lists)
     if archive is None:
         raise PackageFailed(f"apt-get download {package} fails")
     unpacked = scratch / "unpacked"
-    if run(["dpkg-deb", "-x", str(archive), str(unpacked)], files, DOWNLOAD_WITHIN_S) != 0:
+    if run_command(["dpkg-deb", "-x", str(archive), str(unpacked)], files, DOWNLOAD_WITHIN_S) != 0:
         raise PackageFailed(f"dpkg-deb cannot unpack {archive.name}")
     return unpacked
 
 
 def fetch_package(package: str, folder: Path, options: list[str]) -> Path | None:
-    """The package's archive, downloaded into `folder`; None where apt fails."""
-    run(["apt-get", *PATIENCE, *options, "download", package], folder, DOWNLOAD_WITHIN_S)
+    """Download the package's archive into `folder`; returns its path, None where apt fails."""
+    run_command(["apt-get", *PATIENCE, *options, "download", package], folder, DOWNLOAD_WITHIN_S)
     return next(iter(sorted(folder.glob(f"{package}_*.deb"))), None)
 
 
-def run(command: list[str], folder: Path, within_s: float) -> int:
-    """The exit code of a command run in `folder`, its output dropped; -1 after `within_s` seconds."""
+def run_command(command: list[str], folder: Path, within_s: float) -> int:
+    """Run a command in `folder` and drop its output; returns the exit code, -1 after `within_s` seconds."""
     if os.geteuid() == 0 and command[0] == "apt-get":
         command = [*command[:1], "-o", "APT::Sandbox::User=root", *command[1:]]  # _apt cannot write into our folder
     try:

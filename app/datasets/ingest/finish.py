@@ -1,4 +1,4 @@
-"""What all arrays have in common before they are a data set: labels that fit, a test part, a manifest."""
+"""The last steps that all formats of arrays share: labels that fit, a test part, the manifest."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from app.datasets.ingest.arrays import Arrays
-from app.datasets.ingest.limits import reject
+from app.datasets.ingest.limits import rejection
 from app.datasets.packed.holdout import HELD_OUT_SHARE, stratified_mask
 from app.datasets.packed.packed import ArrayFile, DType, Manifest, read_blocks, write_manifest
 
 
 def finish_arrays(arrays: Arrays, out: Path, *, name: str) -> Manifest:
-    """Complete a folder whose images stand in `<split>.images.npy`: labels, a hold-out where none was sent, manifest.
+    """Complete a folder whose images are in `<split>.images.npy`: labels, a hold-out where no test was sent, manifest.
 
     Raises Rejected where images and labels do not fit each other, or there is only one class.
     """
@@ -23,13 +23,13 @@ def finish_arrays(arrays: Arrays, out: Path, *, name: str) -> Manifest:
         _check_fit(arrays, split, images)
         if (example_shape, example_dtype) != (shape, dtype):
             sizes = f"{example_dtype} {list(example_shape)}, the training part of {dtype} {list(shape)}"
-            raise reject(arrays.names[f"{split}.images"], f"holds examples of {sizes}")
+            raise rejection(arrays.names[f"{split}.images"], f"holds examples of {sizes}")
     class_names = _class_names(arrays)
     held_out = "test" not in arrays.images
     if held_out:
         mask = stratified_mask(arrays.labels["train"], HELD_OUT_SHARE, np.random.default_rng(0))
         if not mask.any():
-            raise reject(
+            raise rejection(
                 arrays.names["train.images"],
                 "has no class of two examples, of which one could be held out as test: send a test part",
             )
@@ -53,18 +53,18 @@ def _check_fit(arrays: Arrays, split: str, images: int) -> None:
     labels = len(arrays.labels[split])
     if labels != images:
         label_name, image_name = arrays.names[f"{split}.labels"], arrays.names[f"{split}.images"]
-        raise reject(label_name, f"holds {labels} labels for the {images} examples of {image_name}")
+        raise rejection(label_name, f"holds {labels} labels for the {images} examples of {image_name}")
 
 
 def _class_names(arrays: Arrays) -> tuple[str, ...]:
     largest = max(int(labels.max()) for labels in arrays.labels.values())
     if len(np.unique(arrays.labels["train"])) < 2:
-        raise reject(arrays.names["train.labels"], "holds a single class; at least two are needed")
+        raise rejection(arrays.names["train.labels"], "holds a single class; at least two are needed")
     names = arrays.class_names
     if names is None:
         return tuple(str(number) for number in range(largest + 1))
     if len(names) <= largest:
-        raise reject("classes", f"holds {len(names)} names, but the labels go up to {largest}")
+        raise rejection("classes", f"holds {len(names)} names, but the labels go up to {largest}")
     return names
 
 

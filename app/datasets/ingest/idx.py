@@ -1,4 +1,4 @@
-"""IDX files, the form of MNIST and its followers: big-endian header, then the numbers."""
+"""IDX files, the format of MNIST and its successors: big-endian header, then the numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from app.datasets.ingest.archive import Archive, ArchiveMember, Stream, read_exactly, refuse_rest
 from app.datasets.ingest.arrays import Arrays, check_example, check_finite, check_labels
-from app.datasets.ingest.limits import Rejected, UploadLimits, UploadProblem, reject
+from app.datasets.ingest.limits import Rejected, UploadLimits, UploadProblem, rejection
 from app.datasets.packed.packed import ArrayFile, DType, examples_per_block
 
 NAME = re.compile(
@@ -41,7 +41,7 @@ def match_idx_name(name: str) -> tuple[str, str] | None:
 
 
 def pack_idx(archive: Archive, out: Path, limits: UploadLimits) -> Arrays:
-    """Labels of the IDX files of an archive; their images are written to `out`.
+    """Write the images of an archive's IDX files to `out`; returns the labels, and what the images are.
 
     Raises Rejected with the name of the file that is wrong.
     """
@@ -52,7 +52,7 @@ def pack_idx(archive: Archive, out: Path, limits: UploadLimits) -> Arrays:
             continue
         split, kind = role
         if f"{split}.{kind}" in arrays.names:
-            raise reject(entry.name, f"is a second file of {split} {kind}, beside {arrays.names[f'{split}.{kind}']}")
+            raise rejection(entry.name, f"is a second file of {split} {kind}, beside {arrays.names[f'{split}.{kind}']}")
         arrays.names[f"{split}.{kind}"] = entry.name
         stream = Inflated(packed, entry, limits) if entry.name.lower().endswith(".gz") else packed
         if kind == "images":
@@ -71,28 +71,28 @@ def pack_idx(archive: Archive, out: Path, limits: UploadLimits) -> Arrays:
 def read_header(stream: Stream, name: str) -> IdxHeader:
     """The header of an IDX file.
 
-    Raises Rejected where it is none.
+    Raises Rejected for a file of another format.
     """
     magic = read_exactly(stream, 4, name)
     if magic[:2] != b"\x00\x00" or magic[2] not in TYPES or not 1 <= magic[3] <= MOST_AXES:
-        raise reject(name, "is not an IDX file: it does not begin with 0, 0, a known type and 1 to 5 axes")
+        raise rejection(name, "is not an IDX file: it does not begin with 0, 0, a known type and 1 to 5 axes")
     counts = np.frombuffer(read_exactly(stream, 4 * magic[3], name), ">u4")
     return IdxHeader(np.dtype(TYPES[magic[2]]), tuple(int(count) for count in counts))
 
 
 def write_images(stream: Stream, name: str, path: Path, limits: UploadLimits) -> tuple[int, tuple[int, ...], DType]:
-    """Count, example shape and type of the images of an IDX file, which are written to `path` as `.npy`.
+    """Write the images of an IDX file to `path` as `.npy`; returns their count, example shape and type.
 
     Raises Rejected where the counts do not fit the bytes.
     """
     header = read_header(stream, name)
     if len(header.shape) < 2 or 0 in header.shape:
-        raise reject(
+        raise rejection(
             name,
             f"has the shape {header.shape}: the first axis counts the images, at least one more is needed, none is 0",
         )
     if header.dtype.kind == "i":
-        raise reject(name, f"holds {header.dtype.name}; images are unsigned bytes or floats")
+        raise rejection(name, f"holds {header.dtype.name}; images are unsigned bytes or floats")
     dtype: DType = "uint8" if header.dtype.kind == "u" else "float32"
     count, shape = header.shape[0], header.shape[1:]
     example_bytes = header.dtype.itemsize
@@ -119,9 +119,11 @@ def read_labels(stream: Stream, name: str, limits: UploadLimits) -> npt.NDArray[
     """
     header = read_header(stream, name)
     if len(header.shape) != 1 or header.dtype.kind not in "iu":
-        raise reject(name, f"has {len(header.shape)} axes of {header.dtype.name}; labels are one axis of whole numbers")
+        raise rejection(
+            name, f"has {len(header.shape)} axes of {header.dtype.name}; labels are one axis of whole numbers"
+        )
     if header.shape[0] > limits.labels:
-        raise reject(name, f"says it holds {header.shape[0]} labels; the limit is {limits.labels}")
+        raise rejection(name, f"says it holds {header.shape[0]} labels; the limit is {limits.labels}")
     values = np.frombuffer(read_exactly(stream, header.shape[0] * header.dtype.itemsize, name), header.dtype)
     refuse_rest(stream, name)
     return check_labels(values, name, limits)
@@ -140,12 +142,12 @@ class Inflated:
         try:
             data = self._file.read(size)
         except (OSError, EOFError, zlib.error) as error:
-            raise reject(self._entry.name, f"is not a whole gzip file: {error}") from error
+            raise rejection(self._entry.name, f"is not a whole gzip file: {error}") from error
         self._total += len(data)
         if self._total > self._limits.unpacked_bytes:
-            raise reject(self._entry.name, f"unpacks to more than {self._limits.unpacked_bytes} bytes")
+            raise rejection(self._entry.name, f"unpacks to more than {self._limits.unpacked_bytes} bytes")
         if self._total > self._limits.ratio_from_bytes and self._total > self._limits.ratio * max(1, self._entry.size):
-            raise reject(
+            raise rejection(
                 self._entry.name,
                 f"unpacks to more than {self._limits.ratio} times its size: this looks like an archive bomb",
             )

@@ -1,4 +1,4 @@
-"""What an upload may cost, and how a refusal says so. Bytes are counted: nothing that a file declares is believed."""
+"""What an upload may cost, and refusals with their problems. Bytes are counted: what a file declares is not trusted."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class UploadLimits:
     entries: int = 1_000_000
     picture_bytes: int = 64 * MIB  # one picture file
     picture_pixels: int = 16_000_000  # by its header, before anything is decoded
-    example_bytes: int = 256 * MIB  # one example stands in memory while it is checked
+    example_bytes: int = 256 * MIB  # one example is in memory while it is checked
     classes: int = 100_000
-    labels: int = 64 * MIB  # labels stand in memory while they are checked: 8 bytes each
+    labels: int = 64 * MIB  # labels are in memory while they are checked: 8 bytes each
     ratio: int = 200  # zeros deflate 1029 : 1
-    ratio_from_bytes: int = 64 * MIB  # sorted labels of a small data set deflate far better than pictures: no bomb yet
+    ratio_from_bytes: int = 64 * MIB  # below it no bomb: sorted labels of a small data set deflate better than pictures
     memory_bytes: int = 4096 * MIB  # address space of the checking process, most of it libraries
     cpu_s: int = 4 * 3600
     corrupt_share: float = 0.01  # pictures that cannot be decoded are skipped below this share of all
@@ -47,12 +47,12 @@ class Rejected(Exception):
         super().__init__("; ".join(f"{problem.file}: {problem.message}" for problem in problems[:3]))
 
 
-def reject(file: str, message: str) -> Rejected:
+def rejection(file: str, message: str) -> Rejected:
     """A refusal with one problem, to be raised."""
     return Rejected(UploadProblem(file, message))
 
 
-def shorten(problems: Sequence[UploadProblem]) -> tuple[UploadProblem, ...]:
+def shorten_problems(problems: Sequence[UploadProblem]) -> tuple[UploadProblem, ...]:
     """At most 100 problems; what was left out is counted in a last one."""
     if len(problems) <= MOST_LISTED_PROBLEMS:
         return tuple(problems)

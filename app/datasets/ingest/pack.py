@@ -11,7 +11,7 @@ from app.datasets.ingest.arrays import pack_npz
 from app.datasets.ingest.cifar import find_form, is_pickled, pack_cifar
 from app.datasets.ingest.finish import finish_arrays
 from app.datasets.ingest.idx import match_idx_name, pack_idx
-from app.datasets.ingest.limits import UploadLimits, UploadProblem, reject
+from app.datasets.ingest.limits import UploadLimits, UploadProblem, rejection
 from app.datasets.ingest.pictures import pack_pictures
 from app.datasets.packed.packed import Manifest, write_manifest
 
@@ -20,21 +20,21 @@ FORMATS: tuple[Format, ...] = ("image_folder", "npz", "cifar", "idx")
 
 
 @dataclass(frozen=True)
-class Ingested:
-    """A packed upload: what it turned out to be, what was packed, and the files that were left out."""
+class PackedUpload:
+    """A packed upload: its format, its manifest, and a problem for each file that was left out."""
 
     format: Format
     manifest: Manifest
     problems: tuple[UploadProblem, ...]
 
 
-def ingest(upload: Path, kind: str, out: Path, limits: UploadLimits, *, name: str = "upload") -> Ingested:
+def pack_upload(upload: Path, kind: str, out: Path, limits: UploadLimits, *, name: str = "upload") -> PackedUpload:
     """Check the upload and pack it into the empty folder `out`; `kind` is one of FORMATS or `auto`.
 
-    Raises Rejected with what is wrong with it.
+    Raises Rejected, with its problems.
     """
     with open_archive(upload, limits) as archive:
-        found: Format = detect_format(archive) if kind == "auto" else _known(kind)
+        found: Format = detect_format(archive) if kind == "auto" else _known_format(kind)
         if found == "image_folder":
             pictures = pack_pictures(archive, out, limits)
             manifest = write_manifest(
@@ -47,20 +47,20 @@ def ingest(upload: Path, kind: str, out: Path, limits: UploadLimits, *, name: st
                 held_out=pictures.held_out,
                 notes=pictures.notes,
             )
-            return Ingested(found, manifest, pictures.problems)
+            return PackedUpload(found, manifest, pictures.problems)
         pack = {"npz": pack_npz, "cifar": pack_cifar, "idx": pack_idx}[found]
-        return Ingested(found, finish_arrays(pack(archive, out, limits), out, name=name), ())
+        return PackedUpload(found, finish_arrays(pack(archive, out, limits), out, name=name), ())
 
 
-def _known(kind: str) -> Format:
+def _known_format(kind: str) -> Format:
     for known in FORMATS:
         if kind == known:
             return known
-    raise reject("upload", f"the format {kind!a} is not one of auto, {', '.join(FORMATS)}")
+    raise rejection("upload", f"the format {kind!a} is not one of auto, {', '.join(FORMATS)}")
 
 
 def detect_format(archive: Archive) -> Format:
-    """What the names in the archive say it is; class folders where nothing else fits."""
+    """The format that the names in the archive show; class folders where no other one fits."""
     names = [entry.parts[-1] for entry in archive.entries]
     if names and all(name.endswith(".npy") for name in names):
         return "npz"

@@ -1,4 +1,4 @@
-"""Class folders of picture files: decoded once, kept in their own sizes; what cannot be decoded is listed."""
+"""Class folders of picture files: decoded once and stored in their own sizes; files that cannot be decoded are listed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from PIL import Image, ImageOps
 
 from app.datasets.ingest.archive import Archive, ArchiveMember, read_exactly
 from app.datasets.ingest.arrays import check_class_names
-from app.datasets.ingest.limits import Rejected, UploadLimits, UploadProblem, reject, shorten
+from app.datasets.ingest.limits import Rejected, UploadLimits, UploadProblem, rejection, shorten_problems
 from app.datasets.packed.holdout import HELD_OUT_SHARE, stratified_mask
 from app.datasets.packed.packed import SPLITS, ArrayFile
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 DECODED = frozenset({"png", "jpg", "jpeg", "jpe", "jfif", "webp", "bmp"})
-# files with these endings are pictures that somebody expects to be used; others (.txt, .json) are left alone
+# files with these endings are pictures that their sender expects to be used; others (.txt, .json) are ignored
 OTHER_PICTURES = frozenset(
     {"gif", "tif", "tiff", "svg", "psd", "heic", "heif", "avif", "jp2", "ico", "eps", "tga", "pnm", "ppm", "pgm"}
 )
@@ -37,19 +37,18 @@ SPLIT_FOLDERS = {
     "testing": "test",
 }
 WHITE = 255
-SAMPLE_OF_NAMES = 5
 
 
 @dataclass(frozen=True)
 class Picture:
-    """Where one picture file belongs: its split and its class name."""
+    """The split and the class name of one picture file."""
 
     split: str
     class_name: str
 
 
 @dataclass
-class Split:
+class DecodedSplit:
     """The decoded pictures of one split: bytes in a file, a row (offset, height, width, channels) and a label each."""
 
     file: BinaryIO
@@ -89,7 +88,7 @@ def pack_pictures(archive: Archive, out: Path, limits: UploadLimits) -> Pictures
     problems = list(layout.problems)
     numbers = {name: number for number, name in enumerate(class_names)}
     all_files = len(layout.pictures) + len(problems)
-    splits = {split: Split((out / f"{split}.pixels.bin").open("wb")) for split in SPLITS}
+    splits = {split: DecodedSplit((out / f"{split}.pixels.bin").open("wb")) for split in SPLITS}
     decoded_bytes = 0
     try:
         for entry, stream in archive.members():
@@ -101,13 +100,13 @@ def pack_pictures(archive: Archive, out: Path, limits: UploadLimits) -> Pictures
                     UploadProblem(entry.name, f"has {entry.size} bytes; the limit is {limits.picture_bytes}")
                 )
             else:
-                pixels = decode(read_exactly(stream, entry.size, entry.name), limits)
+                pixels = decode_picture(read_exactly(stream, entry.size, entry.name), limits)
                 if isinstance(pixels, str):
                     problems.append(UploadProblem(entry.name, pixels))
                 else:
                     decoded_bytes += pixels.nbytes
                     if decoded_bytes > limits.unpacked_bytes:
-                        raise reject("upload", f"its pictures decode to more than {limits.unpacked_bytes} bytes")
+                        raise rejection("upload", f"its pictures decode to more than {limits.unpacked_bytes} bytes")
                     splits[picture.split].add(pixels, numbers[picture.class_name])
             _refuse_many(problems, all_files, limits, enough=True)
     finally:
@@ -119,21 +118,21 @@ def pack_pictures(archive: Archive, out: Path, limits: UploadLimits) -> Pictures
             UploadProblem("upload", "has too few pictures: no class has two, of which one could be held out as test"),
             *problems,
         )
-    example_shape = _finish(out, splits)
+    example_shape = _write_arrays(out, splits)
     notes = layout.notes(held_out, list(splits.values()), len(problems), all_files, example_shape)
-    return Pictures(class_names, example_shape, held_out, notes, shorten(problems))
+    return Pictures(class_names, example_shape, held_out, notes, shorten_problems(problems))
 
 
 def _refuse_many(problems: list[UploadProblem], files: int, limits: UploadLimits, *, enough: bool) -> None:
-    """Raises Rejected where too many pictures are undecodable to skip them; with `enough`, once the list is long."""
+    """Raise Rejected if too many pictures cannot be decoded to skip them; with `enough`, only once the list is long."""
     if problems and len(problems) >= files * limits.corrupt_share and (not enough or len(problems) >= 100):
         most = f"fewer than {limits.corrupt_share:.0%} would be skipped"
         summary = f"{len(problems)} of {files} pictures cannot be used; {most}"
-        raise Rejected(UploadProblem("upload", summary), *shorten(problems))
+        raise Rejected(UploadProblem("upload", summary), *shorten_problems(problems))
 
 
 class _Layout:
-    """Which member is a picture of which split and class, from the names alone."""
+    """Which member is a picture of which split and class, found from the names alone."""
 
     def __init__(self, entries: tuple[ArchiveMember, ...]) -> None:
         self.problems: list[UploadProblem] = []
@@ -153,7 +152,7 @@ class _Layout:
         self._has_test = any(SPLIT_FOLDERS.get(top) == "test" for top in tops)
         self.pictures: dict[str, Picture] = {}
         for name, parts in paths.items():
-            self._place(name, parts)
+            self._assign_split(name, parts)
 
     def _is_picture(self, entry: ArchiveMember) -> bool:
         ending = entry.name.rpartition(".")[2].lower()
@@ -163,7 +162,7 @@ class _Layout:
             self.ignored += 1
         return ending in DECODED
 
-    def _place(self, name: str, parts: tuple[str, ...]) -> None:
+    def _assign_split(self, name: str, parts: tuple[str, ...]) -> None:
         split = "train"
         if self._by_split and len(parts) > 1:
             split = SPLIT_FOLDERS[parts[0].casefold()]
@@ -173,33 +172,33 @@ class _Layout:
                 self.validation_is_test |= not self._has_test
                 split = "train" if self._has_test else "test"
         if len(parts) < 2:
-            self.problems.append(UploadProblem(name, "stands outside a class folder: the folder's name is the class"))
+            self.problems.append(UploadProblem(name, "is outside a class folder: the folder's name is the class"))
         else:
             self.pictures[name] = Picture(split, parts[0])
 
     def class_names(self, limits: UploadLimits) -> list[str]:
         """The class folders' names in order of code points, as torchvision's ImageFolder numbers them.
 
-        Raises Rejected for fewer than two, too many, and test classes that nothing is learnt about.
+        Raises Rejected for fewer than two, too many, and test classes without training pictures.
         """
         if not self.pictures:
             raise Rejected(
                 UploadProblem("upload", f"holds no pictures ({', '.join(FORMATS)}) in class folders"),
-                *shorten(self.problems),
+                *shorten_problems(self.problems),
             )
         names = sorted({picture.class_name for picture in self.pictures.values() if picture.split == "train"})
         if len(names) < 2:
             found = ascii(names[0]) if names else "none"
-            raise reject("class folders", f"at least two classes with training pictures are needed; found: {found}")
+            raise rejection("class folders", f"at least two classes with training pictures are needed; found: {found}")
         if len(names) > limits.classes:
-            raise reject("class folders", f"there are {len(names)} classes; the limit is {limits.classes}")
+            raise rejection("class folders", f"there are {len(names)} classes; the limit is {limits.classes}")
         if len({name.casefold() for name in names}) != len(names):
-            raise reject(
+            raise rejection(
                 "class folders", "two names differ only in letter case: give them one name or two different ones"
             )
         unknown = sorted({picture.class_name for picture in self.pictures.values()} - set(names))
         if unknown:
-            raise reject(f"test/{unknown[0]}", "is a class without training pictures")
+            raise rejection(f"test/{unknown[0]}", "is a class without training pictures")
         return names
 
     def hold_out(self, class_names: tuple[str, ...]) -> None:
@@ -214,7 +213,12 @@ class _Layout:
                 self.pictures[name] = Picture("test", self.pictures[name].class_name)
 
     def notes(
-        self, held_out: bool, splits: list[Split], skipped: int, files: int, example_shape: tuple[int, int, int] | None
+        self,
+        held_out: bool,
+        splits: list[DecodedSplit],
+        skipped: int,
+        files: int,
+        example_shape: tuple[int, int, int] | None,
     ) -> tuple[str, ...]:
         """What the sender and the report should know."""
         notes: list[str] = []
@@ -225,21 +229,24 @@ class _Layout:
         if self.validation_is_test:
             notes.append("no test folder was sent: the validation folder is the test part")
         if self.joined_validation:
-            notes.append("the validation folder joined the training part: a job holds out its own validation pictures")
+            notes.append(
+                "the validation folder is part of the training part: a job holds out its own validation pictures"
+            )
         if skipped:
             notes.append(f"{skipped} of {files} picture files could not be used and were skipped")
         if self.ignored:
-            notes.append(f"{self.ignored} files are no pictures and are not used")
+            notes.append(f"{self.ignored} files are not pictures and are not used")
         if example_shape is None:
             sizes = Counter((height, width) for split in splits for _, height, width, _ in split.sizes)
             notes.append(f"the pictures have {len(sizes)} different sizes and are resized to each job's input_shape")
         return tuple(notes)
 
 
-def decode(data: bytes, limits: UploadLimits) -> npt.NDArray[np.uint8] | str:
-    """The pixels H x W x C of a picture file (C = 1 for grey, 3 for colour), or a sentence why there are none.
+def decode_picture(data: bytes, limits: UploadLimits) -> npt.NDArray[np.uint8] | str:
+    """The pixels H x W x C of a picture file (C = 1 for grey, 3 for colour), or a sentence that says why there are none.
 
-    Turned as EXIF says, opacity laid over white, palettes and other colour spaces made RGB, 16 bits made 8.
+    Pictures are rotated as EXIF says, transparency is put on white, palettes and other colour spaces become RGB, 16 bits
+    become 8.
     """
     try:
         with warnings.catch_warnings():
@@ -251,15 +258,14 @@ def decode(data: bytes, limits: UploadLimits) -> npt.NDArray[np.uint8] | str:
                 if picture.format in ("PNG", "WEBP") and getattr(picture, "n_frames", 1) > 1:
                     return "is an animation: one picture a file"
                 picture.load()
-                return flatten(ImageOps.exif_transpose(picture))
-    except (
-        Exception
-    ) as error:  # a decoder that reads a hostile file may raise anything; the sentence goes into `problems`
+                return flatten_picture(ImageOps.exif_transpose(picture))
+    # A decoder that reads a hostile file may raise anything; the sentence is listed among the problems.
+    except Exception as error:
         text = re.sub(r"\s*<_io\.BytesIO[^>]*>", "", str(error)).strip(" '\"")
         return f"cannot be decoded: {text or type(error).__name__}"[:200]
 
 
-def flatten(picture: Image.Image) -> npt.NDArray[np.uint8]:
+def flatten_picture(picture: Image.Image) -> npt.NDArray[np.uint8]:
     """The pixels H x W x 1 of a grey picture, H x W x 3 of any other."""
     if picture.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip them
         wide = np.asarray(picture).astype(np.int64)
@@ -277,8 +283,8 @@ def flatten(picture: Image.Image) -> npt.NDArray[np.uint8]:
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
-def _finish(out: Path, splits: dict[str, Split]) -> tuple[int, int, int] | None:
-    """The shape H x W x C that all pictures share, None for mixed sizes; labels and sizes or images are written.
+def _write_arrays(out: Path, splits: dict[str, DecodedSplit]) -> tuple[int, int, int] | None:
+    """Write labels, and images or sizes; returns the shape H x W x C that all pictures share, None for mixed sizes.
 
     Where some are grey and some in colour but all of one size, the grey ones get three equal channels.
     """
@@ -297,7 +303,7 @@ def _finish(out: Path, splits: dict[str, Split]) -> tuple[int, int, int] | None:
     return (*sizes.pop(), channels) if len(sizes) == 1 else None
 
 
-def _write_images(pixels: Path, split: Split, path: Path, shape: tuple[int, int, int]) -> None:
+def _write_images(pixels: Path, split: DecodedSplit, path: Path, shape: tuple[int, int, int]) -> None:
     read: Callable[[int], bytes]
     with pixels.open("rb") as file, ArrayFile(path, shape, "uint8") as images:
         read = file.read

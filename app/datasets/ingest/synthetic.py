@@ -1,4 +1,4 @@
-"""Synthetic data sets: every class is a smooth pattern; an example is its pattern moved, scaled and made noisy."""
+"""Synthetic data sets: every class is a smooth pattern; an example is its pattern shifted, scaled and with noise."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ NOISE = 0.5  # standard deviation, of the pattern's
 
 
 def ensure_synthetic(synthetic: Synthetic, input_shape: tuple[int, ...], cache: Path) -> Path:
-    """The packed folder of the synthetic data set with examples of `input_shape` `(C, *spatial)`; made once."""
+    """Make the packed folder of the synthetic data set with examples of `input_shape` `(C, *spatial)`; returns its path."""
     identity = json.dumps([VERSION, synthetic.model_dump(), input_shape], sort_keys=True)
     folder = cache / "synthetic" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     return ensure_packed(folder, lambda partial: _build(synthetic, input_shape, partial))
 
 
 def synthetic_bytes(synthetic: Synthetic, input_shape: tuple[int, ...]) -> int:
-    """The bytes that its images take."""
+    """The bytes that the data set's images take."""
     size = synthetic.train + synthetic.test
     for axis in input_shape:
         size *= axis
@@ -77,7 +77,7 @@ def class_patterns(synthetic: Synthetic, input_shape: tuple[int, ...]) -> npt.ND
 def draw_examples(
     patterns: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], generator: np.random.Generator
 ) -> npt.NDArray[np.uint8]:
-    """One example for each label, N x C x *spatial: its class's pattern shifted (around the edges), scaled, noisy."""
+    """One example for each label, N x C x *spatial: its class's pattern shifted (cyclically), scaled, with noise."""
     _, channels, *spatial = patterns.shape
     count, rank = len(labels), len(spatial)
     index: list[npt.NDArray[np.int64]] = [

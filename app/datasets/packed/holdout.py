@@ -1,4 +1,4 @@
-"""Which examples are held out: as many of each class as its share of the whole, drawn from a seed."""
+"""Which examples are held out: the same share of each class, drawn at random."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from app.spec.data import DataFacts
 
 FORMAT_VERSION = 1
 MANIFEST = "dataset.json"
-PACKED = "packed"  # where the checking process packs, and its answer beside it
+PACKED = "packed"  # the folder that the checking process fills, its answer beside it
 RESULT = "result.json"
 SPLITS = ("train", "test")
 BLOCK_BYTES = 4 << 20  # how much of an array is in memory at once
@@ -39,10 +39,10 @@ DType = Literal["uint8", "float32"]
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `dataset.json` says.
+    """The content of `dataset.json`.
 
-    `sha256` is over all arrays and class names, so it names the content wherever it came from.
-    `scale` takes stored values to about 0..1: 1/255 for uint8, 1 for float32.
+    `sha256` is over all arrays and class names, so it is that of the content, wherever it came from.
+    `scale` multiplies stored values to about 0..1: 1/255 for uint8, 1 for float32.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Manifest:
     sha256: str
 
     def facts(self) -> DataFacts:
-        """What a job's meaning depends on."""
+        """The facts that a job's plan depends on."""
         return DataFacts(
             name=self.name,
             example_shape=self.example_shape,
@@ -131,7 +131,7 @@ def write_manifest(
     held_out: bool = False,
     notes: Sequence[str] = (),
 ) -> Manifest:
-    """Complete a packed folder: counts and content hash from its files, `dataset.json` last."""
+    """Complete a packed folder with `dataset.json`: counts and content hash are those of its files; returns it."""
     digest = hashlib.sha256(json.dumps([FORMAT_VERSION, dtype, list(classes), example_shape, pictures]).encode())
     for path in packed_files(folder):
         digest.update(f"\n{path.name} {sha256_of(path)}".encode())
@@ -166,7 +166,7 @@ def sha256_of(path: Path) -> str:
 
 
 class ArrayFile:
-    """Writes one `.npy` file block by block; how many examples it has is known at the end only."""
+    """Writes one `.npy` file block by block; the number of examples is known at the end only."""
 
     def __init__(self, path: Path, example_shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
         self.path = path
@@ -209,7 +209,7 @@ class ArrayFile:
 
 
 def examples_per_block(example_shape: tuple[int, ...], itemsize: int) -> int:
-    """How many examples are read at once: about 4 MiB of them, at least one."""
+    """The number of examples that are read at once: about 4 MiB of them, at least one."""
     return max(1, BLOCK_BYTES // max(1, int(np.prod(example_shape, dtype=np.int64)) * itemsize))
 
 
@@ -228,7 +228,7 @@ def read_blocks(path: Path) -> Iterator[npt.NDArray[Any]]:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def hold_lock(path: Path) -> Iterator[None]:
     """Hold the lock file `path`: one process at a time; the kernel frees it when its holder dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as lock:
@@ -237,13 +237,13 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def ensure_packed(folder: Path, build: Callable[[Path], None]) -> Path:
-    """`folder`, complete: as it is if it is there, else made by `build(partial)` in a sibling and renamed.
+    """Make `folder` if it is not there, by `build(partial)` in a sibling that is then renamed; returns it, complete.
 
     Several processes may call it at once: one builds, the others wait. A sibling left by a killed process is removed.
     """
     if (folder / MANIFEST).exists():
         return folder
-    with locked(folder.with_name(f".{folder.name}.lock")):
+    with hold_lock(folder.with_name(f".{folder.name}.lock")):
         if (folder / MANIFEST).exists():
             return folder
         for left in folder.parent.glob(f".{folder.name}.*.partial"):
@@ -252,8 +252,8 @@ def ensure_packed(folder: Path, build: Callable[[Path], None]) -> Path:
         partial.mkdir()
         try:
             build(partial)
-            flush(partial)
-            if folder.exists():  # without a manifest: no complete folder ever stood here
+            sync_folder(partial)
+            if folder.exists():  # without a manifest: it was never complete
                 shutil.rmtree(folder)
             partial.rename(folder)
         finally:
@@ -261,7 +261,7 @@ def ensure_packed(folder: Path, build: Callable[[Path], None]) -> Path:
     return folder
 
 
-def flush(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the folder's files survive a power cut."""
     for path in [*folder.iterdir(), folder]:
         handle = os.open(path, os.O_RDONLY)

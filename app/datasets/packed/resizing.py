@@ -1,4 +1,4 @@
-"""Copies of packed pictures in the one size that a job's network takes, made once beside the originals."""
+"""Copies of packed pictures in the size that a job's network takes, made once beside the originals."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from app.datasets.packed.packed import SPLITS, ArrayFile, locked, read_manifest
+from app.datasets.packed.packed import SPLITS, ArrayFile, hold_lock, read_manifest
 
 
 def prepare_pictures(folder: Path, input_shape: tuple[int, ...]) -> None:
@@ -21,11 +21,14 @@ def prepare_pictures(folder: Path, input_shape: tuple[int, ...]) -> None:
 
 
 def ensure_resized(folder: Path, split: str, shape: tuple[int, ...]) -> Path:
-    """The `.npy` file N x C x H x W of one split's pictures in `shape`; made once, renamed into place when complete."""
+    """Make the `.npy` file N x C x H x W of one split's pictures in `shape`, if it is not there; returns its path.
+
+    It is renamed when it is complete.
+    """
     path = folder / f"{split}.{'x'.join(map(str, shape))}.images.npy"
     if path.exists():
         return path
-    with locked(folder / ".resize.lock"):
+    with hold_lock(folder / ".resize.lock"):
         if path.exists():
             return path
         for left in folder.glob(f".{path.name}.*.partial"):  # by a killed process
@@ -34,7 +37,7 @@ def ensure_resized(folder: Path, split: str, shape: tuple[int, ...]) -> Path:
         try:
             with ArrayFile(partial, shape, "uint8") as file:
                 for picture_HWC in stored_pictures(folder, split):
-                    file.write(resize(picture_HWC, shape)[None])
+                    file.write(resize_picture(picture_HWC, shape)[None])
             partial.rename(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -53,7 +56,7 @@ def stored_pictures(folder: Path, split: str) -> Iterator[npt.NDArray[np.uint8]]
             yield pixels.reshape(height, width, channels)
 
 
-def resize(picture_HWC: npt.NDArray[np.uint8], shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+def resize_picture(picture_HWC: npt.NDArray[np.uint8], shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
     """The picture as C x H x W of `shape`: grey where C is 1, RGB where it is 3, resampled over all its pixels."""
     channels, height, width = shape
     picture = Image.fromarray(picture_HWC[:, :, 0] if picture_HWC.shape[2] == 1 else picture_HWC)

@@ -1,4 +1,4 @@
-// Keeps a page fresh: what the server renders anew goes into #live, events of one job are appended as they come.
+// Refreshes a page: #live is replaced by what the server renders, events of one job are appended as they come.
 "use strict";
 
 const REFRESH_MS = 2000;
@@ -17,16 +17,16 @@ async function refresh() {
       main.dataset.busy = fresh.querySelector("main").dataset.busy;
     }
   } catch {
-    // The service is away; the next round tries again.
+    // The service does not answer; the next refresh tries again.
   }
-  if (main.dataset.busy === "yes") later();
+  if (main.dataset.busy === "yes") refreshLater();
 }
 
-function later() {
+function refreshLater() {
   if (timer === null && !document.hidden) timer = setTimeout(refresh, REFRESH_MS);
 }
 
-function append(list, event) {
+function appendEvent(list, event) {
   const seen = Number(list.dataset.last);
   if (event.seq <= seen) return;
   list.dataset.last = event.seq;
@@ -39,21 +39,21 @@ function append(list, event) {
   list.scrollTop = list.scrollHeight;
 }
 
-function follow(list) {
+function followEvents(list) {
   const source = new EventSource(list.dataset.events + "?after=" + list.dataset.last);
   const types = list.dataset.types.split(" ");
   for (const type of types) {
     source.addEventListener(type, (message) => {
-      append(list, JSON.parse(message.data));
+      appendEvent(list, JSON.parse(message.data));
       if (TERMINAL.includes(type)) source.close();
-      later();
+      refreshLater();
     });
   }
 }
 
 const list = document.querySelector("ol.events");
-if (list && main.dataset.busy === "yes") follow(list);
-if (main.dataset.busy === "yes") later();
+if (list && main.dataset.busy === "yes") followEvents(list);
+if (main.dataset.busy === "yes") refreshLater();
 document.addEventListener("visibilitychange", () => {
-  if (main.dataset.busy === "yes") later();
+  if (main.dataset.busy === "yes") refreshLater();
 });

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message
 
-from app.api.downloads import StoredFile, disposition, download, parse_range
+from app.api.downloads import StoredFile, answer_download, content_disposition, parse_range
 from app.api.middleware import HEAD
 from app.errors import NotFound, RangeNotSatisfiable
 
@@ -31,7 +31,7 @@ def _answer(headers: dict[str, str], *, head: bool = False, file: StoredFile = F
     raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
     scope = {"type": "http", "method": "GET", "path": "/", "headers": raw, "state": {}, HEAD: head}
     scope["asgi"] = {"spec_version": "2.4"}
-    response = download(Request(scope), file)
+    response = answer_download(Request(scope), file)
     sent: list[Message] = []
 
     async def send(message: Message) -> None:
@@ -156,4 +156,4 @@ def test_an_object_that_is_gone_is_an_error_before_the_answer_begins():
     ],
 )
 def test_a_name_cannot_break_out_of_its_header(name, header):
-    assert disposition(name) == header
+    assert content_disposition(name) == header

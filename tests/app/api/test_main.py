@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from app.api.server import Protocol, serve_options
+from app.api.server import GuardedHttp, serve_options
 from app.errors import StartupError
 from app.main import create_app
 from app.settings import Settings
@@ -42,7 +42,7 @@ def test_without_a_key_it_does_not_listen_to_others(tmp_path):
 
 def test_the_server_has_limits_and_speaks_for_itself(tmp_path):
     options = serve_options(Settings(home=tmp_path, port=1234))
-    assert (options["host"], options["port"], options["http"]) == ("127.0.0.1", 1234, Protocol)
+    assert (options["host"], options["port"], options["http"]) == ("127.0.0.1", 1234, GuardedHttp)
     assert options["limit_concurrency"] == options["backlog"] == 512
     assert (options["timeout_keep_alive"], options["timeout_graceful_shutdown"]) == (5, 10)
     assert not any(options[name] for name in ("server_header", "access_log", "proxy_headers"))

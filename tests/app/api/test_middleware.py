@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 import time
@@ -38,7 +37,6 @@ class Answers:
 def toy(settings: Settings, answers: Answers) -> FastAPI:
     """Routes that read JSON, count an upload, tell their tenant, fail."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.stopping = asyncio.Event()
 
     @app.post("/v1/jobs")
     async def read(request: Request) -> Response:
@@ -64,7 +62,7 @@ def toy(settings: Settings, answers: Answers) -> FastAPI:
     def away() -> Response:
         raise Unavailable()
 
-    problems.install(app)
+    problems.install_handlers(app)
     app.add_middleware(middleware.RequestGuard, settings=settings, observe=answers.observe)
     return app
 

@@ -16,7 +16,7 @@ from app.errors import DataUnavailable, DiskFull, InvalidSpec, StorageFull, Unav
 from app.settings import Settings
 from app.spec.data import DataSpec
 from app.storage import LocalStorage, Storage
-from tests.support.services.datasets import TENANT, keys, ready, register, sweep
+from tests.support.services.datasets import TENANT, check_pending, keys, ready, register, sweep
 from tests.support.services.uploads import class_folders, images, labels, npz, zipped
 
 
@@ -53,10 +53,10 @@ def test_a_bad_upload_ends_rejected_with_problems_and_leaves_nothing(
     assert "neither a zip nor a tar" in view.problems[0]["message"]
     assert view.document()["splits"] is None
     with pytest.raises(InvalidSpec, match="was rejected: see its problems") as refusal:
-        registry.facts(db, TENANT, DataSpec(dataset=view.id))
+        registry.read_facts(db, TENANT, DataSpec(dataset=view.id))
     assert refusal.value.faults[0].pointer == "/data/dataset"
     with pytest.raises(DataUnavailable, match="is not ready"):
-        registry.materialize(DataSpec(dataset=view.id), None, db=db, storage=storage, settings=settings)
+        registry.materialize_data(DataSpec(dataset=view.id), None, db=db, storage=storage, settings=settings)
     sweep(db, storage, settings)
     assert keys(storage) == []
     assert not any(path.is_dir() for path in (settings.cache / "checks").iterdir())
@@ -68,7 +68,7 @@ def test_pictures_are_resized_before_the_job_gets_them(
     members = {**class_folders(6, root="train/"), **class_folders(2, root="test/")}
     view = ready(db, storage, settings, zipped(tmp_path / "u", members))
     assert view.document()["shape"] == [8, 8, 3]
-    folder = registry.materialize(DataSpec(dataset=view.id), (1, 5, 6), db=db, storage=storage, settings=settings)
+    folder = registry.materialize_data(DataSpec(dataset=view.id), (1, 5, 6), db=db, storage=storage, settings=settings)
     assert np.load(folder / "train.1x5x6.images.npy").shape == (12, 1, 5, 6)
 
 
@@ -79,7 +79,7 @@ def test_what_a_killed_service_left_unchecked_is_checked_at_the_next_start(
     left = settings.cache / "checks" / view.id / "child"
     left.mkdir(parents=True)
     (left / "half").write_text("x")
-    registry.recheck_pending(db, storage, settings)
+    check_pending(db, storage, settings)
     assert registry.get_dataset(db, TENANT, view.id).state == "ready"
 
 
@@ -124,7 +124,7 @@ def test_a_full_store_rejects_and_one_that_is_away_waits(
     away = AwayStorage(tmp_path / "away")
     waiting = ready(db, away, settings, upload)
     assert waiting.state == "checking"
-    registry.recheck_pending(db, Storage.open((tmp_path / "away").as_uri()), settings)
+    check_pending(db, Storage.open((tmp_path / "away").as_uri()), settings)
     assert registry.get_dataset(db, TENANT, waiting.id).state == "ready"
 
 
@@ -169,13 +169,13 @@ def test_packed_bytes_that_are_gone_end_the_job_with_a_sentence(
     view = ready(db, storage, settings, upload)
     storage.delete_prefix(registry.packed_prefix(view.id))
     with pytest.raises(DataUnavailable, match="are gone from the object store"):
-        registry.materialize(DataSpec(dataset=view.id), None, db=db, storage=storage, settings=settings)
+        registry.materialize_data(DataSpec(dataset=view.id), None, db=db, storage=storage, settings=settings)
     assert not list((settings.cache / "datasets").glob("[0-9a-f]*"))
 
 
 def test_local_objects_are_linked_not_copied(db: Database, storage: Storage, settings: Settings, upload: Path) -> None:
     view = ready(db, storage, settings, upload)
-    folder = registry.materialize(DataSpec(dataset=view.id), None, db=db, storage=storage, settings=settings)
+    folder = registry.materialize_data(DataSpec(dataset=view.id), None, db=db, storage=storage, settings=settings)
     stored = storage.local_path(registry.packed_prefix(view.id) + "train.images.npy")
     assert stored is not None
     assert stored.samefile(folder / "train.images.npy")
@@ -187,20 +187,20 @@ def test_a_worker_drops_what_was_deleted_when_it_needs_something_new(
     db: Database, storage: Storage, settings: Settings, upload: Path, tmp_path: Path
 ) -> None:
     old = ready(db, storage, settings, upload)
-    folder = registry.materialize(DataSpec(dataset=old.id), None, db=db, storage=storage, settings=settings)
+    folder = registry.materialize_data(DataSpec(dataset=old.id), None, db=db, storage=storage, settings=settings)
     new = ready(db, storage, settings, npz(tmp_path / "new", x_train=images(40, seed=5), y_train=labels(40)))
     assert folder.exists()
     registry.delete_dataset(db, TENANT, old.id)
-    registry.materialize(DataSpec(dataset=new.id), None, db=db, storage=storage, settings=settings)
+    registry.materialize_data(DataSpec(dataset=new.id), None, db=db, storage=storage, settings=settings)
     assert not folder.exists()
 
 
 def test_a_full_disk_is_said_to_be_full(db: Database, settings: Settings, upload: Path, tmp_path: Path) -> None:
     class NoSpace(LocalStorage):
-        def bring(self, key: str, path: Path) -> None:
+        def link_or_fetch(self, key: str, path: Path) -> None:
             raise StorageFull
 
     storage = NoSpace(tmp_path / "objects")
     view = ready(db, storage, settings, upload)
     with pytest.raises(DiskFull, match="no space for the data set under"):
-        registry.materialize(DataSpec(dataset=view.id), None, db=db, storage=storage, settings=settings)
+        registry.materialize_data(DataSpec(dataset=view.id), None, db=db, storage=storage, settings=settings)

@@ -20,6 +20,7 @@ from app.storage import Storage
 from tests.support.jobs import lives
 from tests.support.jobs.sources import SEEN, pooled
 from tests.support.jobs.specs import graph_of
+from tests.support.services.uploads import put_bytes
 
 NAMES = tuple("abcdefghij")
 
@@ -49,7 +50,7 @@ def both_networks() -> dict[str, bytes]:
 def submit(db: Database, spec: Mapping[str, Any] = lives.SPEC, *, tenant: str = lives.TENANT) -> str:
     """The id of a new job, which needs what its spec refers to."""
     needs = references_in(parse_job(dict(spec)))
-    return commands.submit(db, tenant=tenant, spec=dict(spec), needs=needs)[0].id
+    return commands.submit_job(db, tenant=tenant, spec=dict(spec), needs=needs)[0].id
 
 
 def finished_job(
@@ -60,7 +61,7 @@ def finished_job(
     rows = []
     for name, content in (both_networks() if files is None else files).items():
         key = artifact_key(claim.job_id, claim.attempt, name)
-        storage.put_bytes(key, content)
+        put_bytes(storage, key, content)
         digest = hashlib.sha256(content).hexdigest()
         rows.append(NewArtifact(name, "weights", key, digest, len(content), "application/octet-stream"))
     attempts.finish(db, claim, summary={}, report={"job_id": claim.job_id}, artifacts=rows)

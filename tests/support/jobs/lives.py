@@ -6,9 +6,10 @@ from typing import Any
 
 from app.database.engine import Database
 from app.jobs import attempts, commands
-from app.jobs.artifacts import artifact_key, checkpoint_key
-from app.jobs.attempts import Claim, NewArtifact
-from app.jobs.commands import JobView
+from app.jobs.artifacts import NewArtifact, artifact_key, checkpoint_key
+from app.jobs.attempts import Claim
+from app.jobs.events import list_events
+from app.jobs.queries import JobView
 
 TENANT = "default"
 SPEC: dict[str, Any] = {
@@ -35,7 +36,7 @@ EVERY_STATE = (
 
 def submit(db: Database, **more: Any) -> JobView:
     """A new job."""
-    return commands.submit(db, tenant=TENANT, spec=SPEC, **more)[0]
+    return commands.submit_job(db, tenant=TENANT, spec=SPEC, **more)[0]
 
 
 def claim(db: Database, job_id: str, worker_id: str = "w", lease_s: float = 60) -> Claim:
@@ -109,6 +110,6 @@ def job_in(db: Database, state: str) -> str:
 
 def event_types(db: Database, job_id: str) -> list[str]:
     """The types of a job's events, after a look at their numbers: 1, 2, 3, ..."""
-    events = commands.list_events(db, TENANT, job_id, limit=1000)
+    events = list_events(db, TENANT, job_id, limit=1000)
     assert [event.seq for event in events] == list(range(1, len(events) + 1))
     return [event.type for event in events]

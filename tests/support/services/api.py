@@ -20,6 +20,7 @@ from app.jobs.events import NewEvent
 from app.main import create_app
 from app.settings import Settings
 from tests.support.services.raw_http import serving
+from tests.support.services.uploads import put_bytes
 
 WORKER = "worker-1"
 SPEC: dict[str, Any] = {
@@ -61,12 +62,12 @@ class Api:
     """A client of the API and the backends below it."""
 
     client: TestClient
-    given: Context
+    context: Context
 
     @property
     def db(self) -> Database:
         """The API's database."""
-        return self.given.db
+        return self.context.db
 
     def submit(self, **changes: Any) -> dict[str, Any]:
         """A new job."""
@@ -100,7 +101,7 @@ class Api:
         rows = []
         for name, content in (files or FILES).items():
             key = artifact_key(claim.job_id, claim.attempt, name)
-            self.given.storage.put_bytes(key, content)
+            put_bytes(self.context.storage, key, content)
             sha256 = hashlib.sha256(content).hexdigest()
             rows.append(NewArtifact(name, "model", key, sha256, len(content), "application/octet-stream"))
         attempts.finish(
@@ -134,8 +135,10 @@ def open_api(home: Path, **settings: Any) -> Iterator[Api]:
 @contextlib.contextmanager
 def served_api(home: Path, **settings: Any) -> Iterator[tuple[Api, int]]:
     """The API, and a second one over the same state behind our server on a port: an application has one event loop."""
-    with open_api(home, **settings) as api, serving(create_app(api.given.settings), api.given.settings) as port:
-        yield api, port
+    with open_api(home, **settings) as api:
+        served = create_app(api.context.settings)
+        with serving(served, api.context.settings, served.state.context.stopping) as port:
+            yield api, port
 
 
 def error_pointers(problem: dict[str, Any]) -> Sequence[str]:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from app.database.engine import Database
 from app.jobs import attempts
-from app.jobs.attempts import NewEvent
+from app.jobs.events import NewEvent
 
 
 def main(url: str, threads: int) -> None:

@@ -50,8 +50,14 @@ def ready(db: Database, storage: Storage, settings: Settings, path: Path, **more
     return registry.get_dataset(db, more.get("tenant", TENANT), view.id)
 
 
+def check_pending(db: Database, storage: Storage, settings: Settings) -> None:
+    """Check every data set whose check is not over, as the API does at its start."""
+    for dataset_id in registry.list_pending(db):
+        registry.check_upload(db, storage, settings, dataset_id)
+
+
 def sweep(db: Database, storage: Storage, settings: Settings) -> None:
-    """Carry out what waits in the outbox, collect all garbage."""
+    """Run the errands that wait in the outbox, collect all garbage."""
     sweeper = Sweeper(db, storage, SilentBell(), settings)
     sweeper.sweep()
     sweeper.collect_garbage(timedelta(seconds=-5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -59,7 +60,7 @@ def _whole(received: bytes) -> bool:
 
 
 def _final(received: bytes) -> bytes:
-    """The answer behind a `100 Continue`."""
+    """The answer after a `100 Continue`."""
     return received.partition(b"\r\n\r\n")[2] if received.startswith(b"HTTP/1.1 100") else received
 
 
@@ -73,11 +74,11 @@ def _parse(received: bytes) -> RawAnswer:
 
 
 @contextlib.contextmanager
-def serving(app: FastAPI, settings: Settings) -> Iterator[int]:
-    """The application behind our real uvicorn, on a free port, in a thread of this process."""
+def serving(app: FastAPI, settings: Settings, stopping: asyncio.Event | None = None) -> Iterator[int]:
+    """The port of a real server that runs the application in a thread of this process; it sets `stopping` at its end."""
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    server = ApiServer(app, settings)
+    server = ApiServer(app, settings, stopping or asyncio.Event())
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

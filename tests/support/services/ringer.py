@@ -33,12 +33,12 @@ def take_all(db: Database, hint: str | None) -> None:
             time.sleep(0.05)
 
 
-def listen(db: Database, home: Path, poll_s: float) -> None:
+def listen(db: Database, doorbells: Path, poll_s: float) -> None:
     """Wait for the local bell, for ever."""
-    with BellListener(home) as bell:
+    with BellListener(doorbells) as bell:
         print("> ready", flush=True)
         while True:
-            take_all(db, bell.wait(poll_s))
+            take_all(db, bell.wait_for_ring(poll_s))
 
 
 def serve(db: Database, broker_url: str) -> None:

@@ -6,6 +6,7 @@ import gzip
 import io
 import struct
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,16 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from app.storage import Storage
+
+
+def put_bytes(storage: Storage, key: str, content: bytes) -> None:
+    """Store the bytes as an object."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        storage.put_file(key, Path(file.name))
 
 
 def npz(path: Path, **arrays: Any) -> Path:

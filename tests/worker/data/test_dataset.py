@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from app.datasets.ingest.limits import UploadLimits
-from app.datasets.ingest.pack import ingest
+from app.datasets.ingest.pack import pack_upload
 from app.errors import DataInvalid
 from app.network.architecture import Preprocessing
 from app.spec.data import DataSpec
@@ -33,7 +33,7 @@ DATA = DataSpec(dataset="x")
 def packed(tmp_path: Path, upload: Path) -> Path:
     out = tmp_path / "packed"
     out.mkdir()
-    ingest(upload, "auto", out, UploadLimits())
+    pack_upload(upload, "auto", out, UploadLimits())
     return out
 
 

@@ -13,8 +13,9 @@ import pytest
 
 from app.database.engine import Database
 from app.errors import DataInvalid, StorageFull, Unavailable
-from app.jobs import attempts, commands
-from app.jobs.commands import JobView
+from app.jobs import attempts, commands, queries
+from app.jobs.events import list_events
+from app.jobs.queries import JobView
 from app.settings import Settings
 from app.storage import LocalStorage
 from tests.support.jobs import lives
@@ -51,7 +52,7 @@ def db(tmp_path: Path) -> Iterator[Database]:
 
 @pytest.fixture
 def trainer_pool(tmp_path: Path) -> Iterator[TrainerPool]:
-    """A nursery whose folder is a file: no trainer starts."""
+    """A pool whose folder is a file: no trainer starts."""
     (tmp_path / "blocked").touch()
     made = TrainerPool(tmp_path / "blocked", spares=0)
     yield made
@@ -70,7 +71,7 @@ def run_one(
     stopping: Callable[[], bool] = lambda: False,
 ) -> JobView:
     """The job after its second attempt, which has a checkpoint to fetch."""
-    job_id = commands.submit(db, tenant=lives.TENANT, spec=spec)[0].id
+    job_id = commands.submit_job(db, tenant=lives.TENANT, spec=spec)[0].id
     first = lives.claim(db, job_id)
     lives.checkpoint(db, first, 1)
     attempts.release(db, first)
@@ -90,11 +91,11 @@ def run_one(
     meanwhile(job_id)
     thread.join(20)
     assert not thread.is_alive()
-    return commands.get_job(db, lives.TENANT, job_id)
+    return queries.get_job(db, lives.TENANT, job_id)
 
 
 def last_event(db: Database, job: JobView) -> str:
-    return commands.list_events(db, lives.TENANT, job.id)[-1].message
+    return list_events(db, lives.TENANT, job.id)[-1].message
 
 
 def refuse(error: Exception) -> Callable[[], None]:
@@ -197,14 +198,14 @@ def test_nobody_waits_for_a_slow_download(
     assert (job.state, job.crashes) == (state, 0)
 
 
-def test_a_nursery_outlives_a_spare_that_cannot_be_started(tmp_path: Path) -> None:
+def test_a_trainer_pool_outlives_a_spare_that_cannot_be_started(tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
     scratch.touch()
     trainer_pool = TrainerPool(scratch, spares=1)
     with pytest.raises(FileExistsError):
-        trainer_pool.take()
+        trainer_pool.take_trainer()
     scratch.unlink()
-    trainer = trainer_pool.take()
+    trainer = trainer_pool.take_trainer()
     trainer.discard()
     trainer_pool.close()
     assert list(scratch.iterdir()) == []
@@ -214,7 +215,7 @@ def test_a_worker_removes_the_scratch_of_dead_workers_of_its_host_only(tmp_path:
     host, dead = platform.node(), 2**22 + 1  # above the largest pid
     for name in (f"{host}.{dead}", f"{host}.{os.getppid()}", f"elsewhere.{dead}", f"{host}.{os.getpid()}"):
         (tmp_path / name / "job-1").mkdir(parents=True)
-    own = supervisor._own_scratch(tmp_path)
+    own = supervisor._make_scratch(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         [f"{host}.{os.getppid()}", f"elsewhere.{dead}", own.name]
     )

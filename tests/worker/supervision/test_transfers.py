@@ -1,4 +1,4 @@
-"""What the porter brings to a trainer of the networks that its job refers to: whole, proven by their hashes, or a clear end."""
+"""Fetching of the networks that a job refers to: whole and checked by their hashes, or a clear error."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from app.storage import LocalStorage
 from tests.support.jobs import lives
 from tests.support.jobs.finished import both_networks, finished_job, submit
 from tests.support.jobs.weights import good
+from tests.support.services.uploads import put_bytes
 from worker.run.references import read_sources
 from worker.supervision import transfers
 from worker.supervision.transfers import Transfers
@@ -30,11 +31,11 @@ class Store(LocalStorage):
 
     absences = 0
 
-    def bring(self, key: str, path: Path) -> None:
+    def link_or_fetch(self, key: str, path: Path) -> None:
         if self.absences:
             self.absences -= 1
             raise Unavailable
-        super().bring(key, path)
+        super().link_or_fetch(key, path)
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def spec_of(source: str, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def carried(db: Database, store: Store, source: str) -> Iterator[tuple[Transfers, tuple[Reference, ...]]]:
-    """The porter of a job that starts from a finished one and learns from its baseline, and what it is to fetch."""
+    """The transfers of a job that starts from a finished one and learns from its baseline, and what they are to fetch."""
     made = Transfers(lives.claim(db, submit(db, spec_of(source))), db, store)
     yield made, references_in(parse_job(spec_of(source)))
     made.close()
@@ -130,7 +131,7 @@ def test_bytes_that_are_gone_or_changed_end_the_job_with_advice(
     if how == "gone":
         store.delete(key)
     else:
-        store.put_bytes(key, store.get_bytes(key)[:-1] + b"\x01")
+        put_bytes(store, key, store.get_bytes(key)[:-1] + b"\x01")
     with pytest.raises(SourceUnavailable, match="is gone from" if how == "gone" else "are not those that were") as end:
         made.fetch_sources(named, tmp_path / "sources")
     assert (end.value.code, end.value.pointer) == ("source_unavailable", "/model/job")

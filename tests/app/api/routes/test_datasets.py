@@ -35,7 +35,7 @@ def upload(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def _leftovers(api: Api) -> list[str]:
-    return [path.name for path in (api.given.settings.home_folder / "uploads").glob("*")]
+    return [path.name for path in (api.context.settings.home_folder / "uploads").glob("*")]
 
 
 def test_a_good_upload_is_ready_with_its_hash_size_splits_and_classes(api, upload):
@@ -102,7 +102,7 @@ def test_an_answer_does_not_wait_for_a_long_check(api, upload, monkeypatch):
         check(*arguments, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(registry, "check_upload", slow)
-    monkeypatch.setattr(datasets, "WAIT_S", 0.2)
+    monkeypatch.setattr(datasets, "CHECK_S", 0.2)
     answer = api.client.post("/v1/datasets", content=upload + b" ")
     path = answer.headers["location"]
     assert (answer.status_code, answer.json()["state"], answer.json()["splits"]) == (201, "checking", None)
@@ -188,6 +188,6 @@ def test_a_full_disk_is_503_storage_full(api, monkeypatch):
     def full(folder: Path) -> object:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(uploads, "_open", full)
+    monkeypatch.setattr(uploads, "_open_file", full)
     answer = api.client.post("/v1/datasets", content=b"x")
     assert (answer.status_code, answer.json()["code"], answer.headers["retry-after"]) == (503, "storage_full", "60")

@@ -15,7 +15,7 @@ import pytest
 
 from app.api import context
 from app.api.routes import events
-from app.jobs import commands
+from app.jobs import commands, queries
 from tests.support.services.api import Api, served_api
 
 STREAM = {"Accept": "text/event-stream"}
@@ -34,8 +34,8 @@ def _served(home: Path) -> Iterator[tuple[Api, httpx2.Client]]:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Api, httpx2.Client]]:
     with pytest.MonkeyPatch.context() as patch, _served(tmp_path_factory.mktemp("home")) as both:
-        patch.setattr(events, "LOOK_S", 0.1)
-        patch.setattr(context, "LOOK_S", 0.1)
+        patch.setattr(events, "POLL_S", 0.1)
+        patch.setattr(context, "POLL_S", 0.1)
         yield both
 
 
@@ -179,7 +179,7 @@ def test_the_stream_of_a_job_that_is_deleted_ends(served):
 
 def test_one_stream_too_many_is_429_and_a_closed_one_makes_room(served, monkeypatch):
     api, client = served
-    monkeypatch.setattr(events, "STREAMS_PER_TENANT", 2)
+    monkeypatch.setattr(context, "MOST_STREAMS", 2)
     path = f"/v1/jobs/{api.submit()['id']}/events"
     with client.stream("GET", path, headers=STREAM) as first, client.stream("GET", path, headers=STREAM) as second:
         lines = first.iter_lines(), second.iter_lines()  # a client closes a stream whose iterator is dropped
@@ -197,13 +197,13 @@ def test_many_readers_of_one_job_ask_the_database_once_a_look(served, monkeypatc
     api, client = served
     job_id = api.submit()["id"]
     asked: list[str] = []
-    version = commands.job_version
+    version = queries.job_version
 
     def counting(db: Any, tenant: str, job: str) -> str:
         asked.append(job)
         return version(db, tenant, job)
 
-    monkeypatch.setattr(commands, "job_version", counting)
+    monkeypatch.setattr(queries, "job_version", counting)
     streams = [client.stream("GET", f"/v1/jobs/{job_id}/events", headers=STREAM) for _ in range(10)]
     answers = [stream.__enter__() for stream in streams]
     time.sleep(1.0)

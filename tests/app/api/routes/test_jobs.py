@@ -343,7 +343,7 @@ def test_a_job_that_runs_has_no_artifacts_yet(api):
 
 def test_an_artifact_whose_bytes_are_gone_is_404_and_not_half_an_answer(api):
     job_id = api.delivered()
-    api.given.storage.delete_prefix(f"jobs/{job_id}/")
+    api.context.storage.delete_prefix(f"jobs/{job_id}/")
     assert api.client.get(f"/v1/jobs/{job_id}/artifacts/model.py").json()["code"] == "not_found"
 
 

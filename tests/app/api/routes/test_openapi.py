@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from app import errors
-from app.jobs import attempts
+from app.jobs import attempts, workers
 from app.schemas.answer import Answer
 from app.schemas.catalogue import OptimizationsSchema, PresetsSchema
 from app.schemas.job import ArtifactsSchema, CheckpointsSchema, EventsSchema, JobSchema, JobsSchema, MetricsSchema
@@ -27,7 +27,7 @@ from tests.support.services.api import FILES, SPEC, Api, open_api
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     with open_api(tmp_path_factory.mktemp("home")) as api:
-        attempts.register_worker(api.db, "w", "host", 1, 1, "cpu")
+        workers.register_worker(api.db, "w", "host", 1, 1, "cpu")
         yield api
 
 
@@ -206,7 +206,7 @@ def test_the_catalogue_has_schemas_and_examples_that_are_accepted(api):
 
 
 def test_workers_are_listed_with_what_they_run(api):
-    attempts.beat_worker(api.db, "w", ["job_1"])
+    workers.record_beat(api.db, "w", ["job_1"])
     worker = api.client.get("/v1/workers").json()["items"][0]
     assert (worker["id"], worker["alive"], worker["running"], worker["device"]) == ("w", True, ["job_1"], "cpu")
 
@@ -231,6 +231,6 @@ def test_two_applications_have_counters_of_their_own(api, tmp_path):
 def test_the_service_is_not_ready_while_it_stops_or_cannot_store(tmp_path):
     with open_api(tmp_path) as api:
         assert api.client.get("/readyz").json() == {"status": "ready"}
-        api.given.stopping.set()
+        api.context.stopping.set()
         assert api.client.get("/readyz").json()["code"] == "unavailable"
         assert api.client.get("/healthz").status_code == 200

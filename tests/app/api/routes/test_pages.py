@@ -151,7 +151,7 @@ def test_a_table_of_sensitivities_has_a_row_for_each_group_and_a_column_for_each
     api.deliver(api.claim(job_id), report={"sensitivity": table, "notes": ["a note"]})
     page = _page(api, f"/jobs/{job_id}")
     for words in (
-        *["Accuracy on 10,000 test images", "by l2 first", "Uncut: 93.00 %", "Left whole: linear1 (network output)"],
+        *["Accuracy on 10,000 test images", "by l2 first", "Uncut: 93.00 %", "Not cut: linear1 (network output)"],
         *["50 % kept", "0.1 % kept", "87.00 %", "12.34 %", f"conv2, conv4, {EVIL} and 2 more", "a note"],
     ):
         assert words in page.text, words

@@ -48,7 +48,7 @@ def with_weights(weights_id: str, layers: list[dict[str, Any]] = LAYERS, **more:
 
 
 def leftovers(api: Api) -> list[str]:
-    return [path.name for path in (api.given.settings.home_folder / "uploads").glob("*")]
+    return [path.name for path in (api.context.settings.home_folder / "uploads").glob("*")]
 
 
 def test_good_weights_are_201_with_every_tensor(api):

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 
 from app.datasets.ingest.limits import Rejected, UploadLimits
-from app.datasets.ingest.pack import Ingested, ingest
+from app.datasets.ingest.pack import PackedUpload, pack_upload
 from app.datasets.packed.packed import read_manifest
 from tests.support.services.uploads import images, labels, npy, npy_header, npz, zipped
 
 LIMITS = UploadLimits(unpacked_bytes=10_000_000)
 
 
-def pack(tmp_path: Path, upload: Path, limits: UploadLimits = LIMITS) -> Ingested:
+def pack(tmp_path: Path, upload: Path, limits: UploadLimits = LIMITS) -> PackedUpload:
     out = tmp_path / "out"
     out.mkdir()
-    return ingest(upload, "auto", out, limits)
+    return pack_upload(upload, "auto", out, limits)
 
 
 def whole(**changes: Any) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def test_the_same_upload_is_packed_to_the_same_bytes_every_time(tmp_path: Path) 
         ({"x_train": images(20) > 3}, "x_train", "holds bool"),
         ({"x_train": images(20).astype("complex64")}, "x_train", "complex64"),
         ({"x_train": np.arange(20, dtype="uint8")}, "x_train", "at least one more is needed"),
-        ({"x_train": images(0), "y_train": labels(0)}, "x_train", "nothing in it"),
+        ({"x_train": images(0), "y_train": labels(0)}, "x_train", "it is empty"),
         ({"x_train": np.zeros((20, 2, 2, 2, 2, 2), "uint8")}, "x_train", "6 axes"),
         ({"x_train": np.where(np.eye(20) > 0, np.nan, 1).astype("float32")}, "x_train", "in example 0"),
         ({"x_train": np.full((20, 2), 1e300)}, "x_train", "not finite float32"),

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.datasets.ingest.builtin import BUILTIN, SYSTEM_FOLDER, Builtin, build, ensure_builtin, first_mirror
+from app.datasets.ingest.builtin import BUILTIN, SYSTEM_FOLDER, Builtin, build_packed, ensure_builtin, first_mirror
 from app.datasets.packed.packed import read_manifest
 from app.errors import DataUnavailable
 from app.settings import Settings
@@ -52,7 +52,7 @@ def settings(tmp_path: Path, **changes: Any) -> Settings:
 def attempt(tmp_path: Path, builtin: Builtin, chosen: Settings, system: Path = NOWHERE) -> Path:
     partial = tmp_path / "partial"
     partial.mkdir()
-    build(builtin, partial, chosen, system)
+    build_packed(builtin, partial, chosen, system)
     assert not (partial / "sources").exists(), "what was downloaded is not kept beside the packed files"
     np.testing.assert_array_equal(np.load(partial / "train.images.npy"), images(20, (6, 6)))
     np.testing.assert_array_equal(np.load(partial / "test.labels.npy"), labels(10))
@@ -117,7 +117,7 @@ def test_a_mirror_that_breaks_half_way_is_not_the_end(tmp_path: Path, mirror: st
 def test_without_any_source_one_sentence_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(DataUnavailable) as failure:
         attempt(tmp_path, small(), settings(tmp_path, data_offline=True, data_path=tmp_path))
-    assert "the data set fashion-mnist cannot be had on this machine" in failure.value.message
+    assert "the data set fashion-mnist cannot be obtained on this machine" in failure.value.message
     assert f"ESPALIER_DATA_PATH {tmp_path} does not hold the four files" in failure.value.message
     assert "set ESPALIER_DATA_PATH to it" in failure.value.message
 

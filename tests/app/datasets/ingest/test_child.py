@@ -57,11 +57,11 @@ def test_a_file_that_unpacks_larger_than_a_file_may_be_is_answered_in_words(tmp_
     code = (
         "import sys, json, resource\n"
         "from app.datasets.ingest import __main__ as program\n"
-        "confine = program.confine\n"
+        "confine_process = program.confine_process\n"
         "def smaller(limits):\n"
-        "    confine(limits)\n"
+        "    confine_process(limits)\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
-        "program.confine = smaller\n"
+        "program.confine_process = smaller\n"
         "sys.exit(program.main(sys.argv[1:]))\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "u.npz"), "auto", str(work)], check=True)
@@ -71,9 +71,9 @@ def test_a_file_that_unpacks_larger_than_a_file_may_be_is_answered_in_words(tmp_
 def test_memory_and_file_size_are_bounded_for_good(tmp_path: Path) -> None:
     code = (
         "import json, resource, sys\n"
-        "from app.datasets.ingest.__main__ import confine\n"
+        "from app.datasets.ingest.__main__ import confine_process\n"
         "from app.datasets.ingest.limits import UploadLimits\n"
-        "confine(UploadLimits(unpacked_bytes=5 << 20, memory_bytes=2 << 30, cpu_s=7))\n"
+        "confine_process(UploadLimits(unpacked_bytes=5 << 20, memory_bytes=2 << 30, cpu_s=7))\n"
         "print([resource.getrlimit(w) for w in (resource.RLIMIT_CPU, resource.RLIMIT_FSIZE, resource.RLIMIT_AS)])\n"
         "try:\n    bytearray(3 << 30)\nexcept MemoryError:\n    print('bounded')\n"
     )

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from app.datasets.ingest.limits import Rejected, UploadLimits
-from app.datasets.ingest.pack import Ingested, ingest
+from app.datasets.ingest.pack import PackedUpload, pack_upload
 from tests.support.services.uploads import cifar10_batch, images, tarred, zipped
 
 
-def pack(tmp_path: Path, upload: Path) -> Ingested:
+def pack(tmp_path: Path, upload: Path) -> PackedUpload:
     out = tmp_path / "out"
     out.mkdir()
-    return ingest(upload, "auto", out, UploadLimits())
+    return pack_upload(upload, "auto", out, UploadLimits())
 
 
 NAMES = b"airplane\nautomobile\nbird\ncat\ndeer\ndog\nfrog\nhorse\nship\ntruck\n\n"
@@ -78,6 +78,6 @@ def test_files_that_are_not_whole_records_are_refused(tmp_path: Path, members: d
 def test_a_stated_format_that_is_not_there_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(Rejected, match="is missing"):
-        ingest(zipped(tmp_path / "u", {"x": b""}), "cifar", tmp_path / "out", UploadLimits())
+        pack_upload(zipped(tmp_path / "u", {"x": b""}), "cifar", tmp_path / "out", UploadLimits())
     with pytest.raises(Rejected, match="not one of auto, image_folder"):
-        ingest(zipped(tmp_path / "v", {"x": b""}), "parquet", tmp_path / "out", UploadLimits())
+        pack_upload(zipped(tmp_path / "v", {"x": b""}), "parquet", tmp_path / "out", UploadLimits())

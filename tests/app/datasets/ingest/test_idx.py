@@ -11,16 +11,16 @@ import pytest
 
 from app.datasets.ingest.idx import match_idx_name
 from app.datasets.ingest.limits import Rejected, UploadLimits
-from app.datasets.ingest.pack import Ingested, ingest
+from app.datasets.ingest.pack import PackedUpload, pack_upload
 from tests.support.services.uploads import idx, images, labels, mnist_files, tarred, zipped
 
 LIMITS = UploadLimits(unpacked_bytes=1_000_000, ratio_from_bytes=10_000)
 
 
-def pack(tmp_path: Path, upload: Path, kind: str = "auto") -> Ingested:
+def pack(tmp_path: Path, upload: Path, kind: str = "auto") -> PackedUpload:
     out = tmp_path / "out"
     out.mkdir()
-    return ingest(upload, kind, out, LIMITS)
+    return pack_upload(upload, kind, out, LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ TRAIN = "train-images-idx3-ubyte"
         ({TRAIN: None}, TRAIN, "is missing"),
         ({"t10k-labels-idx1-ubyte": None}, "t10k-labels-idx1-ubyte", "is missing"),
         ({TRAIN: idx(images(20, (6, 6)), counts=(21, 6, 6))}, TRAIN, "cut off"),
-        ({TRAIN: idx(images(20, (6, 6)), counts=(19, 6, 6))}, TRAIN, "bytes behind its end"),
+        ({TRAIN: idx(images(20, (6, 6)), counts=(19, 6, 6))}, TRAIN, "bytes after its end"),
         ({TRAIN: idx(images(1, (6, 6)), counts=(2**32 - 1,) * 3)}, TRAIN, "the limit is"),
         ({TRAIN: idx(images(20, (6, 6)), counts=(0, 6, 6))}, TRAIN, "none is 0"),
         ({TRAIN: idx(images(36, (20,)), counts=(720,))}, TRAIN, "at least one more is needed"),

@@ -12,18 +12,18 @@ import pytest
 from PIL import Image
 
 from app.datasets.ingest.limits import Rejected, UploadLimits
-from app.datasets.ingest.pack import Ingested, ingest
-from app.datasets.ingest.pictures import decode
+from app.datasets.ingest.pack import PackedUpload, pack_upload
+from app.datasets.ingest.pictures import decode_picture
 from app.datasets.packed.resizing import ensure_resized, prepare_pictures, stored_pictures
 from tests.support.services.uploads import class_folders, picture, tarred, zipped
 
 LIMITS = UploadLimits(unpacked_bytes=10_000_000, picture_pixels=100_000)
 
 
-def pack(tmp_path: Path, members: dict[str, bytes], limits: UploadLimits = LIMITS) -> Ingested:
+def pack(tmp_path: Path, members: dict[str, bytes], limits: UploadLimits = LIMITS) -> PackedUpload:
     out = tmp_path / "out"
     out.mkdir()
-    return ingest(zipped(tmp_path / "u", members), "auto", out, limits)
+    return pack_upload(zipped(tmp_path / "u", members), "auto", out, limits)
 
 
 def refused(tmp_path: Path, members: dict[str, bytes], limits: UploadLimits = LIMITS) -> Rejected:
@@ -53,7 +53,7 @@ def test_train_and_test_folders_are_the_splits_under_any_outer_folder(tmp_path: 
     members = {**class_folders(6, root=f"{root}train/"), **class_folders(2, root=f"{root}test/")}
     found = pack(tmp_path, {**members, f"{root}readme.txt": b"hello"})
     assert (found.manifest.train, found.manifest.test, found.manifest.held_out) == (12, 4, False)
-    assert any("1 files are no pictures" in note for note in found.manifest.notes)
+    assert any("1 files are not pictures" in note for note in found.manifest.notes)
 
 
 def test_a_validation_folder_joins_training_where_there_is_a_test_folder_else_it_is_the_test(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_a_validation_folder_joins_training_where_there_is_a_test_folder_else_it
     assert "no test folder was sent: the validation folder is the test part" in found.manifest.notes
     found = pack(tmp_path, {**members, **class_folders(2, root="test/")})
     assert (found.manifest.train, found.manifest.test) == (18, 4)
-    assert any("joined the training part" in note for note in found.manifest.notes)
+    assert any("is part of the training part" in note for note in found.manifest.notes)
 
 
 def test_folders_inside_class_folders_belong_to_the_class(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_grey_pictures_have_one_channel_unless_one_is_in_colour(tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP"])
 def test_every_offered_format_is_read(kind: str) -> None:
-    pixels = decode(picture((9, 7), kind=kind), LIMITS)
+    pixels = decode_picture(picture((9, 7), kind=kind), LIMITS)
     assert not isinstance(pixels, str)
     assert pixels.shape == (7, 9, 3)
 
@@ -123,7 +123,7 @@ def png(image: Image.Image, **options: object) -> bytes:
 
 
 def pixel(data: bytes) -> list[int]:
-    pixels = decode(data, LIMITS)
+    pixels = decode_picture(data, LIMITS)
     assert not isinstance(pixels, str), pixels
     return pixels[0, 0].tolist()
 
@@ -150,7 +150,7 @@ def test_a_picture_is_turned_as_its_camera_held_it() -> None:
     exif[0x0112] = 6
     file = io.BytesIO()
     image.save(file, "JPEG", exif=exif)
-    pixels = decode(file.getvalue(), LIMITS)
+    pixels = decode_picture(file.getvalue(), LIMITS)
     assert not isinstance(pixels, str)
     assert pixels.shape == (4, 2, 3)
 
@@ -185,7 +185,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_file_that_cannot_be_used_gives_a_sentence(what: str) -> None:
-    sentence = decode(BROKEN[what], LIMITS)
+    sentence = decode_picture(BROKEN[what], LIMITS)
     assert isinstance(sentence, str)
     assert len(sentence) > 10
     assert "0x" not in sentence, "no addresses of ours"
@@ -249,5 +249,5 @@ def test_pictures_that_decode_to_too_much_together_are_refused(tmp_path: Path) -
 
 def test_a_tar_of_class_folders_is_read_as_well(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    found = ingest(tarred(tmp_path / "u", class_folders(10), mode="w:gz"), "auto", tmp_path / "out", LIMITS)
+    found = pack_upload(tarred(tmp_path / "u", class_folders(10), mode="w:gz"), "auto", tmp_path / "out", LIMITS)
     assert (found.format, found.manifest.train) == ("image_folder", 18)
