@@ -14,12 +14,12 @@ from app.settings import load_settings
 
 
 def render(kind: str, item: Any, _: Any) -> str | Literal[False]:
-    """Our types as the plain columns that they are: a migration must not change when the code does."""
+    """Our types as the columns they are: a migration must not change when the code does."""
     return f"sa.{item.impl!r}" if kind == "type" and isinstance(item, TypeDecorator) else False
 
 
-def run_migrations(connection: Connection) -> None:
-    """Run the migrations that were asked for; on SQLite a table that changes is rebuilt (batch mode)."""
+def run(connection: Connection) -> None:
+    """Run the migrations that were asked for; SQLite rebuilds a table that changes (batch mode)."""
     context.configure(
         connection=connection,
         target_metadata=Row.metadata,
@@ -32,7 +32,7 @@ def run_migrations(connection: Connection) -> None:
 
 given = context.config.attributes.get("connection")
 if given is not None:
-    run_migrations(given)
+    run(given)
 else:
     with upgrading(load_settings().database) as connection:
-        run_migrations(connection)
+        run(connection)

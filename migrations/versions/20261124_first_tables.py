@@ -82,7 +82,7 @@ def _jobs() -> None:
 
 
 def _belongings() -> None:
-    """What belongs to a job: events, metrics, log, checkpoints, artifacts."""
+    """What a job says and keeps."""
     op.create_table(
         "events",
         sa.Column("job_id", sa.String(length=64), nullable=False),
@@ -145,7 +145,7 @@ def _belongings() -> None:
 
 
 def _requests() -> None:
-    """Labels of jobs, and keys of repeated requests."""
+    """How jobs are found and requests repeated."""
     op.create_table(
         "job_labels",
         sa.Column("tenant_id", sa.String(length=64), nullable=False),
