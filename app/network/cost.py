@@ -54,16 +54,6 @@ class LayerRow:
     params: int
     macs: int
 
-    def document(self) -> dict[str, JsonValue]:
-        """The row as it stands in the answer of a validation."""
-        return {
-            "name": self.name,
-            "type": self.type,
-            "output_shape": list(self.output_shape),
-            "params": self.params,
-            "macs": self.macs,
-        }
-
 
 @dataclass(frozen=True)
 class Memory:

@@ -176,7 +176,7 @@ def plan_answer(plan: Plan) -> dict[str, Any]:
         "warnings": [warning.document() for warning in plan.warnings],
         "spec": plan.spec.document(),
     }
-    # in one call: ten thousand rows take 50 ms this way, and 100 ms with a call for each
+    # in one call for all rows, which takes half the time of a call for each
     return PlanSchema.model_validate(fields).model_dump(exclude_unset=True)
 
 
