@@ -2,7 +2,8 @@
 
     ESPALIER_FAILPOINT=<where>:<kill|stop|raise|delay_ms=N>[:<k-th hit>]      several are separated by commas
 
-The k-th hit (default 1) of `where` in this process acts: `kill` is SIGKILL, `stop` is SIGSTOP, `raise` raises FailpointReached.
+The k-th hit (default 1) of `where` in this process acts: `kill` is SIGKILL, `stop` is SIGSTOP, `raise` raises
+FailpointReached.
 """
 
 from __future__ import annotations

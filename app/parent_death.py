@@ -19,7 +19,8 @@ def parent_environment() -> dict[str, str]:
 def end_with_parent(how: signal.Signals) -> None:
     """Ask the kernel for signal `how` when the parent's starting thread ends (Linux); exit at once if it already has.
 
-    The child calls it in its first lines: `preexec_fn` is not safe with threads. Without `ESPALIER_PARENT` nothing changes.
+    The child calls it in its first lines: `preexec_fn` is not safe with threads. Without `ESPALIER_PARENT` nothing
+    changes.
     """
     expected = os.environ.get(PARENT_VARIABLE)
     if expected is None:

@@ -1,8 +1,8 @@
 """The object store: a local folder, or S3, GCS and Azure through obstore, by URL.
 
-Keys are made of our own ids and names only. An object is there whole or not at all. In a local folder we write the files
-ourselves: obstore's LocalStore never calls fsync, so its objects survive a kill but not a power cut, and it follows
-symbolic links out of its folder.
+Keys are made of our own ids and names only. An object is there whole or not at all. In a local folder we write the
+files ourselves: obstore's LocalStore never calls fsync, so its objects survive a kill but not a power cut, and it
+follows symbolic links out of its folder.
 """
 
 from __future__ import annotations
@@ -116,14 +116,14 @@ class Storage(ABC):
                 file.write(chunk)
 
     def link_or_fetch(self, key: str, path: Path) -> None:
-        """Make the object a file that is only read: a hard link where it is on the same disk, else a copy as by `fetch`.
+        """Make the object a file that is only read: a hard link on the same disk, else a copy as by `fetch`.
 
         Raises ObjectNotFound.
         """
         self.fetch(key, path)
 
     def delete_prefix(self, prefix: str) -> int:
-        """Remove all objects whose keys begin with the prefix; returns how many. Raises ValueError for an empty prefix."""
+        """Remove all objects whose keys begin with the prefix; returns how many. Raises ValueError if it is empty."""
         if not prefix:
             raise ValueError("an empty prefix would delete everything")
         found = self.list(prefix)
@@ -136,7 +136,7 @@ class Storage(ABC):
         return None
 
     def sweep_temporaries(self, older_than_s: float = TEMPORARY_AGE_S) -> int:
-        """Remove the partial files of killed writers; returns how many. Remote stores have rules of their own for that."""
+        """Remove the partial files of killed writers; returns how many. Remote stores have their own rules for that."""
         return 0
 
 
@@ -347,7 +347,7 @@ def _chunks(file: BinaryIO, start: int, end: int | None) -> Iterator[bytes]:
 
 
 def _link_file(source: Path, path: Path) -> bool:
-    """Make `path` a second name of the file, which nobody changes: objects are replaced; False where links are refused."""
+    """Make `path` a second name of the file, which never changes, as objects are replaced; False where links fail."""
     try:
         os.link(source, path)
     except OSError as error:

@@ -2,8 +2,8 @@
 
 A pure ASGI middleware (no task per request). It gives every request an id; refuses what is too long, too large, from
 the wrong host or without its key; puts a deadline on bodies (uvicorn has none: a `Content-Length: 10^20` would hang for
-ever); answers HEAD wherever GET is answered; sets the security headers; counts answers; and writes one log line for each
-request, never a body, a header or a query.
+ever); answers HEAD wherever GET is answered; sets the security headers; counts answers; and writes one log line for
+each request, never a body, a header or a query.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class RequestGuard:
         except Exception as exc:
             log.exception("request failed", request_id=exchange.request_id, route=route_of(exchange.scope))
             if exchange.status:
-                raise  # half an answer was sent: the server cuts the connection, so that it does not pass for a whole one
+                raise  # half an answer was sent: the server cuts the connection, so that it is not taken for a whole one
             await self._answer_error(exchange, error_of(exc))
 
     async def _answer_error(self, exchange: Exchange, error: RequestError) -> None:
@@ -261,7 +261,7 @@ class RequestGuard:
             raise too_large(limit)
 
     def _check_key(self, scope: Scope, credentials: list[bytes]) -> None:
-        """Note the tenant. Raises Unauthorized. Pages take the key as the password of HTTP Basic, as browsers send it."""
+        """Note the tenant. Raises Unauthorized. Pages take the key as HTTP Basic's password, as browsers send it."""
         path = scope["path"]
         if path.startswith("/v1"):
             sent = credentials[0] if len(credentials) == 1 else None

@@ -42,9 +42,9 @@ def etag_of(document: Document) -> str:
 def document_of(schema: type[Answer], row: object, **computed: Any) -> Document:
     """The answer of the shape `schema`: each field as computed, else the attribute of `row` with its name.
 
-    A field with a default is left out unless it is computed. Values are not converted, as pydantic would: a whole number
-    of seconds stays whole. A page of 200 jobs takes 6.1 ms with this, 5.8 ms with a literal dict, 8.4 ms with models
-    that are dumped.
+    A field with a default is left out unless it is computed. Values are not converted, as pydantic would: a whole
+    number of seconds stays whole. A page of 200 jobs takes 6.1 ms with this, 5.8 ms with a literal dict, 8.4 ms with
+    models that are dumped.
     """
     return {
         name: computed[name] if name in computed else getattr(row, name)

@@ -1,4 +1,4 @@
-"""The responses of each route, for `/openapi.json`. Routes answer documents; a test checks every answer against these."""
+"""The responses of each route, for `/openapi.json`. A test checks every answer against them."""
 
 from __future__ import annotations
 
@@ -15,51 +15,53 @@ from app.schemas.upload import DatasetSchema, DatasetsSchema, WeightsPageSchema,
 Responses = dict[int | str, dict[str, Any]]
 
 
-def _gives(model: type[Answer], what: str, status: int = 200, headers: tuple[str, ...] = ()) -> Responses:
+def _json_response(model: type[Answer], what: str, status: int = 200, headers: tuple[str, ...] = ()) -> Responses:
     named = {name: {"schema": {"type": "string"}} for name in headers}
     return {status: {"model": model, "description": what, **({"headers": named} if named else {})}}
 
 
-def _content(media_type: str, what: str, schema: dict[str, Any], status: int = 200) -> Responses:
+def _content_response(media_type: str, what: str, schema: dict[str, Any], status: int = 200) -> Responses:
     return {status: {"description": what, "content": {media_type: {"schema": schema}}}}
 
 
-def _bare(status: int, what: str) -> Responses:
+def _empty_response(status: int, what: str) -> Responses:
     return {status: {"description": what}}
 
 
 _TEXT = {"type": "string"}
 _BYTES = {"type": "string", "format": "binary"}
-JOB = _gives(JobSchema, "The job.", 200, ("ETag", "Retry-After")) | _bare(304, "It is as If-None-Match says.")
-SUBMITTED = _gives(JobSchema, "The new job.", 201, ("Location", "ETag")) | _gives(
+JOB = _json_response(JobSchema, "The job.", 200, ("ETag", "Retry-After")) | _empty_response(
+    304, "It is as If-None-Match says."
+)
+SUBMITTED = _json_response(JobSchema, "The new job.", 201, ("Location", "ETag")) | _json_response(
     JobSchema, "The job that this Idempotency-Key has made.", 200, ("Location", "Idempotent-Replayed")
 )
-CHANGED = _gives(JobSchema, "The job; it obeys as soon as it can.", 202)
-REMOVED = _bare(204, "It is gone.")
-JOBS = _gives(JobsSchema, "A page.")
-VALIDATED = _gives(PlanSchema, "The job is valid.")
-EVENTS = _gives(EventsSchema, "Events in order.")
+CHANGED = _json_response(JobSchema, "The job; it obeys as soon as it can.", 202)
+REMOVED = _empty_response(204, "It is gone.")
+JOBS = _json_response(JobsSchema, "A page.")
+VALIDATED = _json_response(PlanSchema, "The job is valid.")
+EVENTS = _json_response(EventsSchema, "Events in order.")
 EVENTS[200]["content"] = {"text/event-stream": {"schema": _TEXT}}
-METRICS = _gives(MetricsSchema, "The curves.")
-LOG = _content("text/plain", "The log.", _TEXT)
-REPORT = _gives(ReportSchema, "The report.")
-CHECKPOINTS = _gives(CheckpointsSchema, "The checkpoints.")
-ARTIFACTS = _gives(ArtifactsSchema, "The files.")
+METRICS = _json_response(MetricsSchema, "The curves.")
+LOG = _content_response("text/plain", "The log.", _TEXT)
+REPORT = _json_response(ReportSchema, "The report.")
+CHECKPOINTS = _json_response(CheckpointsSchema, "The checkpoints.")
+ARTIFACTS = _json_response(ArtifactsSchema, "The files.")
 FILE = (
-    _content("application/octet-stream", "The bytes.", _BYTES)
-    | _content("application/octet-stream", "A part of the bytes.", _BYTES, 206)
-    | _bare(304, "It is as If-None-Match says.")
+    _content_response("application/octet-stream", "The bytes.", _BYTES)
+    | _content_response("application/octet-stream", "A part of the bytes.", _BYTES, 206)
+    | _empty_response(304, "It is as If-None-Match says.")
 )
-DATASET = _gives(DatasetSchema, "The data set.")
-UPLOADED = _gives(DatasetSchema, "The data set; `checking` until its check is over.", 201, ("Location",))
-DATASETS = _gives(DatasetsSchema, "The data sets.")
-WEIGHTS = _gives(WeightsSchema, "The weights.")
-WEIGHTS_UPLOADED = _gives(WeightsSchema, "The weights, checked.", 201, ("Location",))
-WEIGHTS_PAGE = _gives(WeightsPageSchema, "A page.")
-PRESETS = _gives(PresetsSchema, "The presets.")
-OPTIMIZATIONS = _gives(OptimizationsSchema, "The optimizations.")
-WORKERS = _gives(WorkersSchema, "The workers.")
-HEALTH = _gives(HealthSchema, "Fine.")
+DATASET = _json_response(DatasetSchema, "The data set.")
+UPLOADED = _json_response(DatasetSchema, "The data set; `checking` until its check is over.", 201, ("Location",))
+DATASETS = _json_response(DatasetsSchema, "The data sets.")
+WEIGHTS = _json_response(WeightsSchema, "The weights.")
+WEIGHTS_UPLOADED = _json_response(WeightsSchema, "The weights, checked.", 201, ("Location",))
+WEIGHTS_PAGE = _json_response(WeightsPageSchema, "A page.")
+PRESETS = _json_response(PresetsSchema, "The presets.")
+OPTIMIZATIONS = _json_response(OptimizationsSchema, "The optimizations.")
+WORKERS = _json_response(WorkersSchema, "The workers.")
+HEALTH = _json_response(HealthSchema, "Fine.")
 
 SPEC_BODY: dict[str, Any] = {
     "requestBody": {

@@ -125,8 +125,8 @@ class Database:
     def transact(self, body: Callable[[Session], T], landed: Callable[[Session, T], bool]) -> T:
         """Run `body` and commit its writes once, also when the connection dies during the commit; returns its result.
 
-        After such a death `landed` (in a new session, with the result of `body`) says whether the commit took effect; if
-        not, `body` runs again. Raises Unavailable if the database does not come back within 10 s.
+        After such a death `landed` (in a new session, with the result of `body`) says whether the commit took effect;
+        if not, `body` runs again. Raises Unavailable if the database does not come back within 10 s.
         """
         for _ in range(3):
             try:

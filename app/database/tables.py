@@ -1,8 +1,8 @@
 """The rows: jobs and what belongs to them, data sets, workers, the outbox. One schema for SQLite and Postgres.
 
 Only `app/jobs/commands.py` and `app/jobs/attempts.py` write job rows. `lease_until`, `beat`, `progress` and `event_seq`
-are never indexed: 400 renewals are 398 HOT updates on Postgres without such an index and none with it. Recovery reads the
-few running rows instead.
+are never indexed: 400 renewals are 398 HOT updates on Postgres without such an index and none with it. Recovery reads
+the few running rows instead.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ OUTBOX_KINDS = ("ring", "delete_prefix")
 
 
 def new_id(kind: str) -> str:
-    """A new id: `<kind>_` and 26 characters, 48 bits of milliseconds and 80 random bits, so that ids sort by their age."""
+    """A new id: `<kind>_` and 26 characters, 48 bits of milliseconds and 80 random bits, so that ids sort by age."""
     number = (time.time_ns() // 1_000_000 & (1 << 48) - 1) << 80 | secrets.randbits(80)
     return f"{kind}_" + "".join(CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
 
@@ -54,7 +54,7 @@ def storable_text(value: str) -> str:
 
 
 def storable(value: Any) -> Any:
-    """The JSON value in a form that every database and JSON parser takes: NaN and infinities are null, NUL is U+FFFD."""
+    """The JSON value as every database and JSON parser takes it: NaN and infinities are null, NUL is U+FFFD."""
     if isinstance(value, str):
         return storable_text(value)
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""The registry of data sets: what a name or an id stands for, uploads until they are deleted, and the copies of workers.
+"""The registry of data sets: what a name or an id stands for, uploads until they are deleted, copies of workers.
 
     datasets/<id>/upload              the file as sent, until it is checked
     datasets/<id>/packed/<file>       the packed form (see app/datasets/packed/packed.py)
@@ -179,7 +179,7 @@ def delete_dataset(db: Database, tenant: str, dataset_id: str) -> None:
 
 
 def read_facts(db: Database, tenant: str, data: DataSpec) -> DataFacts:
-    """The facts of a data set that a plan depends on; synthetic data have the `example_shape` `()`, and get the job's.
+    """The facts of a data set that a plan depends on. Synthetic data have no shape yet, `()`: they take the job's.
 
     Raises InvalidSpec with a pointer into the job where the data set is unknown or cannot be used.
     """
@@ -338,14 +338,14 @@ def _end_check(session: Session, db: Database, dataset_id: str, state: str, **va
 def materialize_data(
     data: DataSpec, input_shape: Sequence[int] | None, *, db: Database, storage: Storage, settings: Settings
 ) -> Path:
-    """Make the packed folder of a job's data on this machine's disk, if it is not there; several workers may do so at once.
+    """Make the packed folder of a job's data on this machine's disk, if it is missing; several workers may call it.
 
-    Returns its path. Built-in data sets come from their sources, uploads from the object store (hard links where it is a
-    local folder), synthetic ones are drawn for the job's `input_shape` `(C, *spatial)`; pictures are resized to it here,
-    before the training.
+    Returns its path. Built-in data sets come from their sources, uploads from the object store (hard links where it is
+    a local folder), synthetic ones are drawn for the job's `input_shape` `(C, *spatial)`; pictures are resized to it
+    here, before the training.
 
-    Raises DataUnavailable where the data set was deleted or cannot be obtained, DataInvalid, DiskFull; Unavailable while the
-    store or the database is away.
+    Raises DataUnavailable where the data set was deleted or cannot be obtained, DataInvalid, DiskFull; Unavailable
+    while the store or the database is away.
     """
     try:
         if data.synthetic is not None:

@@ -175,7 +175,7 @@ def record_checkpoint(
 
 
 def _drop_old_checkpoints(session: Session, db: Database, job_id: str) -> None:
-    """Remove rows now and post errands for the objects: a crash in between leaves garbage, never a row without bytes."""
+    """Remove rows now and post errands for the objects: a crash in between leaves garbage, no row without bytes."""
     old = session.execute(
         select(CheckpointRow.attempt, CheckpointRow.step, CheckpointRow.key)
         .where(CheckpointRow.job_id == job_id)
@@ -294,7 +294,7 @@ def crash(db: Database, claim: Claim, reason: dict[str, Any]) -> str:
 
 
 def reap(db: Database, job_id: str, attempt: int, beat: int, reason: dict[str, Any]) -> str | None:
-    """Take the job from a worker that is silent since `beat`; returns the state after it, None if it has written since."""
+    """Take the job from a worker silent since `beat`; returns the state after it, None if the worker has written."""
 
     def body(session: Session) -> JobAfter | None:
         fence = (JobRow.id == job_id, JobRow.attempt == attempt, JobRow.state == "running", JobRow.beat == beat)
@@ -306,7 +306,7 @@ def reap(db: Database, job_id: str, attempt: int, beat: int, reason: dict[str, A
 
 
 def reap_worker(db: Database, worker_id: str, reason: dict[str, Any] | None = None) -> list[str]:
-    """Take all jobs from a worker whose process is known to be dead, without waiting for its leases; returns their ids."""
+    """Take all jobs from a worker whose process is dead, without waiting for its leases; returns their ids."""
     with db.read() as session:
         owned = session.execute(
             select(JobRow.id, JobRow.attempt, JobRow.beat).where(JobRow.state == "running", JobRow.owner == worker_id)

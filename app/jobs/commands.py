@@ -1,7 +1,7 @@
 """What users change of jobs. With `app/jobs/attempts.py`, the only writer of job rows.
 
-Each command is one transaction that locks the row, decides, and writes row and events together. It is committed when the
-function returns, so that an answer sent after it is true.
+Each command is one transaction that locks the row, decides, and writes row and events together. It is committed when
+the function returns, so that an answer sent after it is true.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def submit_job(
     route: str = SUBMIT_ROUTE,
     needs: Sequence[Reference] = (),
 ) -> tuple[JobView, bool]:
-    """Insert a queued job; returns it and True, or for a key that was used with the same body the earlier job and False.
+    """Insert a queued job; returns it and True, or the earlier job and False for a key used with the same body.
 
     `idempotency` is the request's key and the sha256 of its body's bytes, stored for 7 days per tenant and `route`. A
     concurrent twin waits for the first. `needs` are the networks that the spec refers to: they cannot be deleted before

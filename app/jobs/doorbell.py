@@ -1,7 +1,7 @@
 """The doorbell: the message to workers that a job waits.
 
-It may come never, twice or late; the row is the truth, and recovery rings again. In the embedded service it is a datagram
-on loopback to every worker of this home; with a broker, a Celery message by task name.
+It may come never, twice or late; the row is the truth, and recovery rings again. In the embedded service it is a
+datagram on loopback to every worker of this home; with a broker, a Celery message by task name.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a running job reports: events, points of its series, its log. Rows, so that a replay after a restart is exact."""
+"""What a running job reports: events, points of its series, its log; as rows, so that a replay is exact."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ Sweeps are idempotent: any process may run them, at any time, also several at on
 
 Reaping does not trust wall clocks. A sweeper remembers on its own monotonic clock when it first saw each beat of each
 running job. It takes the job from its worker when the lease is over and the beat has not changed for a third of it, or
-when the beat has not changed for one and a half leases. So a clock that jumps an hour ahead costs nobody a job: a worker
-that is alive beats every sixth of a lease.
+when the beat has not changed for one and a half leases. So a clock that jumps an hour ahead costs nobody a job: a
+worker that is alive beats every sixth of a lease.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The networks that jobs start from or learn from: finished jobs and uploaded weights, which stay while a job needs them.
+"""The networks that jobs start from or learn from: finished jobs and uploaded weights, not deleted while needed.
 
 A job's row and its rows in `job_sources` are one transaction, and a deletion locks the source's row first. So a source
 cannot be deleted between the planning of a job and its row, nor while a job that needs it has not finished.

@@ -52,7 +52,7 @@ def transition(
     Event numbers come from the row: its lock is held until the commit, so a job's events become visible in order,
     without gaps. `seen` is False for a change that no reader sees: the revision stays.
     """
-    # RETURNING deleted_at, not deleted_at IS NOT NULL, which SQLite 3.40 answers wrongly beside jobs_newest's condition.
+    # RETURNING deleted_at, not deleted_at IS NOT NULL, which SQLite 3.40 answers wrongly with jobs_newest's condition.
     changed: dict[str, Any] = {**values, "event_seq": JobRow.event_seq + len(events)}
     if seen:
         changed["revision"] = JobRow.revision + 1

@@ -17,7 +17,7 @@ UNKNOWN = "job_" + "0" * 26
 
 
 class Served:
-    """The API behind a real port, with a job that waits and one that succeeded."""
+    """The API on a real port, with a job that waits and one that succeeded."""
 
     def __init__(self, api: Api, port: int) -> None:
         self.api = api

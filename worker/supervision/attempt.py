@@ -1,8 +1,8 @@
 """One attempt of one job, from the claim to its end: lines of the trainer are read, fenced rows are written.
 
-One object per attempt, and nothing outlives it: reader, pipes and files of a trainer are removed before the next claim, so
-that no line of a dead trainer can reach the next job. Every write carries the attempt. If no row is changed, LostOwnership is
-raised and the attempt ends silently, because another worker owns the job.
+One object per attempt, and nothing outlives it: reader, pipes and files of a trainer are removed before the next claim,
+so that no line of a dead trainer can reach the next job. Every write carries the attempt. If no row is changed,
+LostOwnership is raised and the attempt ends silently, because another worker owns the job.
 """
 
 from __future__ import annotations
@@ -422,7 +422,7 @@ class AttemptRunner:
         return self._trainer.end()
 
     def _write_surely(self, write: Callable[[], T]) -> T:
-        """Repeat a write while the database is away, at most 10 min, or 20 s when the worker stops; returns its result."""
+        """Repeat a write while the database is away, up to 10 min, or 20 s when the worker stops; returns its result."""
         until = time.monotonic() + (RELEASE_S if self._stopping() else 600)
         while True:
             try:

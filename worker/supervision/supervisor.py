@@ -1,7 +1,7 @@
 """The worker: claims jobs, runs each in a trainer process, reports that it is alive.
 
-It has `slots` places for jobs, one per GPU. A ring (a Celery message, or a datagram of the API on this host) makes it poll the
-queue at once; without one it polls every `poll_s`. A ring is only a hint: the row is the job.
+It has `slots` places for jobs, one per GPU. A ring (a Celery message, or a datagram of the API on this host) makes it
+poll the queue at once; without one it polls every `poll_s`. A ring is only a hint: the row is the job.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Supervisor:
                 log.warning("beat failed", reason=str(error))
 
     def _sweep_until_stop(self) -> None:
-        """Sweep until the worker stops. A sweep may fail, or be interrupted by the worker's end: another one follows."""
+        """Sweep until the worker stops. A sweep may fail or be interrupted by the worker's end: another follows."""
         sweeper = Sweeper(self._db, self._storage, None, self._settings)
         while not self.stopping.wait(self._settings.sweep_s):
             sweeper.try_sweep()

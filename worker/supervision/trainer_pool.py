@@ -1,7 +1,7 @@
 """The pool of trainer processes, and the supervisor's side of each.
 
-The kernel ends a child when the *thread* that forked it ends (PR_SET_PDEATHSIG), so every trainer is started by one thread
-that runs as long as the worker. It also has spares ready: trainers that imported torch before their job exists.
+The kernel ends a child when the *thread* that forked it ends (PR_SET_PDEATHSIG), so every trainer is started by one
+thread that runs as long as the worker. It also has spares ready: trainers that imported torch before their job exists.
 """
 
 from __future__ import annotations

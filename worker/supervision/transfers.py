@@ -88,7 +88,7 @@ class Transfers:
         return key
 
     def fetch_checkpoint(self, folder: Path) -> tuple[Path | None, list[str]]:
-        """Fetch the newest intact checkpoint to `folder`; returns the folder, and a sentence for each that is not intact."""
+        """Fetch the newest intact checkpoint to `folder`; returns that, and a sentence for each that is not intact."""
         problems = []
         for saved in latest_checkpoints(self._db, self._claim.job_id):
             tensors, state = folder / "checkpoint.safetensors", folder / "checkpoint.json"

@@ -1,7 +1,7 @@
 """The process that reads an upload: `python -m app.datasets.ingest UPLOAD FORMAT OUT --limits JSON --name NAME`.
 
-It writes the packed folder OUT/packed and OUT/result.json, and ends with 0 for a data set and for a refusal alike. It has
-no credentials, and limits of memory and time: whatever a hostile file does to it, the API gets a sentence.
+It writes the packed folder OUT/packed and OUT/result.json, and ends with 0 for a data set and for a refusal alike. It
+has no credentials, and limits of memory and time: whatever a hostile file does to it, the API gets a sentence.
 """
 
 from __future__ import annotations

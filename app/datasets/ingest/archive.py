@@ -54,7 +54,7 @@ class Archive(Protocol):
     entries: tuple[ArchiveMember, ...]
 
     def members(self) -> Iterator[tuple[ArchiveMember, Stream]]:
-        """Every entry with its bytes, in the archive's order; a stream can be read until the next entry is asked for."""
+        """Every entry with its bytes, in the archive's order; a stream can be read until the next entry comes."""
 
 
 class ByteCounter:

@@ -1,7 +1,7 @@
 """Built-in data sets: where their original files are found, and the check that makes every source equally good.
 
-The four IDX files are the same everywhere once they are unpacked, whoever compressed them. So the sha256 of the unpacked
-content is checked, of every file from every source.
+The four IDX files are the same everywhere once they are unpacked, whoever compressed them. So the sha256 of the
+unpacked content is checked, of every file from every source.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ BUILTIN: Mapping[str, Builtin] = {
 def ensure_builtin(name: str, settings: Settings, *, system_folder: Path = SYSTEM_FOLDER) -> Path:
     """Make the packed folder of a built-in data set in the cache from the first source that has the true files.
 
-    Returns its path. Sources: ESPALIER_DATA_PATH, the system's folder, the download, the Debian package. A packed folder
-    that is in the cache already was checked when it was made, so it comes before all of them.
+    Returns its path. Sources: ESPALIER_DATA_PATH, the system's folder, the download, the Debian package. A packed
+    folder that is in the cache already was checked when it was made, so it comes before all of them.
 
     Raises DataUnavailable, which says what to do, where no source has the files.
     """
@@ -294,7 +294,7 @@ def first_mirror(mirrors: tuple[str, ...]) -> str | None:
 
 
 def fetch_url(url: str, path: Path) -> None:
-    """Write what the URL serves to a file. Raises OSError where it stalls, breaks, or is larger than any of our files."""
+    """Write what the URL serves to a file. Raises OSError if it stalls, breaks, or is larger than any of our files."""
     with urllib.request.urlopen(url, timeout=STALLED_AFTER_S) as answer, path.open("wb") as file:
         total = 0
         while block := answer.read(1 << 20):

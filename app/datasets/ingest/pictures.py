@@ -1,4 +1,4 @@
-"""Class folders of picture files: decoded once and stored in their own sizes; files that cannot be decoded are listed."""
+"""Class folders of picture files: decoded once, stored in their own sizes; files that cannot be decoded are listed."""
 
 from __future__ import annotations
 
@@ -243,10 +243,10 @@ class _Layout:
 
 
 def decode_picture(data: bytes, limits: UploadLimits) -> npt.NDArray[np.uint8] | str:
-    """The pixels H x W x C of a picture file (C = 1 for grey, 3 for colour), or a sentence that says why there are none.
+    """The pixels H x W x C of a picture file (C = 1 for grey, 3 for colour), or a sentence that says why not.
 
-    Pictures are rotated as EXIF says, transparency is put on white, palettes and other colour spaces become RGB, 16 bits
-    become 8.
+    Pictures are rotated as EXIF says, transparency is put on white, palettes and other colour spaces become RGB, 16
+    bits become 8.
     """
     try:
         with warnings.catch_warnings():

@@ -20,7 +20,7 @@ NOISE = 0.5  # standard deviation, of the pattern's
 
 
 def ensure_synthetic(synthetic: Synthetic, input_shape: tuple[int, ...], cache: Path) -> Path:
-    """Make the packed folder of the synthetic data set with examples of `input_shape` `(C, *spatial)`; returns its path."""
+    """Make the packed folder of a synthetic data set with examples of `input_shape` `(C, *spatial)`; returns it."""
     identity = json.dumps([VERSION, synthetic.model_dump(), input_shape], sort_keys=True)
     folder = cache / "synthetic" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     return ensure_packed(folder, lambda partial: _build(synthetic, input_shape, partial))

@@ -1,4 +1,4 @@
-"""The edge around a toy application, behind the real server: what is refused before any route sees it."""
+"""`RequestGuard` around a toy application, on the real server: what is refused before any route sees it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HOST = b"Host: localhost\r\n"
 
 
 class Answers:
-    """What the edge reported of each answer."""
+    """What `RequestGuard` reported about each answer."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, str, int]] = []

@@ -1,4 +1,4 @@
-"""Jobs brought to any point of their lives, by the moves that users and workers make."""
+"""Jobs brought to any point of their lives, by what users and workers do."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def job_in(db: Database, state: str) -> str:
 
 
 def event_types(db: Database, job_id: str) -> list[str]:
-    """The types of a job's events, after a look at their numbers: 1, 2, 3, ..."""
+    """The types of a job's events, whose numbers must be 1, 2, 3, ..."""
     events = list_events(db, TENANT, job_id, limit=1000)
     assert [event.seq for event in events] == list(range(1, len(events) + 1))
     return [event.type for event in events]

@@ -97,7 +97,7 @@ class Api:
         summary: dict[str, Any] | None = None,
         report: dict[str, Any] | None = None,
     ) -> None:
-        """Finish the job with these files; `report` has parts in the place of the usual ones, or beside them."""
+        """Finish the job with these files; `report` has parts instead of the usual ones, or more."""
         rows = []
         for name, content in (files or FILES).items():
             key = artifact_key(claim.job_id, claim.attempt, name)
@@ -134,7 +134,7 @@ def open_api(home: Path, **settings: Any) -> Iterator[Api]:
 
 @contextlib.contextmanager
 def served_api(home: Path, **settings: Any) -> Iterator[tuple[Api, int]]:
-    """The API, and a second one over the same state behind our server on a port: an application has one event loop."""
+    """The API, and a second one over the same state in our server on a port: an application has one event loop."""
     with open_api(home, **settings) as api:
         served = create_app(api.context.settings)
         with serving(served, api.context.settings, served.state.context.stopping) as port:

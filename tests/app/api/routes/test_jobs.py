@@ -330,9 +330,9 @@ def test_artifacts_are_listed_and_downloaded_whole_and_in_parts(api):
     assert (part.status_code, part.content, part.headers["content-range"]) == (206, b"0123456789", "bytes 10-19/100")
     head = api.client.head(href)
     assert (head.status_code, head.content, head.headers["content-length"]) == (200, b"", "100")
-    behind = api.client.get(href, headers={"Range": "bytes=100-"})
-    assert (behind.status_code, behind.json()["code"]) == (416, "range_not_satisfiable")
-    assert behind.headers["content-range"] == "bytes */100"
+    beyond = api.client.get(href, headers={"Range": "bytes=100-"})
+    assert (beyond.status_code, beyond.json()["code"]) == (416, "range_not_satisfiable")
+    assert beyond.headers["content-range"] == "bytes */100"
 
 
 def test_a_job_that_runs_has_no_artifacts_yet(api):

@@ -190,7 +190,7 @@ def test_an_archive_that_is_cut_off_anywhere_is_refused(tmp_path: Path, pack: st
     else:
         tarred(path, members, mode="w:gz" if pack == "tar.gz" else "w")
     data = path.read_bytes()
-    end = len(data) if pack != "tar" else len(members) * 1536  # behind that a tar has only padding
+    end = len(data) if pack != "tar" else len(members) * 1536  # after that a tar has only padding
     for kept in range(1, end, max(1, end // 40)):
         path.write_bytes(data[:kept])
         refusal(path)

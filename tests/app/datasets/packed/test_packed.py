@@ -1,4 +1,4 @@
-"""The packed folder: complete or not there, built once by whoever comes first, named by its content."""
+"""The packed folder: complete or not there, built once by the first process, named by its content."""
 
 from __future__ import annotations
 
