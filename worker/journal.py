@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import IO, Literal, Protocol
 
 from app.errors import JsonValue
+from app.planning.phases import PhaseName
 
 Wish = Literal["cancel", "stop", "pause"]
-Phase = Literal["preparing", "training", "pruning", "retraining", "evaluating", "measuring", "exporting"]
 
 
 @dataclass(frozen=True)
 class Progress:
     """How far a job is: `fraction` (0 to 1) of all phases, `epoch` of this phase's `epochs`, `step` of all `steps`."""
 
-    phase: Phase
+    phase: PhaseName
     epoch: int
     epochs: int
     step: int
@@ -47,7 +47,7 @@ class SavedCheckpoint:
 
     step: int
     epoch: int
-    phase: Phase
+    phase: PhaseName
     tensors: Path
     state: Path
     metrics: Mapping[str, float]

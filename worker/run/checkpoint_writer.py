@@ -12,8 +12,9 @@ from typing import Any
 
 from app.errors import DiskFull
 from app.failpoints import failpoint
+from app.planning.phases import PhaseName
 from worker.checkpoint import STEM, write_checkpoint
-from worker.journal import Journal, Phase, SavedCheckpoint
+from worker.journal import Journal, SavedCheckpoint
 from worker.run.state import Reached
 
 # A checkpoint inside an epoch comes at most every 20 times as long as the last one took to write: 5 % of the time.
@@ -61,7 +62,7 @@ class CheckpointWriter:
         """Whether the last checkpoint is old enough for one inside an epoch."""
         return time.monotonic() - self._last_at >= max(self._interval_s, REST_FACTOR * self._last_took_s)
 
-    def save(self, reached: Reached, *, phase: Phase, epoch: int, metrics: Mapping[str, float]) -> None:
+    def save(self, reached: Reached, *, phase: PhaseName, epoch: int, metrics: Mapping[str, float]) -> None:
         """Copy what was reached and have it written, unless this step has its checkpoint already.
 
         Raises:

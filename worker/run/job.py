@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from app.network.architecture import Preprocessing
+from app.planning.phases import PhaseName
 from app.planning.plan import Plan
 from app.spec.job import Training
 from app.spec.optimizations import Compression, Distill, Regularization
@@ -20,7 +21,7 @@ from app.spec.quantize import Quantize
 from app.spec.references import Reference, Source
 from worker.data.dataset import BatchLoader, Dataset, Splits, derive_seed
 from worker.evaluation import Scores, score
-from worker.journal import Journal, Phase
+from worker.journal import Journal
 from worker.network import Network, assign_tensors, build_network
 from worker.precision import Precision
 from worker.pruning import schedules
@@ -64,7 +65,7 @@ class Stage:
     `table` evaluates every group of channels at several widths (kind sensitivity).
     """
 
-    phase: Phase
+    phase: PhaseName
     position: int | None = None
     removal: schedules.PruningRound | None = None
     table: bool = False

@@ -9,6 +9,7 @@ import torch
 from app.datasets.packed.packed import read_manifest
 from app.errors import DataInvalid, InvalidSpec, SourceUnavailable
 from app.network.architecture import Preprocessing
+from app.planning.phases import PlannedPhase, phases_of
 from app.planning.plan import JobLimits, Plan, make_plan
 from app.pruning.channel_classes import channel_classes
 from app.pruning.group_limits import prunable_groups
@@ -28,6 +29,7 @@ from worker.run.references import read_sources
 from worker.run.removal import RECALIBRATION_IMAGES
 from worker.run.state import Origin
 
+PREPARING_S = 0.5
 MEASURING_S = 5.0  # the budget of the latencies
 QUANTIZING_S = 2.0  # two tries of a small network
 EXPORTING_S = 8.0  # two clean processes, of which one imports torch
@@ -86,19 +88,23 @@ def _rewind_epochs(plan: Plan) -> frozenset[int]:
 
 
 def lay_out(plan: Plan) -> tuple[Stage, ...]:
-    """The stages of a job in order: train, evaluate, and for each pruning step its removals with their retraining."""
-    stages = [Stage("training"), Stage("evaluating")]
-    for position, step in enumerate(plan.spec.optimizations):
-        if not isinstance(step, Compression):
-            continue
-        for removal in schedules.prune_stages(step, plan.spec.training):
-            stages.append(Stage("pruning", position, removal))
-            if removal.epochs:
-                stages.append(Stage("retraining", position, removal))
-        stages.append(Stage("evaluating", position))
-    if plan.spec.sensitivity is not None:
-        stages.append(Stage("evaluating", table=True))
-    return tuple(stages)
+    """The stages of a job in order: train, evaluate, and for each compression its rounds with their retraining."""
+    return tuple(_stage(phase, plan) for phase in phases_of(plan.spec) if _is_stage(phase))
+
+
+def _is_stage(phase: PlannedPhase) -> bool:
+    """Whether `run_stages` carries it out; preparing, the 8-bit file, measuring and exporting come before or after."""
+    return phase.phase not in ("preparing", "measuring", "exporting") and phase.subject != "int8"
+
+
+def _stage(phase: PlannedPhase, plan: Plan) -> Stage:
+    removal = None
+    if phase.round is not None:
+        assert phase.position is not None
+        step = plan.spec.optimizations[phase.position]
+        assert isinstance(step, Compression)
+        removal = schedules.prune_stages(step, plan.spec.training)[phase.round - 1]
+    return Stage(phase.phase, phase.position, removal, table=phase.subject == "sensitivity")
 
 
 def _plan(spec: JobSpec, task: Task, sources: Mapping[str, Source]) -> Plan:
@@ -124,18 +130,30 @@ def _preprocessing(plan: Plan, splits: Splits, scale: float) -> Preprocessing:
 
 
 def _estimates(plan: Plan, splits: Splits, stages: tuple[Stage, ...]) -> list[PhaseEstimate]:
-    """All phases of a job in order: preparing, every stage, then what delivery does."""
-    held_out, test = len(splits.validation), len(splits.test)
-    dense, pruned = plan.baseline_cost.macs, plan.planned_cost.macs
-    estimates = [PhaseEstimate("preparing", 0.0, 0.5)]
-    estimates += [_estimate_stage(number, stage, plan, splits) for number, stage in enumerate(stages)]
-    for step in plan.spec.optimizations:
-        if isinstance(step, Quantize):
-            seconds = forward_seconds(test + step.calibration_images + 2 * held_out, pruned)
-            estimates.append(PhaseEstimate("evaluating", seconds, QUANTIZING_S, name=QUANTIZING))
-    estimates.append(PhaseEstimate("measuring", 0.0, MEASURING_S))
-    estimates.append(PhaseEstimate("exporting", forward_seconds(3 * test, dense + pruned), EXPORTING_S))
+    """All phases of a job in order, with their seconds."""
+    numbered, estimates = iter(enumerate(stages)), []
+    for phase in phases_of(plan.spec):
+        if _is_stage(phase):
+            estimates.append(_estimate_stage(*next(numbered), plan, splits))
+        else:
+            estimates.append(_estimate_other(phase, plan, splits))
     return estimates
+
+
+def _estimate_other(phase: PlannedPhase, plan: Plan, splits: Splits) -> PhaseEstimate:
+    """What comes before and after the stages."""
+    test, dense, pruned = len(splits.test), plan.baseline_cost.macs, plan.planned_cost.macs
+    if phase.phase == "preparing":
+        return PhaseEstimate("preparing", 0.0, PREPARING_S)
+    if phase.phase == "measuring":
+        return PhaseEstimate("measuring", 0.0, MEASURING_S)
+    if phase.phase == "exporting":
+        return PhaseEstimate("exporting", forward_seconds(3 * test, dense + pruned), EXPORTING_S)
+    assert phase.position is not None
+    step = plan.spec.optimizations[phase.position]
+    assert isinstance(step, Quantize)
+    images = test + step.calibration_images + 2 * len(splits.validation)
+    return PhaseEstimate("evaluating", forward_seconds(images, pruned), QUANTIZING_S, name=QUANTIZING)
 
 
 def _estimate_stage(number: int, stage: Stage, plan: Plan, splits: Splits) -> PhaseEstimate:

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from worker.journal import Phase, Progress
+from app.planning.phases import PhaseName
+from worker.journal import Progress
 
 NOMINAL_FLOP_PER_S = 6e10  # of a convolution on two cores
 NOMINAL_IMAGE_S = 1.5e-5  # to cut, augment and normalise one image
@@ -26,7 +27,7 @@ class PhaseEstimate:
     `name` tells phases of a kind apart, such as the evaluations after each step; empty: the phase says it all.
     """
 
-    phase: Phase
+    phase: PhaseName
     computing_s: float
     other_s: float = 0.0
     epochs: int = 0

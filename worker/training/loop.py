@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from app.errors import EspalierError
 from app.failpoints import failpoint
+from app.planning.phases import PhaseName
 from app.spec.job import Training
 from app.spec.optimizations import Regularization
 from app.spec.prune import Distillation
 from worker.evaluation import evaluate
-from worker.journal import Phase
 from worker.network import Network, assign_tensors, snapshot
 from worker.precision import Precision
 from worker.training.averaging import Average
@@ -71,7 +71,7 @@ class Recipe:
     names layers that do not train, `rate_factors` has a factor on the learning rate for some layers.
     """
 
-    phase: Phase
+    phase: PhaseName
     epochs: int
     rate: LearningRate
     training: Training
