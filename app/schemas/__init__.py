@@ -1,1 +1,1 @@
-"""The shapes of answers: built by whoever answers, dumped as they are. Imports the job language only."""
+"""The shapes of answers, stated once: whoever answers takes fields and order from here. Imports the job language only."""

@@ -158,11 +158,11 @@ def check_budget(network: Network, step: Compression, context: RemovalContext) -
     """
     if isinstance(step, Separable) or step.budget is None:
         return
-    measure = step.budget.measure
-    if measure == "latency_ms":
+    measure = step.budget.cost_measure
+    if measure is None:
         confirm_time(network, step.budget, Stopwatch(context.dense_network()))
         return
-    reached, allowed = getattr(cost(network.graph), measure), step.budget.allowed(getattr(context.baseline, measure))
+    reached, allowed = cost(network.graph).of(measure), step.budget.allowed(context.baseline.of(measure))
     if reached > allowed:
         raise BudgetMissed(f"the pruned network has {reached} {measure}, the budget allows {allowed}")
 
