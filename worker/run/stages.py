@@ -44,7 +44,7 @@ def run_stages(job: Job) -> bool:
     while True:
         try:
             while job.reached.stage < len(job.stages):
-                _carry_out_one(job)
+                _run_stage(job)
             return False
         except Interrupted as told:
             if told.wish != "stop":
@@ -60,7 +60,7 @@ def run_stages(job: Job) -> bool:
         _return_to_checkpoint(job)
 
 
-def _carry_out_one(job: Job) -> None:
+def _run_stage(job: Job) -> None:
     reached, number = job.reached, job.reached.stage
     stage = job.stages[number]
     job.monitor.enter(stage_name(number), message=_announcement(job, stage), resumed=reached.suspended is not None)
