@@ -194,7 +194,7 @@ def _measure(job: Job, dense: Network, pruned: Network, int8: Int8File | None) -
 
 def _export(job: Job, dense: Network, pruned: Network, int8: Int8File | None, folder: Path) -> list[Path]:
     """The files of both networks, written into `folder`; the 8-bit file only if it keeps to max_accuracy_drop."""
-    job.monitor.enter("exporting", message="exporting, and proving each file in a clean process")
+    job.monitor.enter("exporting", message="exporting, and verifying each file in a clean process")
     job.monitor.check_cancel_or_pause()
     masks = job.reached.masks
     files: list[Path] = []
