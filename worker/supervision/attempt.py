@@ -38,10 +38,8 @@ from worker.supervision.transfers import CheckpointFiles, Transfers
 log = structlog.get_logger()
 T = TypeVar("T")
 
-PATIENCE_S = {
-    "cancel": 10.0,
-    "pause": 120.0,
-}  # until a trainer that does not obey is killed; a stop waits for its result
+# Until a trainer that does not obey is killed; a stop waits for its result.
+PATIENCE_S = {"cancel": 10.0, "pause": 120.0}
 RELEASE_S = 20.0  # a deploy waits 30 s for the whole worker
 ORPHAN_S = 5.0  # a trainer ends itself this long after its supervisor should have ended it
 TICK_S = 0.1
