@@ -160,7 +160,7 @@ def measure(name: str, *, images: int, rounds: int, threads: int, augment: bool)
         scratch.mkdir()
         task = Task("benchmark", 1, document, data, scratch, threads=threads, device="cpu")
         job = preparation.prepare(task, Echo(keep=False))
-        monitor = TakingTurns(job)
+        monitor = TakingTurns(job, began=job.began)
         monitor.ours, monitor.theirs = [], []
         job.monitor = monitor
         monitor.bare = BareLoop(job, name, augment=augment)

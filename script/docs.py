@@ -120,3 +120,4 @@ PAGES = {"settings.md": settings_page, "zoo.md": zoo_page}
 if __name__ == "__main__":
     for name, page in PAGES.items():
         (ROOT / "docs" / name).write_text(page())
+        print(f"docs: wrote {ROOT / 'docs' / name}")

@@ -69,7 +69,7 @@ class Journal(Protocol):
         """Announce a checkpoint whose files are complete."""
 
     def wish(self) -> Wish | None:
-        """What the user asked of the running job; looked at before each step."""
+        """What the user asked of the running job; read before each step."""
 
 
 @dataclass(frozen=True)

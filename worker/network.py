@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from app.network.blocks import NORMS
 from app.network.graph import Graph
-from app.network.layers.activations import Sigmoid
+from app.network.layers.activations import Activation, Sigmoid
 from app.network.layers.names import INPUT
 from app.network.layers.pooling import MaxPool
 from app.network.node import Node
@@ -173,7 +173,6 @@ _THROUGH = (
     "concat",
 )
 """Layers that pass values on much as they are: what reads their output decides the gain."""
-_LINEAR_UNITS = ("relu", "relu6", "leaky_relu", "prelu", "silu", "gelu", "hardswish")
 
 
 def weight_gain(graph: Graph, node: Node, adds: int) -> float:
@@ -189,12 +188,12 @@ def weight_gain(graph: Graph, node: Node, adds: int) -> float:
         following = graph.consumers(following[0].name)
     if not following:
         return 1 / math.sqrt(3)
-    kind = following[0].type
-    if kind in _LINEAR_UNITS or kind in NORMS:
+    reader = following[0]
+    if isinstance(reader.layer, Activation):
+        return reader.layer.gain
+    if reader.type in NORMS:
         return math.sqrt(2)
-    if kind == "add":
-        return 1 / math.sqrt(adds)
-    return 5 / 3 if kind == "tanh" else 1.0
+    return 1 / math.sqrt(adds) if reader.type == "add" else 1.0
 
 
 # --- values ---

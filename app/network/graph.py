@@ -10,11 +10,11 @@ from typing import Any
 from app.errors import Fault, InvalidSpec
 from app.network import checks
 from app.network.builder import GraphBuilder
-from app.network.graph_faults import MOST_FAULTS
 from app.network.layers.layer import Layer
 from app.network.layers.names import INPUT
 from app.network.layers.shapes import MOST_SPATIAL_AXES, LayerTensor, Shape, written
 from app.network.node import Limits, Node
+from app.validation.faults import MOST_FAULTS
 
 DEFAULT_LIMITS = Limits()
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from app.errors import Fault, InvalidSpec, JsonValue
-
-MOST_FAULTS = 100
+from app.validation.faults import MOST_FAULTS
 
 
 class GraphFaults:

@@ -12,7 +12,7 @@ from app.network.layers.containers import Repeat, Residual
 from app.network.layers.layer import Layer
 from app.network.layers.names import INPUT, LONGEST_NAME, local_names, why_refused
 
-_MOST_COMPARED = 200  # with more names, looking for a similar one takes longer than everything else
+MOST_COMPARED = 200  # with more names, looking for a similar one takes longer than everything else
 
 _MOST_TRACED = 10  # cycles whose steps a message names: looking for one visits all layers
 _LONGEST_CYCLE = 6  # steps of a cycle that a message names
@@ -140,7 +140,7 @@ class NameTable:
         if name in self._outputs:
             return self._outputs[name]
         known = list(scope.positions) + list(self._outputs)
-        near = difflib.get_close_matches(name, known, n=1) if len(known) <= _MOST_COMPARED else []
+        near = difflib.get_close_matches(name, known, n=1) if len(known) <= MOST_COMPARED else []
         guess = f": did you mean '{near[0]}'?" if near else ""
         self._faults.add(pointer, f"there is no layer '{name}' before it{guess}")
         return None

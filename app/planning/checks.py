@@ -10,7 +10,8 @@ from app.network.blocks import WEIGHTED
 from app.network.cost import Memory
 from app.network.graph import Graph
 from app.spec.data import DataFacts
-from app.spec.job import JobSpec, PresetModel, retraining
+from app.spec.job import JobSpec, retraining
+from app.spec.model import PresetModel
 from app.spec.optimizations import (
     Compression,
     Optimization,

@@ -14,7 +14,7 @@ from fnmatch import translate
 
 from app.errors import Fault
 from app.network.graph import Graph
-from app.planning.named_layers import MOST_COMPARED
+from app.network.scope import MOST_COMPARED
 from app.planning.warm_start import WarmStart, listed
 from app.spec.job import Training
 from app.validation.faults import pointer

@@ -9,12 +9,12 @@ from itertools import islice
 from app.errors import Fault
 from app.network.blocks import WEIGHTED
 from app.network.graph import Graph
+from app.network.scope import MOST_COMPARED
 from app.planning.planned_network import weighted_layers
 from app.spec.optimizations import Optimization
 from app.validation.faults import pointer as pointer_to
 
 MOST_NAMED = 20  # layers that one message lists
-MOST_COMPARED = 200  # looking for a similar name among more takes longer than everything else
 
 
 def listed_reasons(reasons: Mapping[str, str], separator: str = ", ", most: int | None = MOST_NAMED) -> str:

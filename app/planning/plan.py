@@ -9,6 +9,7 @@ from typing import Any, Self, assert_never
 from app.errors import Fault, InvalidSpec, JsonValue
 from app.network.cost import Cost, Memory, cost, layer_rows, training_memory
 from app.network.graph import Graph, build_graph
+from app.network.layers.layer import Layer
 from app.network.layers.registry import read_layers
 from app.network.node import Limits
 from app.network.presets.registry import preset_layers
@@ -23,7 +24,8 @@ from app.rewrites.rewrites import rewrite
 from app.schemas.plan import PlanSchema
 from app.settings import Settings
 from app.spec.data import DataFacts
-from app.spec.job import JobModel, JobSpec, LayersModel, PresetModel, completed
+from app.spec.job import JobSpec, completed
+from app.spec.model import JobModel, LayersModel, PresetModel
 from app.spec.optimizations import Optimization, Rewrite, SmallKernels
 from app.spec.references import Source
 
@@ -246,16 +248,18 @@ def _changes(before: Graph, after: Graph, kind: str, pointer: str) -> list[Layer
         if node.name not in before:
             rows.append(LayerPlan(node.name, "insert", None, node.shape[0], True, f"{node.type}, by {kind}", pointer))
         elif node.layer != before[node.name].layer:
-            changed = ", ".join(
-                name
-                for name in type(node.layer).model_fields
-                if getattr(node.layer, name) != getattr(before[node.name].layer, name)
-            )
-            width = before[node.name].shape[0]
-            rows.append(
-                LayerPlan(node.name, "replace", width, node.shape[0], True, f"{changed} changed by {kind}", pointer)
-            )
+            old = before[node.name]
+            reason = f"{_difference(old.layer, node.layer)} by {kind}"
+            rows.append(LayerPlan(node.name, "replace", old.shape[0], node.shape[0], True, reason, pointer))
     return rows
+
+
+def _difference(old: Layer, new: Layer) -> str:
+    """What a rewrite changed in a layer that it kept the name of."""
+    if type(old) is not type(new):
+        return f"{old.type} replaced with {new.type}"
+    fields = [name for name in type(new).model_fields if getattr(new, name) != getattr(old, name)]
+    return f"{', '.join(fields)} changed"
 
 
 def _dearer(before: Graph, after: Graph, pointer: str) -> list[Fault]:

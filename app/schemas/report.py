@@ -78,7 +78,7 @@ class SensitivityTableSchema(Answer):
     """What each group of channels costs when it alone is cut; nothing is trained again."""
 
     criterion: str
-    examples: int = Field(description="Test images that were looked at.")
+    examples: int = Field(description="Test images that were evaluated.")
     accuracy: float = Field(description="Of the whole network, on these images.")
     groups: list[GroupRowSchema]
     whole: list[LayerSchema]

@@ -16,15 +16,13 @@ from pydantic.functional_validators import AfterValidator, BeforeValidator
 
 from app.errors import Fault, InvalidSpec
 from app.spec.data import DataSpec
-from app.spec.model import JobModel, LayersModel, ModelSpec, PresetModel
+from app.spec.model import JobModel, ModelSpec
 from app.spec.optimizations import Compression, Distill, Optimization
 from app.spec.prune import Epochs, LearningRate, Prune, Retrain
 from app.spec.quantize import Quantize
 from app.spec.sensitivity import Sensitivity
 from app.validation.faults import bulk_fault, faults_of
 from app.validation.strict import LABELS, LARGEST_INT, LabelKey, LabelValue, Strict, Text, fault
-
-__all__ = ["JobModel", "JobSpec", "LayersModel", "PresetModel", "completed", "parse_job", "retraining"]
 
 SPEC_VERSIONS = (1,)
 MOST_OPTIMIZATIONS = 24

@@ -1,4 +1,4 @@
-"""Compressions beside pruning: factorised convolutions, and weights and activations of 8 bits."""
+"""Low rank and separable: convolutions and linear layers become products of smaller ones."""
 
 from __future__ import annotations
 

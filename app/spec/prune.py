@@ -425,7 +425,7 @@ class Prune(JobStep):
             )
         if self.schedule.name == "cubic":
             raise fault(
-                "cubic is for structure weights; channels are removed one_shot or iterative",
+                "cubic is for structure weights; channels are removed by one_shot or iterative",
                 field="schedule/name",
                 value="cubic",
             )

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from app.errors import Fault, InvalidWeights
+from app.validation.faults import MOST_FAULTS
 
 FLOATS = ("F32", "F16", "BF16", "F64")
 """safetensors' names of the types that weights may have; they become float32."""
@@ -35,7 +36,6 @@ ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8}
 MOST_HEADER_BYTES = 8 << 20  # 80 bytes a tensor; as Python objects it is some ten times larger
 MOST_TENSORS = 50_000  # 10,000 layers with five each
 MOST_AXES = 8
-MOST_FAULTS = 100
 LONGEST_NAME = 512
 FIRST_BYTES = 64 * 1024  # one read has the header of most networks
 PIECE_BYTES = 1 << 20

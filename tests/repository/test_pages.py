@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -17,6 +17,7 @@ from app.planning.plan import make_plan
 from app.spec.data import DataFacts, DataSpec, synthetic_facts
 from app.spec.job import parse_job
 from app.spec.optimizations import OPTIMIZATIONS
+from app.spec.prune import Criterion
 from app.spec.references import Source, references_in
 from tests.support.checkout import ROOT
 
@@ -62,3 +63,9 @@ def test_every_example_of_the_pages_can_be_planned(document: dict[str, Any]) -> 
 def test_the_pages_have_an_example_of_every_optimization() -> None:
     steps = [step for example in EXAMPLES for step in example.values[0].get("optimizations", [example.values[0]])]
     assert {part.model_fields["type"].default for part in OPTIMIZATIONS} <= {step.get("type") for step in steps}
+
+
+def test_the_page_of_jobs_names_every_optimization_and_criterion() -> None:
+    page = (ROOT / "docs" / "jobs.md").read_text()
+    names = {part.model_fields["type"].default for part in OPTIMIZATIONS} | set(get_args(Criterion))
+    assert sorted(name for name in names if f"`{name}`" not in page and f'"{name}"' not in page) == []

@@ -104,8 +104,8 @@ def _deliver(job: Job, stopped_early: bool) -> Delivered:
     if result.int8 is not None and result.int8.met:
         summary["int8"] = int8_measures(result.int8, final, result.latency.int8)
     job.monitor.add_elapsed()
-    report = _report(job, result, summary, class_rows(job.dataset.class_names, baseline_scores, final_scores))
-    report = _shaped(report | {"stopped_early": stopped_early})
+    classes = class_rows(job.dataset.class_names, baseline_scores, final_scores)
+    report = _shaped(_report_parts(job, result, summary, classes, stopped_early))
     files = [*result.files, result.folder / REPORT]
     write_json(result.folder / REPORT, report)
     verification, task = result.verified.document(), job.task
@@ -143,13 +143,16 @@ def _produce(job: Job) -> _Result:
     return _Result(dense, pruned, int8, latency, folder, files, verified)
 
 
-def _report(job: Job, result: _Result, summary: Mapping[str, Any], classes: Sequence[ClassRowSchema]) -> dict[str, Any]:
+def _report_parts(
+    job: Job, result: _Result, summary: Mapping[str, Any], classes: Sequence[ClassRowSchema], stopped_early: bool
+) -> dict[str, Any]:
     """The parts of the report; None: the report has no such part."""
     int8, latency, final = result.int8, result.latency, summary["final"]
     row = int8_row(job, int8, result.pruned, final, latency.int8)
     return {
         "job_id": job.task.job_id,
         "attempt": job.task.attempt,
+        "stopped_early": stopped_early,
         "baseline": summary["baseline"],
         "final": final,
         "int8": None if int8 is None else int8_document(int8, final, latency.int8),
@@ -168,9 +171,20 @@ def _report(job: Job, result: _Result, summary: Mapping[str, Any], classes: Sequ
 
 
 def _shaped(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """The report as its schema has it."""
+    """The report as its schema has it, in the order in which it is given."""
     stated = {name: part for name, part in parts.items() if part is not None}
-    return ReportFileSchema.model_validate(stated).model_dump(exclude_unset=True)
+    shaped: dict[str, Any] = _in_order_of(
+        stated, ReportFileSchema.model_validate(stated).model_dump(exclude_unset=True)
+    )
+    return shaped
+
+
+def _in_order_of(given: Any, dumped: Any) -> Any:
+    if isinstance(given, Mapping):
+        return {name: _in_order_of(part, dumped[name]) for name, part in given.items()}
+    if isinstance(given, list | tuple):
+        return [_in_order_of(*pair) for pair in zip(given, dumped, strict=True)]
+    return dumped
 
 
 def _measure(job: Job, dense: Network, pruned: Network, int8: Int8File | None) -> Latency:

@@ -41,7 +41,7 @@ MOST_CHOSEN_ON, FEWEST_CHOSEN_ON = 10_000, 500  # images; between them as many a
 CHOSEN_ON_MACS = 5e11
 UNPROVABLE = (
     "the 8-bit file is not delivered: with the scheme int8_vnni it is right only on processors with VNNI or AMX, and on "
-    "ARM, and this worker's processor is none of them, so that the file cannot be proven here; submit the job to a worker "
+    "ARM, and this worker's processor is none of them, so that the file cannot be verified here; submit the job to a worker "
     "that has one, or with the scheme int8_static, which is right on every processor"
 )
 USUAL_AGREEMENT, USUAL_RMSE_RATIO = 0.97, 0.05  # what is worse is said in the report
@@ -115,7 +115,7 @@ def _make(job: Job, network: Network, wanted_NK: Logits, step: Quantize, began: 
         waiting=job.monitor.check_cancel_or_pause,
     )
     found = quantize(quantizer, chosen_on, most_drop=step.max_accuracy_drop, exclude=step.exclude)
-    # batches as in the clean process of the proof
+    # batches as in the clean process of the verification
     largest = max((graph, job.plan.baseline), key=lambda one: cost(one).macs)
     test = Sample(job.splits.test, job.preprocessing, verification_batch_size(largest))
     logits_NK = quantizer.logits(found.file, test)

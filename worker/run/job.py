@@ -98,13 +98,15 @@ class Job:
     checkpoints: CheckpointWriter
     rewind_epochs: frozenset[int]
     """Of the first training: the epochs whose weights a retraining with weight_rewind goes back to."""
+    began: float
+    """On the monotonic clock: from here on the seconds of this attempt count."""
     retried: bool = False
     micro_batches: int = 1
 
     monitor: JobMonitor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.monitor = JobMonitor(self)
+        self.monitor = JobMonitor(self, began=self.began)
 
     @property
     def training(self) -> Training:

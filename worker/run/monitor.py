@@ -38,11 +38,12 @@ class Monitored(Protocol):
 class JobMonitor:
     """The monitor of all trainings of one job: writes down what happens, and ends them when the user asks."""
 
-    def __init__(self, job: Monitored) -> None:
+    def __init__(self, job: Monitored, *, began: float) -> None:
+        """`began`, on the monotonic clock: from there on seconds are added to the job's."""
         self._job = job
         self._images_per_s: float | None = None
         self._metrics: dict[str, float] = {}
-        self._counted_until = time.monotonic()
+        self._counted_until = began
 
     def enter(self, phase_name: str, *, message: str, resumed: bool = False) -> None:
         """Begin the phase of this name: write an event, and the progress."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 import torch
@@ -63,6 +64,8 @@ def prepare(task: Task, journal: Journal) -> Job:
     digest = spec_digest(task.spec)
     origin = Origin(plan, task.sources, precision, digest, dataset.sha256)
     identity = {"job_id": task.job_id, "spec_sha256": digest, "data_sha256": dataset.sha256}
+    checkpoints = CheckpointWriter(task.scratch, journal, interval_s=task.checkpoint_interval_s, identity=identity)
+    began = time.monotonic()
     return Job(
         task=task,
         journal=journal,
@@ -76,8 +79,9 @@ def prepare(task: Task, journal: Journal) -> Job:
         origin=origin,
         reached=origin.resume(task.resume, journal),
         tracker=ProgressTracker(_estimates(plan, splits, stages)),
-        checkpoints=CheckpointWriter(task.scratch, journal, interval_s=task.checkpoint_interval_s, identity=identity),
+        checkpoints=checkpoints,
         rewind_epochs=_rewind_epochs(plan),
+        began=began,
     )
 
 

@@ -26,7 +26,9 @@ from worker.verification.verification import compute_logits
 
 
 def tabulate(job: Job) -> None:
-    """Fill `run_record.sensitivity`, a row for each group, from where an earlier attempt left it; a checkpoint after each.
+    """Fill the table in the job's record, a row for each group, from where an earlier attempt left it.
+
+    A checkpoint is saved after each row.
 
     Raises:
         Interrupted: the user asked for something; the rows so far stay.

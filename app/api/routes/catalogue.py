@@ -11,7 +11,7 @@ from starlette.responses import Response
 from app.api import responses
 from app.api.rendering import Json
 from app.spec.catalogue import optimization_catalogue, preset_catalogue
-from app.spec.job import PresetModel
+from app.spec.model import PresetModel
 
 router = APIRouter(prefix="/v1", tags=["the job language"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
@@ -18,6 +19,9 @@ class Activation(Layer):
     """A function of each element (softmax: of the channels at each position)."""
 
     monotone: ClassVar[bool] = False
+    gain: ClassVar[float]
+    """What the deviation of the weights before it is multiplied by, so that deep networks train from the start: sqrt(2)
+    for rectifiers, which halve the mean square (He et al. 2015, arXiv 1502.01852)."""
     why_not_after_logits: ClassVar[str | None] = (
         "class scores are unbounded numbers: the loss and the export apply softmax themselves"
     )
@@ -30,6 +34,7 @@ class Activation(Layer):
 class ReLU(Activation):
     """`relu`: max(0, x)."""
 
+    gain: ClassVar[float] = math.sqrt(2)
     monotone: ClassVar[bool] = True
     saves_output: ClassVar[bool] = True
     type: Literal["relu"] = "relu"
@@ -38,6 +43,7 @@ class ReLU(Activation):
 class ReLU6(Activation):
     """`relu6`: min(6, max(0, x))."""
 
+    gain: ClassVar[float] = math.sqrt(2)
     monotone: ClassVar[bool] = True
     saves_inputs: ClassVar[bool] = True
     type: Literal["relu6"] = "relu6"
@@ -46,6 +52,7 @@ class ReLU6(Activation):
 class LeakyReLU(Activation):
     """`leaky_relu`: x where positive, else negative_slope * x. Monotone where the slope is not negative."""
 
+    gain: ClassVar[float] = math.sqrt(2)
     saves_inputs: ClassVar[bool] = True
     type: Literal["leaky_relu"] = "leaky_relu"
     negative_slope: Annotated[float, Field(ge=-10, le=10)] = 0.01
@@ -58,6 +65,7 @@ class LeakyReLU(Activation):
 class SiLU(Activation):
     """`silu`: x * sigmoid(x)."""
 
+    gain: ClassVar[float] = math.sqrt(2)
     saves_inputs: ClassVar[bool] = True
     type: Literal["silu"] = "silu"
 
@@ -65,6 +73,7 @@ class SiLU(Activation):
 class GELU(Activation):
     """`gelu`: x times the normal distribution function of x, exact (no tanh approximation)."""
 
+    gain: ClassVar[float] = math.sqrt(2)
     saves_inputs: ClassVar[bool] = True
     type: Literal["gelu"] = "gelu"
 
@@ -72,6 +81,7 @@ class GELU(Activation):
 class Hardswish(Activation):
     """`hardswish`: x * relu6(x + 3) / 6."""
 
+    gain: ClassVar[float] = math.sqrt(2)
     saves_inputs: ClassVar[bool] = True
     type: Literal["hardswish"] = "hardswish"
 
@@ -79,6 +89,7 @@ class Hardswish(Activation):
 class Hardsigmoid(Activation):
     """`hardsigmoid`: relu6(x + 3) / 6."""
 
+    gain: ClassVar[float] = 1.0
     monotone: ClassVar[bool] = True
     saves_inputs: ClassVar[bool] = True
     type: Literal["hardsigmoid"] = "hardsigmoid"
@@ -87,6 +98,7 @@ class Hardsigmoid(Activation):
 class Sigmoid(Activation):
     """`sigmoid`: 1 / (1 + exp(-x))."""
 
+    gain: ClassVar[float] = 1.0
     monotone: ClassVar[bool] = True
     saves_output: ClassVar[bool] = True
     type: Literal["sigmoid"] = "sigmoid"
@@ -95,6 +107,7 @@ class Sigmoid(Activation):
 class Tanh(Activation):
     """`tanh`."""
 
+    gain: ClassVar[float] = 5 / 3
     monotone: ClassVar[bool] = True
     saves_output: ClassVar[bool] = True
     type: Literal["tanh"] = "tanh"
@@ -103,6 +116,7 @@ class Tanh(Activation):
 class Softmax(Activation):
     """`softmax` over the channels, at each position."""
 
+    gain: ClassVar[float] = 1.0
     saves_output: ClassVar[bool] = True
     type: Literal["softmax"] = "softmax"
 
@@ -110,6 +124,7 @@ class Softmax(Activation):
 class PReLU(Activation, Shareable):
     """`prelu`: x where positive, else weight * x, one trained weight per channel."""
 
+    gain: ClassVar[float] = math.sqrt(2)
     saves_inputs: ClassVar[bool] = True
     type: Literal["prelu"] = "prelu"
 

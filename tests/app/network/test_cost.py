@@ -21,7 +21,8 @@ from app.network.cost import (
     training_memory,
 )
 from app.network.graph import build_graph
-from app.network.layers.registry import read_layers
+from app.network.layers.activations import Activation
+from app.network.layers.registry import LAYERS, read_layers
 from app.network.presets.registry import preset_layers
 from tests.support.networks.layer_samples import LayerList, conv, layer
 from worker.network import build_network
@@ -101,6 +102,13 @@ def test_what_training_keeps_is_what_autograd_keeps(name: str) -> None:
     shape = (3, 12, 12)
     counted = activation_elements(build_graph(read_layers(KEEPERS[name]), shape))
     assert counted == pytest.approx(_kept_by_autograd(KEEPERS[name], shape, batch=4), rel=0.05)
+
+
+@pytest.mark.parametrize("kind", [name for name, kind in LAYERS.items() if issubclass(kind, Activation)])
+def test_what_an_activation_keeps_is_what_autograd_keeps(kind: str) -> None:
+    layers, shape = [conv(8), layer(kind), conv(8), *HEAD], (3, 12, 12)
+    counted = activation_elements(build_graph(read_layers(layers), shape))
+    assert counted == pytest.approx(_kept_by_autograd(layers, shape, batch=4), rel=0.05)
 
 
 def test_memory_counts_batches_and_the_optimizers_copies() -> None:

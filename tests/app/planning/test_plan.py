@@ -9,9 +9,15 @@ from typing import Any
 import pytest
 
 from app.network.cost import cost
-from app.planning.plan import JobLimits, given_graph, make_plan, plan_answer
+from app.network.editor import GraphEditor
+from app.network.graph import build_graph
+from app.network.layers.activations import LeakyReLU
+from app.network.layers.registry import read_layers
+from app.network.node import Limits
+from app.planning.plan import JobLimits, _changes, given_graph, make_plan, plan_answer
 from app.settings import Settings
-from app.spec.job import LayersModel, PresetModel, parse_job
+from app.spec.job import parse_job
+from app.spec.model import LayersModel, PresetModel
 from tests.support.jobs.specs import COLOUR, GREY, PICTURES, document, job, plan
 
 STEPS: list[dict[str, Any]] = [
@@ -148,3 +154,13 @@ def test_a_batch_size_that_is_not_stated_is_no_larger_than_the_training_part() -
     assert small.spec.training.batch_size == 90
     assert make_plan(parse_job(small.spec.document()), GREY).spec == small.spec
     assert plan(data={"dataset": "x", "limit": 1000}).spec.training.batch_size == 128
+
+
+def test_a_rewrite_that_changes_a_layers_type_is_told_as_such() -> None:
+    before = build_graph(
+        read_layers([{"type": "conv", "out_channels": 4, "kernel_size": 3}, {"type": "relu"}]), (3, 8, 8)
+    )
+    editor = GraphEditor(before)
+    editor.replace_layer("relu1", LeakyReLU(negative_slope=0.2))
+    (row,) = _changes(before, editor.graph(Limits()), "swap", "/optimizations/0")
+    assert (row.layer, row.action, row.reason) == ("relu1", "replace", "relu replaced with leaky_relu by swap")

@@ -12,6 +12,7 @@ from torch import nn
 from app.compression.int8 import FLOAT_REASONS
 from app.network.blocks import WEIGHTED
 from app.network.graph import build_graph
+from app.network.layers.activations import Activation
 from app.network.layers.layer import Layer
 from app.network.layers.registry import COMPUTED, CONTAINERS, LAYERS, read_layers
 from app.pruning import channel_rules
@@ -45,6 +46,11 @@ def test_every_layer_of_the_language_has_all_its_entries(kind: str) -> None:
 
 def test_a_layer_without_entries_is_noticed() -> None:
     assert missing_entries(Whiten) == ["sample", "rule of the worker", "channel rule", "8-bit entry"]
+
+
+def test_every_activation_states_the_gain_of_the_weights_before_it() -> None:
+    silent = [name for name, kind in LAYERS.items() if issubclass(kind, Activation) and "gain" not in vars(kind)]
+    assert silent == []
 
 
 def test_no_table_knows_a_layer_that_the_language_does_not_have() -> None:

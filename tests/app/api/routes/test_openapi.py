@@ -24,6 +24,9 @@ from tests.support.jobs.weights import good
 from tests.support.services.api import FILES, SPEC, Api, open_api
 
 
+WITHOUT_SHAPE = {"get /metrics"}  # text in the form of Prometheus
+
+
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     with open_api(tmp_path_factory.mktemp("home")) as api:
@@ -89,6 +92,20 @@ def test_every_route_is_described_and_says_that_errors_are_problems(openapi):
         assert list(operation["responses"]["default"]["content"]) == ["application/problem+json"]
         assert "422" not in operation["responses"], "FastAPI's own error is not ours"
     assert "HTTPValidationError" not in openapi["components"]["schemas"]
+
+
+def test_no_route_lacks_a_summary_a_description_and_the_shape_of_its_answer(openapi):
+    operations = {
+        f"{method} {path}": operation
+        for path, methods in openapi["paths"].items()
+        for method, operation in methods.items()
+    }
+    for place, operation in operations.items():
+        assert operation.get("summary"), place
+        assert operation.get("description"), place
+        good = [answer for status, answer in operation["responses"].items() if status in ("200", "201", "202")]
+        shaped = [content.get("schema") for answer in good for content in answer.get("content", {}).values()]
+        assert any(shaped) or place.startswith("delete ") or place in WITHOUT_SHAPE, place
 
 
 def test_the_body_of_a_submit_is_the_job_language(openapi):
