@@ -23,7 +23,6 @@ from app.schemas.upload import DatasetSchema, DatasetsSchema, WeightsPageSchema,
 from tests.support.jobs.weights import good
 from tests.support.services.api import FILES, SPEC, Api, open_api
 
-
 WITHOUT_SHAPE = {"get /metrics"}  # text in the form of Prometheus
 
 
