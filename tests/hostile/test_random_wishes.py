@@ -13,7 +13,9 @@ from app.errors import Fault, InvalidSpec
 from app.planning.plan import make_plan, plan_answer
 from app.spec.data import Synthetic, synthetic_facts
 from app.spec.job import parse_job
+from app.spec.optimizations import OPTIMIZATIONS
 from app.spec.prune import Criterion
+from app.spec.quantize import Quantize
 from app.spec.references import Source
 from tests.support.jobs.sources import source_of
 from tests.support.jobs.tiny import SHAPE, SYNTHETIC, tiny_layers
@@ -45,6 +47,8 @@ BUDGETS += ({"latency_ms": 0.3, "absolute": True}, {"macs": 1e-9}, {})
 SCHEDULES = ({"name": "one_shot"}, {"name": "iterative", "steps": 3}, {"name": "cubic"}, {"name": "cubic", "epochs": 1})
 POLICIES = ("lr_rewind", "fine_tune", "weight_rewind", "none")
 CRITERIA = get_args(Criterion)
+SCHEMES = get_args(Quantize.model_fields["scheme"].annotation)
+OPTIMIZATION_TYPES = tuple(part.model_fields["type"].default for part in OPTIMIZATIONS)
 
 Values = Sequence[Any] | Callable[[random.Random], Any]
 
@@ -96,19 +100,21 @@ def prune(draw: random.Random) -> dict[str, Any]:
     return {"type": "prune", **drawn(draw, fields)}
 
 
+FIELDS_OF: dict[str, dict[str, tuple[float, Values]]] = {
+    "low_rank": {"rank": (0.4, (1, 4, 999)), "energy": (0.3, (0.5,)), "budget": (0.3, BUDGETS)},
+    "separable": {"exclude": (0.3, some)},
+    "quantize": {"exclude": (0.3, some), "scheme": (0.3, SCHEMES)},
+    "distill": {"teacher": (0.9, ("@three", "@ten"))},
+    "regularization": {"group_lasso": (0.5, (0, 1e-3)), "l1": (0.5, (1e-4,))},
+}
+"""What is drawn for an optimization; one that is not here is asked for with its defaults."""
+
+
 def optimization(draw: random.Random) -> dict[str, Any]:
     if draw.random() < 0.6:
         return prune(draw)
-    others: tuple[tuple[str, dict[str, tuple[float, Values]]], ...] = (
-        ("low_rank", {"rank": (0.4, (1, 4, 999)), "energy": (0.3, (0.5,)), "budget": (0.3, BUDGETS)}),
-        ("separable", {"exclude": (0.3, some)}),
-        ("quantize", {"exclude": (0.3, some)}),
-        ("distill", {"teacher": (0.9, ("@three", "@ten"))}),
-        ("regularization", {"group_lasso": (0.5, (0, 1e-3)), "l1": (0.5, (1e-4,))}),
-        *((kind, {}) for kind in ("batch_norm", "dropout", "small_kernels", "deeper", "residual")),
-    )
-    kind, fields = draw.choice(others)
-    return {"type": kind, **drawn(draw, fields)}
+    kind = draw.choice([name for name in OPTIMIZATION_TYPES if name != "prune"])
+    return {"type": kind, **drawn(draw, FIELDS_OF.get(kind, {}))}
 
 
 def wish(draw: random.Random) -> dict[str, Any]:

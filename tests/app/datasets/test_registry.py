@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,14 +17,6 @@ from app.spec.data import DataSpec
 from app.storage import LocalStorage, Storage
 from tests.support.services.datasets import TENANT, check_pending, keys, ready, register, sweep
 from tests.support.services.uploads import class_folders, images, labels, npz, zipped
-
-
-@pytest.fixture
-def db(tmp_path: Path) -> Iterator[Database]:
-    database = Database(f"sqlite:///{tmp_path / 'espalier.sqlite'}")
-    database.upgrade()
-    yield database
-    database.close()
 
 
 @pytest.fixture

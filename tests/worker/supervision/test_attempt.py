@@ -43,14 +43,6 @@ class Store(LocalStorage):
 
 
 @pytest.fixture
-def db(tmp_path: Path) -> Iterator[Database]:
-    database = Database(f"sqlite:///{tmp_path / 'espalier.sqlite'}")
-    database.upgrade()
-    yield database
-    database.close()
-
-
-@pytest.fixture
 def trainer_pool(tmp_path: Path) -> Iterator[TrainerPool]:
     """A pool whose folder is a file: no trainer starts."""
     (tmp_path / "blocked").touch()

@@ -39,14 +39,6 @@ class Store(LocalStorage):
 
 
 @pytest.fixture
-def db(tmp_path: Path) -> Iterator[Database]:
-    database = Database(f"sqlite:///{tmp_path / 'espalier.sqlite'}")
-    database.upgrade()
-    yield database
-    database.close()
-
-
-@pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "objects")
 
