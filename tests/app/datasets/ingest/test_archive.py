@@ -181,6 +181,14 @@ def test_a_zip_in_a_method_that_hides_memory_is_refused(tmp_path: Path) -> None:
     assert "use deflate" in refusal(tmp_path / "x")
 
 
+def test_a_zip_of_a_version_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "x", {"a": b"1" * 100})
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\x01\x02") + 6] = 99  # the version needed to read the member: 9.9
+    path.write_bytes(data)
+    assert "cannot be read: zip file version 9.9" in refusal(path)
+
+
 @pytest.mark.parametrize("pack", ["zip", "tar", "tar.gz"])
 def test_an_archive_that_is_cut_off_anywhere_is_refused(tmp_path: Path, pack: str) -> None:
     path = tmp_path / "x"
