@@ -14,12 +14,12 @@ from pydantic import (
 )
 from pydantic.functional_validators import AfterValidator
 
+from app.network.layers.containers import MOST_LAYERS
 from app.network.layers.registry import AnyLayer
 from app.network.presets.registry import PRESETS
 from app.spec.prune import NetworkName
 from app.validation.strict import JobId, Shape, Strict, Text, fault
 
-MOST_LAYERS = 10_000
 MOST_CHANNELS = 65_536
 
 Head = Literal["auto", "keep", "new"]
