@@ -18,7 +18,7 @@ FLOAT_BYTES = 4
 SAFETENSORS_METADATA = {"espalier": '{"format_version":1}'}
 """The metadata of every file of weights. One key only: with more, safetensors writes them in an order that changes."""
 
-_OPTIMIZER_COPIES = {"sgd": 1, "adam": 2, "adamw": 2}
+_OPTIMIZER_COPIES = {"sgd": 1, "muon": 1, "adam": 2, "adamw": 2}
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def activation_elements(graph: Graph) -> int:
 
 
 def training_memory(graph: Graph, *, batch_size: int, optimizer: str) -> Memory:
-    """An estimate of the memory that training takes; `optimizer` is "sgd" (with momentum), "adam" or "adamw".
+    """An estimate of the memory that training takes; `optimizer` is "sgd" (with momentum), "muon", "adam" or "adamw".
 
     Raises:
         KeyError: another optimizer.

@@ -224,8 +224,9 @@ def warnings(spec: JobSpec, facts: DataFacts, graph: Graph) -> Iterator[Fault]:
     """What is allowed but probably not meant."""
     if spec.data.limit is not None and spec.data.limit > facts.train:
         yield Fault("/data/limit", f"is more than the {facts.train} training images there are: all are used")
-    if len(graph.input_shape) == 2 and "horizontal_flip" in spec.training.augmentation:
-        yield Fault("/training/augmentation", "horizontal_flip lets 1-D examples run backwards")
+    flips = [name for name in spec.training.augmentation if name.endswith("_flip")]
+    if len(graph.input_shape) == 2 and flips:
+        yield Fault("/training/augmentation", f"{flips[0]} lets 1-D examples run backwards")
     regularizations = [(i, step) for i, step in enumerate(spec.optimizations) if isinstance(step, Regularization)]
     for position, step in regularizations:
         yield from _regularization_warnings(spec, facts, graph, step, f"/optimizations/{position}")

@@ -30,7 +30,13 @@ MOST_PATTERNS = 256
 MOST_STARS = 8  # in one pattern: each is a search
 USUAL_RETRAINING = 3  # epochs, where there is no training to take a third of
 
-Augmentation = Literal["random_crop", "horizontal_flip", "cutout"]
+WITH_MOMENTUM = ("sgd", "muon")
+
+Augmentation = Literal["random_crop", "random_crop_zeros", "horizontal_flip", "alternating_flip", "cutout"]
+EITHER_OR: tuple[tuple[Augmentation, Augmentation], ...] = (
+    ("random_crop", "random_crop_zeros"),
+    ("horizontal_flip", "alternating_flip"),
+)
 Export = Literal["safetensors", "onnx", "pytorch"]
 EXPORTS: tuple[Export, ...] = ("safetensors", "onnx", "pytorch")
 
@@ -60,25 +66,41 @@ def _without_repetition(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
-class Optimizer(Strict):
-    """SGD, Adam or AdamW, with PyTorch's names."""
+def _one_of_a_kind(wanted: tuple[Augmentation, ...]) -> tuple[Augmentation, ...]:
+    for pair in EITHER_OR:
+        if set(pair) <= set(wanted):
+            later = max(wanted.index(name) for name in pair)
+            raise fault(f"{pair[0]} and {pair[1]} exclude each other", field=str(later), value=wanted[later])
+    return wanted
 
-    name: Literal["sgd", "adam", "adamw"] = "sgd"
+
+class Optimizer(Strict):
+    """SGD, Muon, Adam or AdamW, with PyTorch's names.
+
+    `muon` is SGD whose steps on inner weights are orthogonal matrices, at half the rate (Jordan et al., 2024).
+    """
+
+    name: Literal["sgd", "muon", "adam", "adamw"] = "sgd"
     lr: LearningRate = Field(
-        description="Highest learning rate. Default: 0.1 for sgd, 0.001 for the others.",
-        default_factory=lambda data: 0.1 if data.get("name") == "sgd" else 0.001,
+        description="Highest learning rate. Default: 0.1 for sgd and muon, 0.001 for the others.",
+        default_factory=lambda data: 0.1 if data.get("name") in WITH_MOMENTUM else 0.001,
     )
     momentum: float = Field(
-        ge=0, lt=1, description="sgd only.", default_factory=lambda data: 0.9 if data.get("name") == "sgd" else 0.0
+        ge=0,
+        lt=1,
+        description="sgd and muon.",
+        default_factory=lambda data: 0.9 if data.get("name") in WITH_MOMENTUM else 0.0,
     )
     nesterov: bool = Field(
-        description="sgd only; needs momentum.", default_factory=lambda data: data.get("momentum", 0.0) > 0
+        description="sgd and muon; needs momentum.", default_factory=lambda data: data.get("momentum", 0.0) > 0
     )
     weight_decay: float = Field(
         ge=0,
         le=1,
-        description="Default: 5e-4 for sgd, 0 for adam, 0.01 for adamw (decoupled there).",
-        default_factory=lambda data: {"sgd": 5e-4, "adam": 0.0, "adamw": 0.01}.get(data.get("name", ""), 0.0),
+        description="Default: 5e-4 for sgd and muon, 0 for adam, 0.01 for adamw (decoupled there).",
+        default_factory=lambda data: {"sgd": 5e-4, "muon": 5e-4, "adam": 0.0, "adamw": 0.01}.get(
+            data.get("name", ""), 0.0
+        ),
     )
     betas: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
@@ -87,7 +109,7 @@ class Optimizer(Strict):
     eps: Annotated[float, Field(gt=0, le=1, description="adam and adamw.")] = 1e-8
 
     def _foreign(self) -> tuple[str, ...]:
-        return ("betas", "eps") if self.name == "sgd" else ("momentum", "nesterov")
+        return ("betas", "eps") if self.name in WITH_MOMENTUM else ("momentum", "nesterov")
 
     @model_validator(mode="after")
     def _fields_fit_name(self) -> Self:
@@ -168,7 +190,16 @@ class Training(Strict):
     batch_size: Annotated[int, Field(ge=1, le=65_536)] = 128
     optimizer: Optimizer = Field(default_factory=Optimizer)
     schedule: Schedule = Field(default_factory=Schedule)
-    augmentation: Annotated[tuple[Augmentation, ...], Field(max_length=16), AfterValidator(_without_repetition)] = ()
+    augmentation: Annotated[
+        tuple[Augmentation, ...],
+        Field(
+            max_length=16,
+            description="Random changes of training images: crops that fill by reflection or with zeros (black), flips "
+            "of random images or of each in every other epoch, a cut-out box.",
+        ),
+        AfterValidator(_without_repetition),
+        AfterValidator(_one_of_a_kind),
+    ] = ()
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     ema_decay: Annotated[
         float | None, Field(gt=0, lt=1, description="Decay of the running average of the weights that is evaluated.")

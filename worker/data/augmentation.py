@@ -29,29 +29,42 @@ class Axes:
 
 
 def source_positions(
-    axes: Axes, images: int, wanted: Collection[str], generator: torch.Generator
+    axes: Axes,
+    images: int,
+    wanted: Collection[str],
+    generator: torch.Generator,
+    turned: Tensor | None = None,
 ) -> list[tuple[int, Tensor]]:
-    """(axis, positions N x S) for every axis that `random_crop` or `horizontal_flip` changes; positions are int64.
+    """(axis, positions N x S) for every axis that a crop or a flip changes; positions are int64, -1 is outside.
 
-    A crop moves an image by up to 4 positions (a seventh of the axis where that is less) and fills what comes in from
-    outside by reflection, which is in place for pictures, signals and volumes alike. A flip turns the last axis round
-    in half of the images.
+    A crop moves an image by up to 4 positions (a seventh of the axis where that is less). `random_crop` fills what comes
+    in from outside by reflection, which is in place for pictures, signals and volumes alike; `random_crop_zeros` with
+    zeros as they are stored (black), torchvision's default. `horizontal_flip` turns the last axis round in half of the
+    images; `turned` (N, bool) says in which, else they are drawn.
     """
+    crops = bool({"random_crop", "random_crop_zeros"}.intersection(wanted))
     changed: list[tuple[int, Tensor]] = []
     for number, size in enumerate(axes.sizes):
         positions = torch.arange(size).expand(images, size)
-        shift = min(LARGEST_SHIFT, size // SMALLEST_SHARE) if "random_crop" in wanted else 0
+        shift = min(LARGEST_SHIFT, size // SMALLEST_SHARE) if crops else 0
         if shift:
-            offsets = torch.randint(-shift, shift + 1, (images, 1), generator=generator)
-            positions = (positions + offsets).abs()
-            positions = torch.where(positions >= size, 2 * (size - 1) - positions, positions)
-        flips = "horizontal_flip" in wanted and number == len(axes.sizes) - 1
+            positions = positions + torch.randint(-shift, shift + 1, (images, 1), generator=generator)
+            positions = _inside(positions, size, reflect="random_crop" in wanted)
+        flips = (turned is not None or "horizontal_flip" in wanted) and number == len(axes.sizes) - 1
         if flips:
-            turned = torch.randint(0, 2, (images, 1), generator=generator).bool()
-            positions = torch.where(turned, positions.flip(1), positions)
+            flipped = torch.randint(0, 2, (images,), generator=generator).bool() if turned is None else turned
+            positions = torch.where(flipped[:, None], positions.flip(1), positions)
         if shift or flips:
             changed.append((axes.first + number, positions))
     return changed
+
+
+def _inside(positions: Tensor, size: int, *, reflect: bool) -> Tensor:
+    """Positions that lie outside of 0 to size - 1 reflected into it, else -1."""
+    if not reflect:
+        return torch.where((positions < 0) | (positions >= size), -1, positions)
+    positions = positions.abs()
+    return torch.where(positions >= size, 2 * (size - 1) - positions, positions)
 
 
 def gather_axis(images: Tensor, axis: int, positions: Tensor) -> Tensor:
@@ -92,7 +105,12 @@ def cut_out(images: Tensor, axes: Axes, generator: torch.Generator) -> None:
 
 
 def shift_and_flip(images: Tensor, changes: Sequence[tuple[int, Tensor]]) -> Tensor:
-    """The batch after all `changes` that `source_positions` drew."""
+    """The batch after all `changes` that `source_positions` drew; what comes from outside is 0."""
     for axis, positions in changes:
-        images = gather_axis(images, axis, positions.to(images.device, non_blocking=True))
+        outside = positions < 0
+        images = gather_axis(images, axis, positions.clamp(min=0).to(images.device, non_blocking=True))
+        if outside.any():
+            shape = [len(images) if place == 0 else 1 for place in range(images.ndim)]
+            shape[axis] = images.shape[axis]
+            images *= (~outside).to(images.device, images.dtype, non_blocking=True).view(shape)
     return images

@@ -223,6 +223,24 @@ def _moments(split: Split, channels: int) -> tuple[list[float], list[float]]:
     return mean, mean_of(np.array(mean), 2)
 
 
+def equal_batches(examples: int, batch_size: int) -> list[tuple[int, int]]:
+    """(first, last + 1) of each batch of an epoch: as few as hold all, and as large as one another up to one example.
+
+    A last batch of what is left over would be a whole step, and whole batch statistics, on a few examples: on 5,000
+    images in batches of 128 (8 are left) it cost 1 to 2 points of accuracy. Batch norm cannot train on a batch of one
+    example, so of an odd number in batches of 2 one is left out, another in each epoch.
+    """
+    count = -(-examples // batch_size)
+    if batch_size > 1 and 1 < examples < 2 * count:
+        examples, count = examples - 1, count - 1
+    return [(number * examples // count, (number + 1) * examples // count) for number in range(count)]
+
+
+def full_batches(examples: int, batch_size: int) -> list[tuple[int, int]]:
+    """(first, last + 1) of each batch: all full but the last, for evaluations, which sum over examples."""
+    return [(start, min(start + batch_size, examples)) for start in range(0, examples, batch_size)]
+
+
 class BatchLoader:
     """The examples of a split in batches on a device: float32 images N x C x ... as the network takes them, labels N.
 
@@ -241,22 +259,24 @@ class BatchLoader:
         augmentation: Sequence[str] = (),
         seed: int = 0,
         channels_last: bool = False,
-        drop_last: bool = False,
         shuffle: bool = True,
         resident: bool | None = None,
     ) -> None:
-        """`resident` None: as memory allows. Without `shuffle`: all examples in order, for evaluations."""
+        """`batch_size` is the largest batch; `resident` None: as memory allows.
+
+        With `shuffle` batches are equal (`equal_batches`); without, all examples come in order, for evaluations.
+        """
         self._split = split
-        self._batch_size = batch_size
+        self._bounds = (equal_batches if shuffle else full_batches)(len(split), batch_size)
         self._device = torch.device(device)
         self._augmentation = frozenset(augmentation)
         self._seed = seed
         self._shuffle = shuffle
-        self._drop_last = drop_last
         source = split.open()
         self._channels, *sizes = source.shape[1:]
         self._channels_last = channels_last and len(sizes) in (2, 3)
         self._axes = Axes(1 if self._channels_last else 2, tuple(sizes))
+        self._flips = self._first_flips() if "alternating_flip" in self._augmentation else None
         self._scale = float(np.float32(preprocessing.scale))
         self._mean = self._along_batch(preprocessing.mean)
         self._std = self._along_batch(preprocessing.std)
@@ -266,17 +286,16 @@ class BatchLoader:
         self._resident = self._load() if resident else None
 
     def __len__(self) -> int:
-        """Batches of one epoch. While training, a last batch of one example is left out: it has no batch statistics."""
-        whole, rest = divmod(len(self._split), self._batch_size)
-        keep_rest = not self._drop_last and not (self._shuffle and rest == 1)
-        return max(whole + (1 if rest and keep_rest else 0), min(1, len(self._split)))
+        """Batches of one epoch."""
+        return len(self._bounds)
 
     def epoch(self, number: int, *, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of epoch `number` from batch `start` on: images N x C x ..., labels N."""
         order = self._order(number)
         for step, raw in self._raw_batches(order, start):
-            chosen = order[step * self._batch_size : (step + 1) * self._batch_size]
-            yield self._prepare(raw, number, step), self._labels[chosen.to(self._device)]
+            chosen = order[slice(*self._bounds[step])]
+            turned = None if self._flips is None else self._flips[chosen] ^ bool(number % 2)
+            yield self._prepare(raw, number, step, turned), self._labels[chosen.to(self._device)]
 
     def _order(self, number: int) -> Tensor:
         if not self._shuffle:
@@ -284,10 +303,18 @@ class BatchLoader:
         generator = torch.Generator().manual_seed(derive_seed(self._seed, "order", number))
         return torch.randperm(len(self._split), generator=generator)
 
+    def _first_flips(self) -> Tensor:
+        """Which examples are flipped in even epochs, the others in odd ones: each is seen both ways in two epochs.
+
+        Jordan, arXiv 2404.00498, section 3.6.
+        """
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, "flips"))
+        return torch.randint(0, 2, (len(self._split),), generator=generator).bool()
+
     def _raw_batches(self, order: Tensor, start: int) -> Iterator[tuple[int, Tensor]]:
         """(number, stored images in our layout on the device) of every batch from `start` on."""
         steps = range(start, len(self))
-        chosen = [order[step * self._batch_size : (step + 1) * self._batch_size] for step in steps]
+        chosen = [order[slice(*self._bounds[step])] for step in steps]
         if self._resident is not None:
             flat = self._resident.flatten(1)
             for step, index in zip(steps, chosen, strict=True):
@@ -302,10 +329,11 @@ class BatchLoader:
                     images = images.pin_memory()
                 yield step, images.to(self._device, non_blocking=True)
 
-    def _prepare(self, raw: Tensor, epoch: int, step: int) -> Tensor:
+    def _prepare(self, raw: Tensor, epoch: int, step: int, turned: Tensor | None) -> Tensor:
         """The network's input of stored images: augmented, `(x * scale - mean) / std` in float32, N x C x ..."""
         generator = torch.Generator().manual_seed(derive_seed(self._seed, "augmentation", epoch, step))
-        raw = shift_and_flip(raw, source_positions(self._axes, len(raw), self._augmentation, generator))
+        changes = source_positions(self._axes, len(raw), self._augmentation, generator, turned)
+        raw = shift_and_flip(raw, changes)
         flat = raw.view(self._flat_shape(len(raw)))
         ready = flat.to(torch.float32, copy=True)
         ready.mul_(self._scale).sub_(self._mean).div_(self._std)

@@ -176,7 +176,6 @@ class Job:
             device=self.precision.device,
             seed=derive_seed(seed, "plain order"),  # a folder has its classes one after the other
             channels_last=self.precision.channels_last,
-            drop_last=True,
         )
 
         def plain() -> Iterator[tuple[Tensor, Tensor]]:

@@ -15,8 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from app.network.graph import Graph
+from app.network.layers.names import INPUT
 from app.spec.job import Optimizer
 from worker.network import Network
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+INNER_SHARE = 0.5  # of the rate, for orthogonal steps: found with the recipes (benchmarks/recipes.py)
 
 
 class ParameterOptimizer(ABC):
@@ -110,6 +116,48 @@ class SGD(ParameterOptimizer):
         return list(torch._foreach_add(gradients, velocities, alpha=self.momentum))
 
 
+class Muon(SGD):
+    """SGD whose steps on inner weights, a matrix each, are orthogonal: v is replaced by U V^T of its decomposition.
+
+    All directions of a layer then move equally far, which takes fewer steps (Jordan et al., kellerjordan.github.io/
+    posts/muon, in the form of torch.optim.Muon: five Newton-Schulz iterations, rate * sqrt(max(1, rows / columns))).
+    Inner weights move at half the rate, and without weight decay: behind a norm their length means nothing.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], *, inner: Sequence[bool], **options: Any) -> None:
+        """`inner` says of each parameter whether its steps are orthogonal."""
+        super().__init__(parameters, **options)
+        self._inner = {parameter for parameter, is_inner in zip(parameters, inner, strict=True) if is_inner}
+
+    def _move(self, parameters: list[Tensor], gradients: list[Tensor], rate: float) -> None:
+        outer = [index for index, parameter in enumerate(parameters) if parameter not in self._inner]
+        if outer:
+            super()._move([parameters[index] for index in outer], [gradients[index] for index in outer], rate)
+        inner = [index for index, parameter in enumerate(parameters) if parameter in self._inner]
+        if inner:
+            moved = [parameters[index] for index in inner]
+            for parameter, step in zip(moved, self._with_momentum(moved, [gradients[i] for i in inner]), strict=True):
+                matrix = step.flatten(1)
+                scale = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
+                parameter.add_(orthogonal(matrix).view_as(parameter), alpha=-rate * INNER_SHARE * scale)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """About U V^T of a matrix U S V^T: its singular values become 0.7 to 1.2, its directions stay.
+
+    Five Newton-Schulz steps X <- a X + (b A + c A^2) X with A = X X^T, and the coefficients of Jordan et al., which rise
+    fastest from 0.
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / (torch.linalg.matrix_norm(x) + 1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
 class Adam(ParameterOptimizer):
     """m <- b1 * m + (1 - b1) * g, v <- b2 * v + (1 - b2) * g^2, w <- w - lr * m' / (sqrt(v') + eps).
 
@@ -164,15 +212,13 @@ def build_optimizer(
     trained = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
     parameters = [parameter for _, parameter in trained]
     own = [factors.get(layer_of(name), 1.0) for name, _ in trained]
-    if spec.name == "sgd":
-        return SGD(
-            parameters,
-            lr=spec.lr,
-            weight_decay=spec.weight_decay,
-            momentum=spec.momentum,
-            nesterov=spec.nesterov,
-            factors=own,
-        )
+    if spec.name in ("sgd", "muon"):
+        options: dict[str, Any] = {"lr": spec.lr, "weight_decay": spec.weight_decay, "factors": own}
+        options |= {"momentum": spec.momentum, "nesterov": spec.nesterov}
+        if spec.name == "sgd":
+            return SGD(parameters, **options)
+        inner = inner_weights(network.graph)
+        return Muon(parameters, inner=[name in inner for name, _ in trained], **options)
     return Adam(
         parameters,
         lr=spec.lr,
@@ -182,6 +228,21 @@ def build_optimizer(
         decoupled=spec.name == "adamw",
         factors=own,
     )
+
+
+def inner_weights(graph: Graph) -> set[str]:
+    """The parameters that Muon takes as matrices: weights of ungrouped convolutions and linear layers between others.
+
+    Not those that read the images or give the class scores: their rows and columns are not of one kind.
+    """
+    layers = [node for node in graph.nodes if node.type in ("conv", "linear") and node.shares is None]
+    reads_images = {node.name for node in layers if node.inputs[0] == INPUT}
+    following = {node.name: graph.consumers(node.name) for node in layers}
+    return {
+        f"{node.name}.weight"
+        for node in layers
+        if node.name not in reads_images and following[node.name] and getattr(node.layer, "groups", 1) == 1
+    }
 
 
 def layer_of(parameter: str) -> str:

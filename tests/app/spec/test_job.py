@@ -264,6 +264,12 @@ def test_label_keys_have_no_colon_and_are_not_empty() -> None:
     [
         ({"model": {"preset": "os.system"}}, "/model/preset", "resnet20"),
         ({"model": {"layers": [{"type": "os.system"}]}}, "/model/layers/0/type", "conv_transpose"),
+        (
+            {"training": {"augmentation": ["cutout", "horizontal_flip", "alternating_flip"]}},
+            "/training/augmentation/2",
+            "excl",
+        ),
+        ({"training": {"augmentation": ["random_crop_zeros", "random_crop"]}}, "/training/augmentation/1", "exclude"),
         ({"training": {"optimizer": {"name": "torch.optim.SGD"}}}, "/training/optimizer/name", "adamw"),
         ({"training": {"schedule": {"name": "x.y"}}}, "/training/schedule/name", "one_cycle"),
         ({"optimizations": [{"type": "sparsify"}]}, "/optimizations/0/type", "small_kernels"),

@@ -51,6 +51,18 @@ def test_a_crop_moves_every_axis_by_up_to_four_and_reflects_what_is_outside() ->
     assert up[-6:].tolist() == [26, 27, 26, 25, 24, 23]
 
 
+def test_a_crop_with_zeros_fills_what_is_outside_with_zeros() -> None:
+    images, axes = batch((28, 32), channels_last=False)
+    images = images.clamp(min=1)
+    changes = source_positions(axes, len(images), ("random_crop_zeros",), generator(2))
+    found = shift_and_flip(images, changes)
+    padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
+    for number, image in enumerate(found):
+        down, right = (int(dict(changes)[axis][number, 14]) - 14 + 4 for axis in (2, 3))
+        assert torch.equal(image, padded[number, :, down : down + 28, right : right + 32])
+    assert (found == 0).any()
+
+
 @pytest.mark.parametrize(("size", "most"), [(6, 0), (8, 1), (14, 2), (28, 4), (224, 4)])
 def test_small_images_move_less(size: int, most: int) -> None:
     changes = source_positions(Axes(2, (size,)), 300, ("random_crop",), generator())

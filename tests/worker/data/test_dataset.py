@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from app.datasets.ingest.limits import UploadLimits
 from app.datasets.ingest.pack import pack_upload
@@ -21,6 +23,7 @@ from worker.data.dataset import (
     Dataset,
     Split,
     derive_seed,
+    equal_batches,
     free_bytes,
     measure_preprocessing,
     split_dataset,
@@ -263,23 +266,53 @@ def test_seed_epoch_and_batch_change_the_augmentation() -> None:
 @pytest.mark.parametrize(
     ("count", "options", "sizes"),
     [
-        (37, {}, [8, 8, 8, 8, 5]),
-        (33, {}, [8, 8, 8, 8]),
+        (37, {}, [7, 7, 8, 7, 8]),
+        (33, {}, [6, 7, 6, 7, 7]),
         (33, {"shuffle": False}, [8, 8, 8, 8, 1]),
-        (37, {"drop_last": True}, [8, 8, 8, 8]),
         (40, {}, [8] * 5),
         (5, {}, [5]),
-        (5, {"drop_last": True}, [5]),
         (1, {}, [1]),
         (3, {"batch_size": 1}, [1, 1, 1]),
+        (7, {"batch_size": 2}, [2, 2, 2]),
     ],
 )
-def test_the_last_batch_is_smaller_but_never_a_lone_example_while_training(
+def test_batches_are_equal_while_training_and_full_in_evaluations(
     count: int, options: dict[str, Any], sizes: list[int]
 ) -> None:
     made = batches((1, 6), count=count, **options)
     assert [len(y) for _, y in made.epoch(0)] == sizes
     assert len(made) == len(sizes)
+
+
+def test_an_alternating_flip_shows_every_image_both_ways_in_two_epochs() -> None:
+    made = batches((1, 6), count=37, augmentation=("alternating_flip",))
+
+    def seen(epoch: int) -> dict[tuple[int, ...], tuple[float, ...]]:
+        return {
+            tuple(sorted(image.flatten().tolist())): tuple(image.flatten().tolist())
+            for shown, _ in made.epoch(epoch)
+            for image in shown
+        }
+
+    first, second, third = seen(0), seen(1), seen(2)
+    assert first == third
+    assert all(second[content] == row[::-1] for content, row in first.items())
+    originals = {tuple(image.flatten().tolist()) for shown, _ in batches((1, 6), count=37).epoch(0) for image in shown}
+    unturned = sum(row in originals for row in first.values())
+    assert 5 < unturned < 32, "about half are turned in the first epoch"
+
+
+@given(examples=st.integers(1, 20_000), batch_size=st.integers(1, 512))
+def test_no_rest_of_an_epoch_is_a_batch_of_its_own(examples: int, batch_size: int) -> None:
+    bounds = equal_batches(examples, batch_size)
+    sizes = [end - start for start, end in bounds]
+    assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) <= batch_size
+    assert min(sizes) >= min(2, batch_size, examples), "batch norm cannot train on one example"
+    left_out = examples - sum(sizes)
+    assert left_out == (1 if batch_size == 2 and examples % 2 and examples > 1 else 0)
+    assert [start for start, _ in bounds[1:]] == [end for _, end in bounds[:-1]]
+    assert len(sizes) == max(1, -(-examples // batch_size) - left_out)
 
 
 def test_a_part_reads_its_rows_in_any_order() -> None:

@@ -10,11 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from app.network.graph import build_graph
+from app.network.layers.registry import read_layers
 from app.spec.job import Optimizer as OptimizerSpec
 from tests.support.jobs.blobs import small_cnn
 from worker.network import build_network
 from worker.precision import Precision
-from worker.training.optimizers import build_optimizer, optimizer_tensors, restore_optimizer
+from worker.training.optimizers import (
+    build_optimizer,
+    inner_weights,
+    optimizer_tensors,
+    orthogonal,
+    restore_optimizer,
+)
 
 SPECS: dict[str, dict[str, Any]] = {
     "sgd": {"name": "sgd", "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0},
@@ -143,3 +151,54 @@ assert "sympy" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("shape", [(8, 40), (40, 8), (16, 16)])
+def test_an_orthogonal_step_keeps_directions_and_makes_singular_values_equal(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    u, values, v = torch.linalg.svd(matrix, full_matrices=False)
+    found = u.T @ orthogonal(matrix) @ v.T
+    assert torch.allclose(found, torch.diag(found.diagonal()), atol=1e-4)
+    seen = found.diagonal()[values > values.max() / 50]
+    assert 0.6 < seen.min() <= seen.max() < 1.3
+
+
+def test_muon_is_torchs_on_inner_weights_and_sgd_on_the_others() -> None:
+    spec = OptimizerSpec(name="muon", lr=0.1, weight_decay=0.0)
+    layers: list[dict[str, Any]] = [
+        {"type": "conv", "out_channels": 6, "kernel_size": 3},
+        {"type": "batch_norm"},
+        {"type": "conv", "out_channels": 9, "kernel_size": 3},
+        {"type": "relu"},
+        {"type": "conv", "out_channels": 9, "kernel_size": 1, "groups": 9},
+        {"type": "global_avg_pool"},
+        {"type": "flatten"},
+        {"type": "linear", "out_features": 3},
+    ]
+    graph = build_graph(read_layers(layers), (1, 8, 8))
+    networks = [build_network(graph, seed=0) for _ in range(3)]
+    inner = sorted(inner_weights(networks[0].graph))
+    assert inner == ["conv2.weight"], "not the first layer, a depthwise one, the class scores, a norm or a bias"
+    ours, plain, reference = networks
+    muon, sgd = build_optimizer(ours, spec), build_optimizer(plain, spec.model_copy(update={"name": "sgd"}))
+    matrix = reference.get_parameter(inner[0]).detach().flatten(1).clone().requires_grad_()
+    torchs_own = torch.optim.Muon([matrix], lr=0.05, weight_decay=0.0, momentum=0.9, nesterov=False)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        for name, mine in ours.named_parameters():
+            gradient = torch.randn(mine.shape, generator=generator)
+            mine.grad, plain.get_parameter(name).grad = gradient, gradient.clone()
+            if name == inner[0]:
+                matrix.grad = gradient.flatten(1).clone()
+        muon.step(), sgd.step(), torchs_own.step()  # type: ignore[func-returns-value]
+    for name, mine in ours.named_parameters():
+        assert torch.equal(mine, plain.get_parameter(name)) == (name != inner[0]), name
+    moved = ours.get_parameter(inner[0]).detach().flatten(1) - reference.get_parameter(inner[0]).detach().flatten(1)
+    assert moved.norm() > 0.1
+    # torch's first velocity is a tenth of the gradient, ours the gradient: the direction is what counts
+    assert (
+        torch.nn.functional.cosine_similarity(
+            moved.flatten(), (matrix.detach() - reference.get_parameter(inner[0]).detach().flatten(1)).flatten(), dim=0
+        )
+        > 0.9
+    )
