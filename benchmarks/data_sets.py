@@ -13,7 +13,7 @@ import json
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from app.spec.data import Synthetic
 SHAPES: dict[str, tuple[int, ...]] = {
     "fashion-mnist": (1, 28, 28),
     "emoji": (3, 32, 32),
+    "emoji-choice": (3, 32, 32),
     "mnist1d": (1, 40),
     "synthetic": (1, 28, 28),
 }
@@ -90,6 +91,35 @@ def emoji() -> dict[str, Images]:
     return {"x_train": train, "y_train": labels, "x_test": test, "y_test": labels, "classes": np.array(classes)}
 
 
+def emoji_choice() -> dict[str, Images]:
+    """3,700 pictures like `emoji`'s, Google's and Apple's to train on, Facebook's to choose by: Twitter's stay unseen."""
+    return _emoji_of(("google", "apple"), "facebook")
+
+
+def _emoji_of(train: Sequence[str], test: str) -> dict[str, Images]:
+    """The pictures that all vendors have: those of `train` one vendor after the other, and those of `test`."""
+    packages = {vendor: _emoji_package(vendor) for vendor in (*train, test)}
+    entries = packages[train[0]][1]
+    chosen = [
+        entry
+        for entry in entries
+        if entry["category"] != "Component" and all(entry["image"] in files for files, _ in packages.values())
+    ]
+    classes = sorted({entry["category"] for entry in chosen})
+    labels = np.array([classes.index(entry["category"]) for entry in chosen], dtype=np.int64)
+    images = {
+        vendor: np.stack([_on_white(files[entry["image"]]) for entry in chosen])
+        for vendor, (files, _) in packages.items()
+    }
+    return {
+        "x_train": np.concatenate([images[vendor] for vendor in train]),
+        "y_train": np.concatenate([labels] * len(train)),
+        "x_test": images[test],
+        "y_test": labels,
+        "classes": np.array(classes),
+    }
+
+
 def _emoji_package(vendor: str) -> tuple[dict[str, bytes], list[dict[str, str]]]:
     """File name -> PNG of one vendor's pictures, and what is said about them."""
     with tempfile.TemporaryDirectory(prefix="emoji-") as folder:
@@ -134,4 +164,8 @@ def mnist1d() -> dict[str, Images]:
     }
 
 
-ARCHIVES: dict[str, Callable[[], dict[str, Images]]] = {"emoji": emoji, "mnist1d": mnist1d}
+ARCHIVES: dict[str, Callable[[], dict[str, Images]]] = {
+    "emoji": emoji,
+    "emoji-choice": emoji_choice,
+    "mnist1d": mnist1d,
+}
