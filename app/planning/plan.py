@@ -24,6 +24,7 @@ from app.rewrites.rewrites import rewrite
 from app.schemas.plan import PlanSchema
 from app.settings import Settings
 from app.spec.data import DataFacts
+from app.spec.default_recipe import with_recipe
 from app.spec.job import JobSpec, completed
 from app.spec.model import JobModel, LayersModel, PresetModel
 from app.spec.optimizations import Optimization, Rewrite, SmallKernels
@@ -93,7 +94,7 @@ def make_plan(
     Raises InvalidSpec with every mistake of meaning that could be found, at most 100.
     """
     known, bounds, faults = sources or {}, _bounds(limits), Faults()
-    spec = _with_batch(completed(spec), facts)
+    spec = with_recipe(completed(spec), facts.training_images(spec.data)[0])
     faults.add(checks.data_faults(spec, facts))
     faults.add(checks.training_faults(spec, bounds.epochs))
     faults.add(checks.order_faults(spec))
@@ -192,14 +193,6 @@ def _bounds(limits: Limits | None) -> JobLimits:
     if limits is None or isinstance(limits, JobLimits):
         return limits or JobLimits()
     return JobLimits(**vars(limits))
-
-
-def _with_batch(spec: JobSpec, facts: DataFacts) -> JobSpec:
-    """`spec` with the default batch no larger than the training part; a batch size that was stated stays and is checked."""
-    images, _ = facts.training_images(spec.data)
-    if "batch_size" in spec.training.model_fields_set or not 1 <= images < spec.training.batch_size:
-        return spec
-    return spec.model_copy(update={"training": spec.training.model_copy(update={"batch_size": images})})
 
 
 def _preset_graph(model: PresetModel, input_shape: tuple[int, ...], classes: int, limits: Limits) -> Graph:

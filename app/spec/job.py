@@ -28,6 +28,7 @@ SPEC_VERSIONS = (1,)
 MOST_OPTIMIZATIONS = 24
 MOST_PATTERNS = 256
 MOST_STARS = 8  # in one pattern: each is a search
+RACE_PART = 4  # one of so many epochs of a retraining is for the race of its rates
 USUAL_RETRAINING = 3  # epochs, where there is no training to take a third of
 
 WITH_MOMENTUM = ("sgd", "muon")
@@ -187,8 +188,18 @@ class Training(Strict):
             description="0: none, for a network that comes trained, from a job or with weights, head included.",
         ),
     ] = 10
-    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 128
-    optimizer: Optimizer = Field(default_factory=Optimizer)
+    batch_size: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=65_536,
+            description="Largest batch: those of an epoch are equal up to one image. Default: 64 where 128 would leave "
+            "fewer than 3000 steps, else 128.",
+        ),
+    ] = 128
+    optimizer: Annotated[Optimizer, Field(description="Default: muon; sgd for a network that comes trained.")] = Field(
+        default_factory=Optimizer
+    )
     schedule: Schedule = Field(default_factory=Schedule)
     augmentation: Annotated[
         tuple[Augmentation, ...],
@@ -311,6 +322,19 @@ def retraining(step: Compression, training: Training) -> Retrain:
         return retrain
     usual = max(1, training.epochs // 3) if training.epochs else USUAL_RETRAINING
     return retrain.model_copy(update={"epochs": 0 if retrain.policy == "none" else usual})
+
+
+def race_epochs(step: Compression, training: Training) -> int:
+    """Epochs of a retraining in which rates are compared, all tries together; the rest is for the best of them.
+
+    A quarter of them with policy auto, 0 where they are fewer than 4, where the rate is stated, and where the sparsity
+    rises while training: a try would see another network than the rest.
+    """
+    retrain = retraining(step, training)
+    rising = isinstance(step, Prune) and step.schedule.name == "cubic"
+    if retrain.policy != "auto" or retrain.lr is not None or rising:
+        return 0
+    return (retrain.epochs or 0) // RACE_PART
 
 
 def completed(spec: JobSpec) -> JobSpec:

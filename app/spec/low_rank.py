@@ -40,7 +40,9 @@ class LowRank(_Replacing):
     layers: Annotated[Names | None, Field(description="Only these layers.")] = None
     exclude: Annotated[tuple[Text, ...], Field(max_length=10_000, description="Layers that are left alone.")] = ()
     round_to: Annotated[int, Field(ge=1, le=1024, description="Ranks by energy and budget are multiples of this.")] = 8
-    retrain: Annotated[Retrain | None, Field(description="Default: a third of the training epochs, lr_rewind.")] = None
+    retrain: Annotated[Retrain | None, Field(description="Default: a third of the training epochs, policy auto.")] = (
+        None
+    )
 
     title = "Low-rank layers"
     examples = (
@@ -74,7 +76,9 @@ class Separable(_Replacing):
     type: Literal["separable"] = "separable"
     layers: Annotated[Names | None, Field(description="Only these convolutions.")] = None
     exclude: Annotated[tuple[Text, ...], Field(max_length=10_000, description="Layers that are left alone.")] = ()
-    retrain: Annotated[Retrain | None, Field(description="Default: a third of the training epochs, lr_rewind.")] = None
+    retrain: Annotated[Retrain | None, Field(description="Default: a third of the training epochs, policy auto.")] = (
+        None
+    )
 
     title = "Separable convolutions"
     examples = ({"type": "separable"},)

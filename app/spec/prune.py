@@ -15,7 +15,7 @@ Structure = Literal["weights", "channels", "n:m", "blocks"]
 Criterion = Literal["l1", "l2", "taylor", "bn_scale", "fpgm", "lamp", "activation", "erk", "random"]
 ChannelCriterion = Literal["l1", "l2", "taylor", "bn_scale", "fpgm", "lamp", "activation", "random"]
 RankingScope = Literal["global", "layer", "sensitivity"]
-Policy = Literal["lr_rewind", "fine_tune", "weight_rewind", "none"]
+Policy = Literal["auto", "lr_rewind", "fine_tune", "weight_rewind", "none"]
 BudgetMeasure = CostMeasure | Literal["latency_ms"]
 BUDGET_MEASURES: tuple[BudgetMeasure, ...] = (*get_args(CostMeasure), "latency_ms")
 NetworkName = Literal["pruned", "baseline"]
@@ -79,14 +79,20 @@ class Distillation(Strict):
 
 
 class Retrain(Strict):
-    """Training after the removal; `lr_rewind` runs the last epochs of the schedule again (Renda, arXiv 2003.02389)."""
+    """Training after the removal, with the training's batches and optimizer.
+
+    `auto`: the rate falls in a line to 0. Where it starts is found by a race, in a retraining of 4 epochs or more: a
+    quarter of the epochs goes to short tries, and the best goes on; `lr` states it instead. `lr_rewind` runs the last epochs
+    of the training's schedule again (Renda et al., arXiv 2003.02389).
+    """
 
     policy: Annotated[
         Policy,
         Field(
-            description="lr_rewind, fine_tune, weight_rewind (masks only), or none: batch norm is recalibrated only."
+            description="auto, lr_rewind, fine_tune, weight_rewind (masks only), or none: batch norm is recalibrated "
+            "only."
         ),
-    ] = "lr_rewind"
+    ] = "auto"
     epochs: Annotated[
         int | None,
         Field(
@@ -105,7 +111,7 @@ class Retrain(Strict):
         if self.policy == "none":
             if self.epochs:
                 raise fault(
-                    "policy none does not retrain: leave epochs out, or choose lr_rewind",
+                    "policy none does not retrain: leave epochs out, or choose auto",
                     field="epochs",
                     limit=0,
                     value=self.epochs,
@@ -284,7 +290,9 @@ class Prune(JobStep):
         default_factory=_scope,
     )
     schedule: PruneSchedule = PruneSchedule()
-    retrain: Annotated[Retrain | None, Field(description="Default: a third of the training epochs, lr_rewind.")] = None
+    retrain: Annotated[Retrain | None, Field(description="Default: a third of the training epochs, policy auto.")] = (
+        None
+    )
     exclude: Annotated[tuple[Text, ...], Field(max_length=10_000, description="Layers that are left alone.")] = ()
     overrides: dict[Text, PruneOverride] = Field(
         default_factory=dict, max_length=10_000, description="Layer name -> what is different for it."

@@ -29,6 +29,7 @@ EVENT_TYPES = (
     "training.stopped_early",
     "prune.planned",
     "prune.applied",
+    "retraining.rate_chosen",
     "quantize.applied",
     "sensitivity.measured",
     "checkpoint.saved",

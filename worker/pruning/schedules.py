@@ -2,7 +2,7 @@
 
     for stage in prune_stages(step, training):              # one_shot and cubic: one; iterative: `steps` of them
         sparsity = stage.sparsity(step.sparsity)            # channels: choose_removals(..., fraction=stage.fraction)
-        rate = retrain_schedule(step, training)             # progress of the retraining (0 to 1) -> learning rate
+        rates = retrain_rates(step, training)               # each: progress of the retraining (0 to 1) -> learning rate
         updates = stage.mask_updates(step.sparsity, steps)  # cubic: {step of the retraining: sparsity from it on}
 
 `retrain.epochs` are the epochs after each removal: an iterative job with 3 steps of 4 epochs retrains for 12 (as
@@ -12,9 +12,10 @@ Renda et al. count).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from app.pruning.sparsity_allocation import sparsity_after
-from app.spec.job import Training, retraining
+from app.spec.job import Training, race_epochs, retraining
 from app.spec.optimizations import Compression
 from app.spec.prune import Prune
 from worker.training.learning_rate import LearningRate, learning_rate
@@ -25,6 +26,7 @@ SMALLEST_RATE_SHARE = 0.3  # of the highest rate, where schedules do not fall: a
 MOST_MASK_UPDATES = 50
 # Of the retraining over which the sparsity rises; the rest trains at a fixed mask with a falling rate.
 CUBIC_SHARE = 0.7
+RACE_TOPS = (1.0, 0.5, 0.25)  # of the training's highest rate: where the rates of policy auto start
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,35 @@ def cubic_sparsity(moment: float, *, start: float, end: float, initial: float, f
     return final + (initial - final) * left**3
 
 
+@dataclass(frozen=True)
+class NamedRate:
+    """A learning rate over a retraining, progress in [0, 1] -> rate, and what it is called in events and reports."""
+
+    name: str
+    rate: LearningRate
+
+
+def retrain_rates(step: Compression, training: Training) -> tuple[NamedRate, ...]:
+    """The rates that a retraining may follow; more than one are compared in a race, and the first wins a tie.
+
+    With policy `auto`: lines from the training's highest rate, or parts of it, to 0. Which start is best depends on
+    the data and on how much was removed, and no constant is best everywhere (Le & Hua, arXiv 2105.03193; Zimmer et al.,
+    arXiv 2111.00843).
+    """
+    retrain = retraining(step, training)
+    if retrain.policy != "auto":
+        return (NamedRate(retrain.policy, retrain_schedule(step, training)),)
+    highest = training.optimizer.lr if retrain.lr is None else retrain.lr
+    tops = [share * highest for share in (RACE_TOPS if race_epochs(step, training) else RACE_TOPS[:1])]
+    return tuple(NamedRate(f"from {top:.3g} to 0", partial(_line, top)) for top in tops)
+
+
+def _line(top: float, progress: float) -> float:
+    return top * (1 - progress)
+
+
 def retrain_schedule(step: Compression, training: Training) -> LearningRate:
-    """The learning rate over the retraining after one removal: progress in [0, 1] -> rate.
+    """The learning rate of a policy that has one: progress in [0, 1] -> rate.
 
     `lr_rewind` and `weight_rewind` run the last epochs of the original schedule again (Renda et al., arXiv
     2003.02389): with t epochs of retraining after T of training, the part from 1 - t/T on. Step and constant

@@ -19,7 +19,7 @@ from app.spec.optimizations import Compression, Distill, Regularization
 from app.spec.prune import Distillation
 from app.spec.quantize import Quantize
 from app.spec.references import Reference, Source
-from worker.data.dataset import BatchLoader, Dataset, Splits, derive_seed
+from worker.data.dataset import BatchLoader, Dataset, Split, Splits, derive_seed
 from worker.evaluation import Scores, score
 from worker.journal import Journal
 from worker.network import Network, assign_tensors, build_network
@@ -32,6 +32,7 @@ from worker.run.references import job_network
 from worker.run.removal import RECALIBRATION_IMAGES, RemovalContext
 from worker.run.state import Origin, Reached
 from worker.training.distillation import Teacher
+from worker.training.race import RaceParts, race_parts
 from worker.verification.verification import compute_logits
 
 PLAIN_BATCH = 256  # for statistics and choices: batch norm's variance is 0.014 off with batches of 16
@@ -62,13 +63,18 @@ class Task:
 class Stage:
     """One phase: train; evaluate; cut and retrain for the optimization at `position`, in its round `removal`.
 
-    `table` evaluates every group of channels at several widths (kind sensitivity).
+    `epochs` are those of a training. A retraining that compares rates has a stage for each try, the `attempt`-th of
+    its rates on the part `share` of the images, and one for the best of them. `table` evaluates every group of channels
+    at several widths (kind sensitivity).
     """
 
     phase: PhaseName
     position: int | None = None
     removal: schedules.PruningRound | None = None
     table: bool = False
+    epochs: int = 0
+    attempt: int | None = None
+    share: float = 1.0
 
 
 QUANTIZING = "quantizing"  # the name of a phase that users see as evaluating
@@ -136,15 +142,18 @@ class Job:
         assert isinstance(step, Compression)
         return step
 
-    def training_batches(self, stage: int) -> BatchLoader:
+    def training_batches(self, number: int) -> BatchLoader:
         """Augmented batches for the training in the stage with this number, in an order of its own."""
+        stage, images = self.stages[number], self.splits.train
+        if stage.attempt is not None:
+            images = self.race.images(stage.share)
         return BatchLoader(
-            self.splits.train,
+            images,
             self.preprocessing,
             batch_size=self.training.batch_size,
             device=self.precision.device,
             augmentation=self.training.augmentation,
-            seed=derive_seed(self.training.seed, "batches", stage),
+            seed=derive_seed(self.training.seed, "batches", number),
             channels_last=self.precision.channels_last,
         )
 
@@ -153,14 +162,27 @@ class Job:
         """The validation part in batches; None if it is empty."""
         if not len(self.splits.validation):
             return None
+        return self._in_order(self.splits.validation)
+
+    def _in_order(self, part: Split) -> BatchLoader:
         return BatchLoader(
-            self.splits.validation,
+            part,
             self.preprocessing,
             batch_size=PLAIN_BATCH,
             device=self.precision.device,
             channels_last=self.precision.channels_last,
             shuffle=False,
         )
+
+    @cached_property
+    def race(self) -> RaceParts:
+        """What rates of a retraining are tried on, and compared by."""
+        return race_parts(self.splits, self.training.seed)
+
+    @cached_property
+    def race_batches(self) -> BatchLoader:
+        """The images by which rates are compared, in batches."""
+        return self._in_order(self.race.held_out)
 
     @cached_property
     def removal_context(self) -> RemovalContext:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -14,7 +15,7 @@ from app.planning.phases import PlannedPhase, phases_of
 from app.planning.plan import JobLimits, Plan, make_plan
 from app.pruning.channel_classes import channel_classes
 from app.pruning.group_limits import prunable_groups
-from app.spec.job import JobSpec, parse_job
+from app.spec.job import JobSpec, parse_job, race_epochs
 from app.spec.optimizations import Compression
 from app.spec.quantize import Quantize
 from app.spec.references import Source, references_in
@@ -93,7 +94,7 @@ def _rewind_epochs(plan: Plan) -> frozenset[int]:
 
 def lay_out(plan: Plan) -> tuple[Stage, ...]:
     """The stages of a job in order: train, evaluate, and for each compression its rounds with their retraining."""
-    return tuple(_stage(phase, plan) for phase in phases_of(plan.spec) if _is_stage(phase))
+    return tuple(stage for phase in phases_of(plan.spec) if _is_stage(phase) for stage in _stages(phase, plan))
 
 
 def _is_stage(phase: PlannedPhase) -> bool:
@@ -101,14 +102,23 @@ def _is_stage(phase: PlannedPhase) -> bool:
     return phase.phase not in ("preparing", "measuring", "exporting") and phase.subject != "int8"
 
 
-def _stage(phase: PlannedPhase, plan: Plan) -> Stage:
-    removal = None
-    if phase.round is not None:
-        assert phase.position is not None
-        step = plan.spec.optimizations[phase.position]
-        assert isinstance(step, Compression)
-        removal = schedules.prune_stages(step, plan.spec.training)[phase.round - 1]
-    return Stage(phase.phase, phase.position, removal, table=phase.subject == "sensitivity")
+def _stages(phase: PlannedPhase, plan: Plan) -> Iterator[Stage]:
+    """One stage; of a retraining that compares rates also one for each try."""
+    if phase.round is None:
+        yield Stage(phase.phase, phase.position, table=phase.subject == "sensitivity", epochs=phase.epochs or 0)
+        return
+    assert phase.position is not None
+    step, training = plan.spec.optimizations[phase.position], plan.spec.training
+    assert isinstance(step, Compression)
+    stage = Stage(phase.phase, phase.position, schedules.prune_stages(step, training)[phase.round - 1])
+    for_race = race_epochs(step, training) if phase.phase == "retraining" else 0
+    if for_race:
+        tries = len(schedules.retrain_rates(step, training))
+        epochs = max(1, for_race // tries)  # of a try: on a part of the images, or of all of them several
+        share = for_race / (tries * epochs)
+        for number in range(tries):
+            yield replace(stage, epochs=epochs, attempt=number, share=share)
+    yield replace(stage, epochs=(phase.epochs or 0) - for_race)
 
 
 def _plan(spec: JobSpec, task: Task, sources: Mapping[str, Source]) -> Plan:
@@ -138,7 +148,8 @@ def _estimates(plan: Plan, splits: Splits, stages: tuple[Stage, ...]) -> list[Ph
     numbered, estimates = iter(enumerate(stages)), []
     for phase in phases_of(plan.spec):
         if _is_stage(phase):
-            estimates.append(_estimate_stage(*next(numbered), plan, splits))
+            for _ in _stages(phase, plan):
+                estimates.append(_estimate_stage(*next(numbered), plan, splits))
         else:
             estimates.append(_estimate_other(phase, plan, splits))
     return estimates
@@ -165,10 +176,10 @@ def _estimate_stage(number: int, stage: Stage, plan: Plan, splits: Splits) -> Ph
     dense, name = plan.baseline_cost.macs, stage_name(number)
     macs = dense if stage.position is None else plan.planned_cost.macs
     if stage.phase in ("training", "retraining"):
-        epochs = plan.spec.training.epochs if stage.removal is None else stage.removal.epochs
-        seconds = epochs * (training_seconds(images, macs) + forward_seconds(held_out, macs))
-        steps = epochs * max(1, -(-images // plan.spec.training.batch_size))
-        return PhaseEstimate(stage.phase, seconds, 0.0, epochs, steps, name=name)
+        trained = max(1, round(stage.share * images))
+        seconds = stage.epochs * (training_seconds(trained, macs) + forward_seconds(held_out, macs))
+        steps = stage.epochs * max(1, -(-trained // plan.spec.training.batch_size))
+        return PhaseEstimate(stage.phase, seconds, 0.0, stage.epochs, steps, name=name)
     seconds_of_a_cut = forward_seconds(2 * test + RECALIBRATION_IMAGES, dense)
     if stage.phase == "pruning":
         return PhaseEstimate("pruning", seconds_of_a_cut, 0.2, name=name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable
 
 import torch
@@ -12,8 +13,8 @@ from app.spec.job import retraining
 from app.spec.optimizations import Compression
 from app.spec.prune import Prune
 from worker.data.dataset import derive_seed
-from worker.network import Network, snapshot
-from worker.pruning.schedules import retrain_schedule
+from worker.network import Network, assign_tensors, snapshot
+from worker.pruning.schedules import retrain_rates
 from worker.pruning.weight_masks import joined_masks, pruned_part
 from worker.run.handlers import compression_handler
 from worker.run.job import Job, Stage, stage_name
@@ -22,11 +23,13 @@ from worker.run.record import StepRecord
 from worker.run.removal import check_budget, recalibrate
 from worker.run.report import measures
 from worker.run.sensitivity import tabulate
-from worker.training.learning_rate import learning_rate
+from worker.training.learning_rate import LearningRate, learning_rate
 from worker.training.loop import Fit, NonFiniteLoss, Recipe
 from worker.training.masks import Masks
+from worker.training.race import losses_of, winner
 from worker.training.resume import restore_fit
 
+RACE_START = "race/start"  # weights that every try starts from
 ALLOCATION_FAILED = ("can't allocate memory", "not enough memory", "DefaultCPUAllocator")
 
 
@@ -86,7 +89,10 @@ def _announcement(job: Job, stage: Stage) -> str:
     assert stage.removal is not None
     of_rounds = f", round {stage.removal.number} of {stage.removal.count}" if stage.removal.count > 1 else ""
     if stage.phase == "retraining":
-        return f"retraining for {stage.removal.epochs} epochs{of_rounds}"
+        rates = retrain_rates(job.compression(stage), job.training)
+        if stage.attempt is not None:
+            return f"retraining: trying the learning rate {rates[stage.attempt].name}{of_rounds}"
+        return f"retraining for {stage.epochs} epochs{of_rounds}"
     step = job.compression(stage)
     return compression_handler(step).title(step) + of_rounds
 
@@ -105,12 +111,61 @@ def _train(job: Job, stage: Stage) -> None:
 
 
 def _retrain(job: Job, stage: Stage) -> None:
+    if stage.attempt is not None:
+        _try_rate(job, stage, stage.attempt)
+        return
+    if RACE_START in job.reached.kept:
+        _go_on_with_the_best(job, stage)
     fit = begin_fit(job, stage)
     fit.run(job.monitor)
     fit.conclude()
     record = job.reached.record.steps[-1]
     if recalibrate(job.reached.network, job.removal_context):
         record.rounds[-1]["recalibrated_after_retraining"] = True
+
+
+def _try_rate(job: Job, stage: Stage, number: int) -> None:
+    """Train with one of the rates for a short time, from where the removal left the network, and keep the weights."""
+    reached = job.reached
+    if reached.suspended is None:
+        if number == 0:
+            reached.kept[RACE_START] = snapshot(reached.network)
+        assign_tensors(reached.network, reached.kept[RACE_START])
+    fit = begin_fit(job, stage)
+    try:
+        fit.run(job.monitor)
+        fit.conclude()
+    except NonFiniteLoss as found:  # this rate is too high: the try has lost, the job has not failed
+        assign_tensors(reached.network, reached.kept[RACE_START])
+        message = f"{found.message}: this learning rate is out of the race"
+        job.journal.event("warning", message, level="warn", step=found.step, lr=found.rate)
+    reached.kept[f"race/{number}"] = snapshot(reached.network)
+
+
+def _go_on_with_the_best(job: Job, stage: Stage) -> None:
+    """Compare the tries, note what was found, and give the network the weights of the best."""
+    reached = job.reached
+    del reached.kept[RACE_START]
+    rates, tried, losses = [], [], []
+    for number, rate in enumerate(retrain_rates(job.compression(stage), job.training)):
+        if f"race/{number}" not in reached.kept:
+            continue  # stopped before it
+        rates.append(rate)
+        tried.append(reached.kept.pop(f"race/{number}"))
+        assign_tensors(reached.network, tried[-1])
+        losses.append(losses_of(reached.network, job.race_batches.epoch(0), job.precision))
+    best = winner(losses)
+    assign_tensors(reached.network, tried[best])
+    means = {rate.name: round(float(loss.mean()), 5) for rate, loss in zip(rates, losses, strict=True)}
+    by = "training images held out for it" if job.race.borrowed else "validation images"
+    reached.record.steps[-1].rounds[-1]["race"] = {
+        "chosen": rates[best].name,
+        "losses": {name: loss if math.isfinite(loss) else None for name, loss in means.items()},
+        "judged_by": by,
+        "images": len(job.race.held_out),
+    }
+    message = f"the learning rate goes {rates[best].name}: best of {len(rates)} on {len(job.race.held_out)} {by}"
+    job.journal.event("retraining.rate_chosen", message, **reached.record.steps[-1].rounds[-1]["race"])
 
 
 def _evaluate(job: Job, stage: Stage) -> None:
@@ -240,21 +295,30 @@ def _recipe(job: Job, stage: Stage, steps_per_epoch: int) -> Recipe:
 
     return Recipe(
         phase="retraining",
-        epochs=stage.removal.epochs,
-        rate=retrain_schedule(step, job.training),
+        epochs=stage.epochs,
+        rate=_rate(job, stage),
         training=job.training,
         seed=seed,
         regularizations=job.regularizations,
         distillation=retraining(step, job.training).distillation,
         mask_updates=stage.removal.mask_updates(
             step.sparsity if isinstance(step, Prune) else None,
-            stage.removal.epochs * steps_per_epoch,
+            stage.epochs * steps_per_epoch,
             initial=record.sparsity_before,
         ),
         regrow=regrow,
         frozen=job.plan.frozen - new,
         rate_factors={name: factor for name, factor in job.plan.rate_factors.items() if name not in new},
     )
+
+
+def _rate(job: Job, stage: Stage) -> LearningRate:
+    """The rate of a retraining: of a try its own, after a race the one that was chosen."""
+    rates = retrain_rates(job.compression(stage), job.training)
+    if stage.attempt is not None:
+        return rates[stage.attempt].rate
+    race = job.reached.record.steps[-1].rounds[-1].get("race")
+    return rates[0].rate if race is None else next(rate.rate for rate in rates if rate.name == race["chosen"])
 
 
 def _sparsity(masks: Masks | None) -> float:
@@ -283,6 +347,10 @@ def _stop(job: Job) -> None:
     if fit is not None:
         fit.conclude()
         reached.masks, reached.fit = fit.masks, None
+    if RACE_START in reached.kept:
+        if stage.attempt == 0:  # nothing to compare it with yet
+            reached.kept["race/0"] = snapshot(reached.network)
+        _go_on_with_the_best(job, stage)
     reached.kept.setdefault("baseline", snapshot(reached.network))
     reached.record.latest = job.score(reached.network)
     if reached.record.baseline is None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from app.network.graph import Graph
+from app.network.layers.convolutions import Conv
 from app.network.layers.names import INPUT
 from app.spec.job import Optimizer
 from worker.network import Network
@@ -231,17 +232,15 @@ def build_optimizer(
 
 
 def inner_weights(graph: Graph) -> set[str]:
-    """The parameters that Muon takes as matrices: weights of ungrouped convolutions and linear layers between others.
+    """The parameters that Muon takes as matrices: weights of ungrouped convolutions that do not read the images.
 
-    Not those that read the images or give the class scores: their rows and columns are not of one kind.
+    Linear layers are left to SGD: the columns of the first follow places as well as channels, the last gives the class
+    scores, and a matrix of 1024 x 1024 costs more than the rest of a step.
     """
-    layers = [node for node in graph.nodes if node.type in ("conv", "linear") and node.shares is None]
-    reads_images = {node.name for node in layers if node.inputs[0] == INPUT}
-    following = {node.name: graph.consumers(node.name) for node in layers}
     return {
         f"{node.name}.weight"
-        for node in layers
-        if node.name not in reads_images and following[node.name] and getattr(node.layer, "groups", 1) == 1
+        for node in graph.nodes
+        if isinstance(node.layer, Conv) and node.shares is None and node.inputs[0] != INPUT and node.layer.groups == 1
     }
 
 

@@ -16,8 +16,9 @@ from app.network.layers.registry import read_layers
 from app.network.node import Limits
 from app.planning.plan import JobLimits, _changes, given_graph, make_plan, plan_answer
 from app.settings import Settings
-from app.spec.job import parse_job
+from app.spec.job import Optimizer, parse_job
 from app.spec.model import LayersModel, PresetModel
+from tests.support.jobs.sources import planned, source_of
 from tests.support.jobs.specs import COLOUR, GREY, PICTURES, document, job, plan
 
 STEPS: list[dict[str, Any]] = [
@@ -151,9 +152,24 @@ def test_ten_thousand_layers_are_planned_in_seconds() -> None:
 
 def test_a_batch_size_that_is_not_stated_is_no_larger_than_the_training_part() -> None:
     small = plan(data={"dataset": "x", "limit": 100})
-    assert small.spec.training.batch_size == 90
+    assert small.spec.training.batch_size == 64
     assert make_plan(parse_job(small.spec.document()), GREY).spec == small.spec
-    assert plan(data={"dataset": "x", "limit": 1000}).spec.training.batch_size == 128
+    assert plan(data={"dataset": "x", "limit": 50}).spec.training.batch_size == 45
+    assert plan(data={"dataset": "x", "limit": 100}, training={"batch_size": 80}).spec.training.batch_size == 80
+
+
+def test_few_steps_get_small_batches_and_muon_and_many_the_usual_batch() -> None:
+    few = plan(data={"dataset": "x", "limit": 5000}).spec.training
+    assert (few.batch_size, few.optimizer) == (64, Optimizer(name="muon"))
+    many = plan(training={"epochs": 100}).spec.training
+    assert (many.batch_size, many.optimizer.name) == (128, "muon")
+    stated = plan(training={"optimizer": {"name": "sgd"}}).spec.training.optimizer
+    assert (stated.name, stated.lr) == ("sgd", 0.1)
+
+
+def test_a_network_that_comes_trained_keeps_sgd() -> None:
+    made = planned(GREY, {"job-first-pruned": source_of()}, model={"job": "first"})
+    assert made.spec.training.optimizer.name == "sgd"
 
 
 def test_a_rewrite_that_changes_a_layers_type_is_told_as_such() -> None:

@@ -30,7 +30,7 @@ def test_the_documented_defaults_of_pruning() -> None:
     assert (step.criterion, step.round_to, step.min_channels, step.max_sparsity) == ("l2", None, 1, 0.9)
     assert (step.schedule.name, step.exclude, step.overrides) == ("one_shot", (), {})
     assert step.retrain is not None
-    assert (step.retrain.policy, step.retrain.epochs) == ("lr_rewind", 3)
+    assert (step.retrain.policy, step.retrain.epochs) == ("auto", 3)
     distilled = prune(sparsity=0.5, retrain={"distillation": {}}).retrain
     assert distilled is not None
     assert distilled.distillation is not None

@@ -11,7 +11,7 @@ from app.datasets.ingest.synthetic import ensure_synthetic
 from app.spec.data import Synthetic
 from worker.checkpoint import STEM
 from worker.journal import MemoryJournal, SavedCheckpoint
-from worker.run.job import Task
+from worker.run.job import Job, Task
 from worker.run.preparation import prepare
 from worker.run.stages import run_stages
 from worker.run.state import Reached
@@ -56,6 +56,11 @@ def task_of(spec: dict[str, Any], data: Path, scratch: Path, **fields: Any) -> T
     return Task(
         **({"job_id": "job", "attempt": 1, "threads": 1, "latency_s": 0.1} | fields), spec=spec, data=data, scratch=own
     )
+
+
+def prepared(spec: dict[str, Any], folder: Path, journal: MemoryJournal) -> Job:
+    """The job before its first stage; to be closed."""
+    return prepare(task_of(spec, tiny_data(folder / "cache"), folder / "scratch"), journal)
 
 
 def train_alone(task: Task, journal: MemoryJournal) -> Reached:

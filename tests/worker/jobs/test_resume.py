@@ -13,7 +13,16 @@ import torch
 from app.network.architecture import Preprocessing
 from app.network.graph import build_graph
 from app.network.layers.registry import read_layers
-from tests.support.jobs.tiny import SHAPE, resume_folder, task_of, tiny_data, tiny_layers, tiny_spec, train_alone
+from tests.support.jobs.tiny import (
+    SHAPE,
+    SYNTHETIC,
+    resume_folder,
+    task_of,
+    tiny_data,
+    tiny_layers,
+    tiny_spec,
+    train_alone,
+)
 from worker.checkpoint import Arrays
 from worker.export.files import export_network
 from worker.journal import MemoryJournal, Progress, Wish
@@ -62,6 +71,12 @@ JOBS: dict[str, dict[str, Any]] = {
             "retrain": {"epochs": 1, "policy": "fine_tune"},
         },
         training={"ema_decay": 0.9, "optimizer": {"name": "adam", "lr": 0.01}},
+    ),
+    # three rates are tried, judged by validation images; Muon, and each image flipped in every other epoch
+    "race": tiny_spec(
+        {"type": "prune", "budget": {"macs": 0.5}, "round_to": 1, "retrain": {"epochs": 4}},
+        data={"synthetic": SYNTHETIC, "validation": 0.3},
+        training={"optimizer": {"name": "muon"}, "augmentation": ["random_crop_zeros", "alternating_flip"]},
     ),
     # layers replaced by products, then those by narrower ones
     "products": tiny_spec(

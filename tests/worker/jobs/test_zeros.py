@@ -42,7 +42,7 @@ def most_of_four(found: Reached, layer: str) -> int:
     return int((rows != 0).reshape(groups, outputs, inputs // 4, 4, positions).sum(axis=3).max())
 
 
-@pytest.mark.parametrize("policy", ["lr_rewind", "fine_tune", "weight_rewind", "none"])
+@pytest.mark.parametrize("policy", ["auto", "lr_rewind", "fine_tune", "weight_rewind", "none"])
 def test_a_pattern_behind_a_removal_of_channels_holds_on_the_smaller_network(
     policy: str, data: Path, tmp_path: Path
 ) -> None:
