@@ -147,7 +147,8 @@ def forward_elements(graph: Graph) -> int:
 
     An output is given up after the last layer that reads it; a view holds what it looks at.
     """
-    root, sizes, last = {INPUT: INPUT}, {INPUT: math.prod(graph.input_shape)}, {}
+    root, sizes = {INPUT: INPUT}, {INPUT: math.prod(graph.input_shape)}
+    last: dict[str, int] = {}
     for position, node in enumerate(graph.nodes):
         root[node.name] = root[node.inputs[0]] if node.layer.is_view else node.name
         sizes.setdefault(root[node.name], node.elements)

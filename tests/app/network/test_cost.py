@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from app.network.cost import (
     SAFETENSORS_METADATA,
     activation_elements,
+    choice_batch,
     cost,
+    forward_elements,
     layer_rows,
     safetensors_bytes,
-    choice_batch,
-    forward_elements,
     training_memory,
 )
 from app.network.graph import build_graph
