@@ -18,6 +18,13 @@ FLOAT_BYTES = 4
 SAFETENSORS_METADATA = {"espalier": '{"format_version":1}'}
 """The metadata of every file of weights. One key only: with more, safetensors writes them in an order that changes."""
 
+CHOICE_BATCH = 256
+"""Images at a time for validation, statistics and criteria: fewer make batch norm's statistics worse."""
+CHOICE_BYTES = 64 << 20
+"""What these may always take, even where a training batch takes less."""
+SMALLEST_BATCH = 2
+"""Images that are computed together at least: batch norm has no variance of one."""
+
 _OPTIMIZER_COPIES = {"sgd": 1, "muon": 1, "adam": 2, "adamw": 2}
 
 
@@ -66,11 +73,13 @@ class Memory:
     """Momentum, or Adam's two moments."""
     activations: int
     """What one batch keeps for the backward pass, and the gradients of the largest activation."""
+    choices: int
+    """The same of validation, batch norm's statistics and the criteria, which take other batches (`choice_batch`)."""
 
     @property
     def total(self) -> int:
-        """The sum."""
-        return self.parameters + self.gradients + self.optimizer + self.activations
+        """The sum; activations and choices are not there at the same time, so the larger of the two counts."""
+        return self.parameters + self.gradients + self.optimizer + max(self.activations, self.choices)
 
     def document(self) -> dict[str, JsonValue]:
         """The estimate as it stands in answers."""
@@ -79,6 +88,7 @@ class Memory:
             "gradients": self.gradients,
             "optimizer": self.optimizer,
             "activations": self.activations,
+            "choices": self.choices,
             "total": self.total,
         }
 
@@ -132,15 +142,64 @@ def activation_elements(graph: Graph) -> int:
     return sum(kept.values()) + besides
 
 
-def training_memory(graph: Graph, *, batch_size: int, optimizer: str) -> Memory:
-    """An estimate of the memory that training takes; `optimizer` is "sgd" (with momentum), "muon", "adam" or "adamw".
+def forward_elements(graph: Graph) -> int:
+    """Float32 numbers that one example's forward pass holds at once, at most, where no backward pass follows.
+
+    An output is given up after the last layer that reads it; a view holds what it looks at.
+    """
+    root, sizes = {INPUT: INPUT}, {INPUT: math.prod(graph.input_shape)}
+    last: dict[str, int] = {}
+    for position, node in enumerate(graph.nodes):
+        root[node.name] = root[node.inputs[0]] if node.layer.is_view else node.name
+        sizes.setdefault(root[node.name], node.elements)
+        last |= {root[name]: position for name in (*node.inputs, node.name)}
+    given_up: dict[int, list[str]] = {}
+    for name, position in last.items():
+        given_up.setdefault(position, []).append(name)
+    held = most = sizes[INPUT]
+    for position, node in enumerate(graph.nodes):
+        held += sizes[node.name] if root[node.name] == node.name else 0
+        most = max(most, held)
+        held -= sum(sizes[name] for name in given_up.get(position, ()))
+    return most
+
+
+def choice_batch(graph: Graph, batch_size: int, *, backward: bool = False) -> int:
+    """How many images validation, statistics and criteria compute at a time, 2 to 256, beside a training's `batch_size`.
+
+    256, or as many as fit into what a batch of the training keeps, or into 64 MiB if that is more. `backward`: for a
+    criterion that needs gradients (taylor).
+    """
+    each = _bytes_of_example(graph, backward=backward)
+    room = max(batch_size * _bytes_of_example(graph, backward=True), CHOICE_BYTES)
+    return max(SMALLEST_BATCH, min(CHOICE_BATCH, room // each))
+
+
+def training_memory(graph: Graph, *, batch_size: int, optimizer: str, gradients_of_choices: bool = False) -> Memory:
+    """An estimate of the memory that training takes, and what chooses by it.
+
+    Args:
+        graph: The network.
+        batch_size: Images of a step.
+        optimizer: "sgd" (with momentum), "muon", "adam" or "adamw".
+        gradients_of_choices: Whether a criterion needs gradients (taylor).
 
     Raises:
         KeyError: another optimizer.
     """
     params = sum(node.params for node in graph.nodes) * FLOAT_BYTES
     everything = sum(tensor.elements for tensor in graph.tensors().values()) * FLOAT_BYTES
+    choices = max(
+        choice_batch(graph, batch_size, backward=backward) * _bytes_of_example(graph, backward=backward)
+        for backward in {False, gradients_of_choices}
+    )
+    activations = batch_size * _bytes_of_example(graph, backward=True)
+    return Memory(everything, params, params * _OPTIMIZER_COPIES[optimizer], activations, choices)
+
+
+def _bytes_of_example(graph: Graph, *, backward: bool) -> int:
+    if not backward:
+        return forward_elements(graph) * FLOAT_BYTES
     # Backward holds the gradients of one node's output and inputs at a time.
     passing = max(node.elements + sum(math.prod(shape) for shape in node.input_shapes) for node in graph.nodes)
-    activations = (activation_elements(graph) + passing) * batch_size * FLOAT_BYTES
-    return Memory(everything, params, params * _OPTIMIZER_COPIES[optimizer], activations)
+    return (activation_elements(graph) + passing) * FLOAT_BYTES

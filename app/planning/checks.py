@@ -17,7 +17,7 @@ from app.spec.optimizations import (
     Optimization,
     Regularization,
 )
-from app.spec.prune import Prune
+from app.spec.prune import NEED_GRADIENTS, Prune
 from app.spec.references import Source
 from app.validation.faults import counted
 
@@ -206,6 +206,13 @@ def graph_faults(spec: JobSpec, graph: Graph) -> Iterator[Fault]:
     if spec.training.batch_size == 1 and norms:
         message = f"batch norm ({norms[0].name}) needs at least two examples in a batch to have a variance"
         yield Fault("/training/batch_size", message, limit=2, value=1)
+
+
+def chooses_by_gradients(spec: JobSpec) -> bool:
+    """Whether a criterion of the job needs gradients of the loss: then a choice takes as much memory as a training."""
+    criteria = [step.criterion for step in spec.optimizations if isinstance(step, Prune)]
+    criteria += [spec.sensitivity.criterion] if spec.sensitivity is not None else []
+    return any(criterion in NEED_GRADIENTS for criterion in criteria)
 
 
 def memory_faults(spec: JobSpec, memory: Memory, most_bytes: int) -> Iterator[Fault]:

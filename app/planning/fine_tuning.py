@@ -13,8 +13,12 @@ from collections.abc import Iterator, Sequence
 from fnmatch import translate
 
 from app.errors import Fault
+from app.network.blocks import WEIGHTED
 from app.network.graph import Graph
+from app.network.layers.names import INPUT
+from app.network.node import Node
 from app.network.scope import MOST_COMPARED
+from app.planning.planned_network import LayerPlan
 from app.planning.warm_start import WarmStart, listed
 from app.spec.job import Training
 from app.validation.faults import pointer
@@ -66,6 +70,35 @@ def fine_tuning_warnings(training: Training, graph: Graph, start: WarmStart | No
     untrained = sorted(frozen_layers(training, graph) & fresh)
     if untrained:
         yield Fault(FROZEN, f"keeps layers as they are drawn, untrained: {listed(untrained)}")
+
+
+def frozen_norm_warnings(
+    training: Training, graph: Graph, planned: Graph, rows: Sequence[LayerPlan]
+) -> Iterator[Fault]:
+    """A warning where frozen batch norms keep the statistics of inputs that a compression changes.
+
+    `planned` is the network that is expected after all compressions, `rows` say what these do with each layer. A
+    convolution that only becomes narrower gives its batch norm the same channels, fewer of them; one that reads fewer
+    channels, or has zeros or a product in its place, gives it others.
+    """
+    frozen = frozen_layers(training, graph)
+    rewritten = {row.layer for row in rows if row.action in ("mask", "replace")}
+    changed: dict[str, bool] = {INPUT: False}
+    for node in graph.nodes:
+        mixes = node.type in WEIGHTED and not _is_depthwise(node)
+        fewer = mixes and node.name in planned and planned[node.name].input_shapes != node.input_shapes
+        changed[node.name] = node.home in rewritten or fewer or any(changed[name] for name in node.inputs)
+    stale = [n.name for n in graph.nodes if n.type == "batch_norm" and n.home in frozen and changed[n.name]]
+    if stale:
+        yield Fault(
+            FROZEN,
+            "keeps the statistics of batch norms whose inputs are others after the compression, so that accuracy falls "
+            f"further than with statistics counted again: {listed(stale)}",
+        )
+
+
+def _is_depthwise(node: Node) -> bool:
+    return bool(getattr(node.layer, "groups", 1) == node.input_shapes[0][0])
 
 
 def _why_nothing(form: re.Pattern[str], pattern: str, graph: Graph, *, advise: bool) -> str:

@@ -16,7 +16,13 @@ from app.network.presets.registry import preset_layers
 from app.planning import checks, warm_start
 from app.planning.dry_run import DryRun
 from app.planning.faults import Faults
-from app.planning.fine_tuning import fine_tuning_faults, fine_tuning_warnings, frozen_layers, rate_factors
+from app.planning.fine_tuning import (
+    fine_tuning_faults,
+    fine_tuning_warnings,
+    frozen_layers,
+    frozen_norm_warnings,
+    rate_factors,
+)
 from app.planning.phases import PlannedPhase, phases_of
 from app.planning.planned_network import LayerPlan, weighted_layers
 from app.planning.warm_start import WarmStart
@@ -109,7 +115,12 @@ def make_plan(
     graphs, rows, warnings = _rewritten(given, spec.optimizations, bounds)
     baseline = graphs[-1]
     start = None if source is None else warm_start.start_of(spec, given, baseline, source, facts.classes)
-    memory = training_memory(baseline, batch_size=spec.training.batch_size, optimizer=spec.training.optimizer.name)
+    memory = training_memory(
+        baseline,
+        batch_size=spec.training.batch_size,
+        optimizer=spec.training.optimizer.name,
+        gradients_of_choices=checks.chooses_by_gradients(spec),
+    )
     faults.add(checks.graph_faults(spec, baseline))
     faults.add(fine_tuning_faults(spec.training, baseline))
     if start is not None:
@@ -133,6 +144,7 @@ def make_plan(
             *checks.warnings(spec, facts, baseline),
             *warm_start.warnings(spec, facts, given, start, known),
             *fine_tuning_warnings(spec.training, baseline, start),
+            *frozen_norm_warnings(spec.training, baseline, dry_run.network.graph, dry_run.rows),
             *warnings,
             *dry_run.warnings,
         ),

@@ -13,6 +13,8 @@ from app.validation.strict import Count, JobId, Strict, Text, fault
 
 Structure = Literal["weights", "channels", "n:m", "blocks"]
 Criterion = Literal["l1", "l2", "taylor", "bn_scale", "fpgm", "lamp", "activation", "erk", "random"]
+NEED_GRADIENTS: frozenset[Criterion] = frozenset({"taylor"})
+"""Criteria that are computed from gradients of the loss."""
 ChannelCriterion = Literal["l1", "l2", "taylor", "bn_scale", "fpgm", "lamp", "activation", "random"]
 RankingScope = Literal["global", "layer", "sensitivity"]
 Policy = Literal["auto", "lr_rewind", "fine_tune", "weight_rewind", "none"]

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +44,10 @@ from app.pruning.channel_classes import Classes, Group
 from app.pruning.channel_rules import FloatArray, IntArray, OwnedAxis, Role
 from app.spec.prune import Criterion
 from worker.network import Network
+from worker.precision import Precision
 from worker.pruning.activations import mean_activations
 from worker.pruning.eval_mode import eval_mode
+from worker.training.micro_batches import split_batch
 
 DISTANCE_ROWS = 512  # of fpgm's distance matrix at a time
 
@@ -82,13 +85,21 @@ def weight_scores(name: str, weight: Tensor, criterion: Criterion, *, seed: int)
 
 @dataclass(frozen=True)
 class _Channels:
-    """What the scores of channels are computed from; `batches` and `loss` only where a criterion needs data."""
+    """What the scores of channels are computed from; all below `seed` only where a criterion needs data."""
 
     network: Network
     classes: Classes
     seed: int
     batches: LabelledBatches | None
     loss: Loss
+    precision: Precision | None
+    images_at_a_time: int | None
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The job's number format, but float16: without a scale gradients below 6e-8 are zero in it."""
+        if self.precision is None or self.precision.scales_gradients:
+            return nullcontext()
+        return self.precision.autocast()
 
     @property
     def data(self) -> LabelledBatches:
@@ -105,6 +116,8 @@ def channel_scores(
     seed: int,
     batches: LabelledBatches | None = None,
     loss: Loss = torch.nn.functional.cross_entropy,
+    precision: Precision | None = None,
+    images_at_a_time: int | None = None,
 ) -> dict[int, float]:
     """The importance of every class of the network's graph.
 
@@ -114,13 +127,16 @@ def channel_scores(
         criterion: See the table above.
         seed: For `random`.
         batches: For `taylor` and `activation`: (images, labels) on the network's device.
-        loss: For `taylor`: (logits, labels) -> scalar.
+        loss: For `taylor`: (logits, labels) -> scalar, a mean over the images.
+        precision: What `taylor` computes in; None: float32.
+        images_at_a_time: `taylor` computes so many of a batch and sums their gradients before it squares; None: all.
 
     Raises:
         Diverged: A weight, or a gradient, is not finite.
     """
     check_finite(dict(network.named_parameters()))
-    scores = CHANNEL_SCORES[criterion](_Channels(network, classes, seed, batches, loss))
+    of = _Channels(network, classes, seed, batches, loss, precision, images_at_a_time)
+    scores = CHANNEL_SCORES[criterion](of)
     return {c: float(scores[c]) for c in classes.all().tolist()}
 
 
@@ -244,27 +260,40 @@ def _taylor(of: _Channels) -> FloatArray:
     its gradient, elsewhere the sum of weight * gradient plus bias * gradient. Eval mode: a removal is judged by what
     the finished network does.
     """
-    network, classes = of.network, of.classes
-    gates = _gates(network, classes)
-    parameters = {name: p for name, p in network.named_parameters() if name in {f"{a.layer}.{a.tensor}" for a in gates}}
-    squares, count = np.zeros(classes.slot_count), 0
-    with eval_mode(network):
+    gates = _gates(of.network, of.classes)
+    squares, count = np.zeros(of.classes.slot_count), 0
+    with eval_mode(of.network):
         for images_NCx, labels_N in of.data:
-            with torch.enable_grad():
-                value = of.loss(network(images_NCx), labels_N)
-                gradients = torch.autograd.grad(value, list(parameters.values()))
-            products = {
-                name: _numpy(p) * _numpy(gradient)
-                for (name, p), gradient in zip(parameters.items(), gradients, strict=True)
-            }
-            gate = np.zeros(classes.slot_count)
-            for axis in gates:
-                gate += _per_class(_rows(products[f"{axis.layer}.{axis.tensor}"], axis.axis).sum(axis=1), axis, classes)
+            gate = np.zeros(of.classes.slot_count)
+            for images_part, labels_part in _pieces(images_NCx, labels_N, of.images_at_a_time):
+                gate += _derivatives(of, gates, images_part, labels_part) * (len(labels_part) / len(labels_N))
             squares += gate**2
             count += 1
     if not np.isfinite(squares).all():
         raise Diverged("a gradient is not finite, so taylor cannot rank the channels")
     return squares / max(count, 1)
+
+
+def _pieces(images_NCx: Tensor, labels_N: Tensor, most: int | None) -> list[tuple[Tensor, Tensor]]:
+    return split_batch(images_NCx, labels_N, 1 if most is None else -(-len(labels_N) // most))
+
+
+def _derivatives(of: _Channels, gates: list[OwnedAxis], images_NCx: Tensor, labels_N: Tensor) -> FloatArray:
+    """By class number: the derivative of the mean loss of some images by a gate on the producers' outputs."""
+    wanted = {f"{axis.layer}.{axis.tensor}" for axis in gates}
+    parameters = {name: p for name, p in of.network.named_parameters() if name in wanted}
+    with torch.enable_grad():
+        with of.autocast():
+            logits_NK = of.network(images_NCx)
+        gradients = torch.autograd.grad(of.loss(logits_NK, labels_N), list(parameters.values()))
+    products = {
+        name: _numpy(p) * _numpy(gradient) for (name, p), gradient in zip(parameters.items(), gradients, strict=True)
+    }
+    found = np.zeros(of.classes.slot_count)
+    for axis in gates:
+        sums = _rows(products[f"{axis.layer}.{axis.tensor}"], axis.axis).sum(axis=1)
+        found += _per_class(sums, axis, of.classes)
+    return found
 
 
 def _gates(network: Network, classes: Classes) -> list[OwnedAxis]:

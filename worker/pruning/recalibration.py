@@ -1,30 +1,42 @@
 """Batch norm after a removal: its running statistics are those of the network before, and are counted again.
 
 Worth 14 to 18 points of accuracy before any retraining (four convolutions, 75 % of the MACs removed). A few thousand
-training images without augmentation are enough; in equal batches of 128 or more the mean is exact and the variance
-nearly so.
+training images without augmentation are enough.
+
+Mean and variance are those of all images together: moments of batches are merged (Chan, Golub & LeVeque 1979, Updating
+formulae and a pairwise algorithm for computing sample variances), so that for the first batch norm it does not matter
+how the images were cut into batches. The later ones read what the earlier ones normalised by each batch's own
+statistics, so batches should still be large.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from worker.network import Network
+from worker.precision import Precision
 from worker.pruning.eval_mode import eval_mode
 
 
 @torch.no_grad()
-def recalibrate_batch_norm(network: Network, batches: Iterable[Tensor], *, frozen: Collection[str] = ()) -> int:
+def recalibrate_batch_norm(
+    network: Network,
+    batches: Iterable[Tensor],
+    *,
+    frozen: Collection[str] = (),
+    precision: Precision | None = None,
+) -> int:
     """Count the running statistics of every batch norm again over `batches` of images N x C x ...; the number of images.
 
-    Only running statistics change: weights, the mode of each module and the batch norms' momentum are as before. The
-    mean over the batches counts each batch once, so they should be equally large. Batch norms named in `frozen` keep
-    their statistics. Where there is no other one, no batch is read and 0 is returned.
+    Only running statistics change: weights, the mode of each module and the batch norms' momentum are as before. Each
+    image counts once. Batch norms named in `frozen` keep their statistics. Where there is no other one, no batch is
+    read and 0 is returned. `precision` is what the network computes in; None: float32.
 
     Raises:
         ValueError: `batches` is empty: statistics of nothing would make the network useless.
@@ -35,26 +47,57 @@ def recalibrate_batch_norm(network: Network, batches: Iterable[Tensor], *, froze
     if not norms:
         return 0
     images_seen = 0
-    with eval_mode(network), _momenta_kept(norms):
+    with eval_mode(network), _merging(norms):
         for images_NCx in batches:
             if images_seen == 0:
                 for norm in norms:
                     norm.reset_running_stats()
-                    norm.momentum = None  # the plain mean over all batches
                     norm.train()
-            network(images_NCx)
+            with nullcontext() if precision is None else precision.autocast():
+                network(images_NCx)
             images_seen += len(images_NCx)
     if images_seen == 0:
         raise ValueError("batch norm needs at least one batch to count its statistics again")
     return images_seen
 
 
+class _Moments:
+    """Mean and variance of each channel over all batches so far, merged in float64."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._mean_C: Tensor | None = None
+        self._squares_C: Tensor | None = None
+
+    def merge(self, norm: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        """A forward hook: take a batch's statistics from the norm, and give it those of all batches."""
+        assert isinstance(norm, _BatchNorm)
+        if not norm.training:
+            return
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        values_NCx = inputs[0]
+        count = values_NCx.numel() // values_NCx.shape[1]
+        mean_C, squares_C = norm.running_mean.double(), norm.running_var.double() * (count - 1)
+        if self._mean_C is not None and self._squares_C is not None:
+            total, distance_C = self._count + count, mean_C - self._mean_C
+            squares_C += self._squares_C + distance_C.square() * (self._count * count / total)
+            mean_C = self._mean_C + distance_C * (count / total)
+        self._count, self._mean_C, self._squares_C = self._count + count, mean_C, squares_C
+        norm.running_mean.copy_(mean_C)
+        norm.running_var.copy_(squares_C / (self._count - 1))
+
+
 @contextmanager
-def _momenta_kept(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Set the momentum of each batch norm back to what it was at the end."""
+def _merging(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Inside the block the running statistics of each norm in training mode are those of all its batches."""
     momenta = [norm.momentum for norm in norms]
+    hooks = [norm.register_forward_hook(_Moments().merge) for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0  # after a forward pass they are that batch's
     try:
         yield
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
+        for norm, momentum, hook in zip(norms, momenta, hooks, strict=True):
             norm.momentum = momentum
+            hook.remove()

@@ -19,7 +19,7 @@ from worker.latency import Latency, measure_latency
 from worker.network import Network, assign_tensors, build_network, floating_tensors
 from worker.run.handlers import Ending, step_rows
 from worker.run.int8 import Int8File, int8_document, int8_measures, int8_row, make_int8, write_int8
-from worker.run.job import Job
+from worker.run.job import Job, halved_batches
 from worker.run.report import class_rows, compressed_bytes, environment, measures, sparse_file
 from worker.run.sensitivity import table_document
 from worker.verification.verification import Logits, NetworkKey, Verification, compute_logits, verify_files
@@ -259,7 +259,9 @@ def _notes(job: Job) -> list[str]:
     if job.validation is None:
         notes.append("nothing was held out for validation: the last weights were taken, not the best epoch's")
     if job.reached.micro_batches > 1:
-        notes.append("memory ran out once: each batch was computed in two halves, for the same gradient")
+        notes.append(f"memory ran out once: {halved_batches(job)}")
+    if job.reached.choice_parts > 1:
+        notes.append(f"memory ran out: it was evaluated and chosen on {job.images_at_a_time()} images at a time")
     return list(dict.fromkeys(notes))
 
 

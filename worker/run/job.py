@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from app.network.architecture import Preprocessing
+from app.network.cost import CHOICE_BATCH, SMALLEST_BATCH, choice_batch
 from app.planning.phases import PhaseName
 from app.planning.plan import Plan
 from app.spec.job import Training
@@ -32,10 +33,9 @@ from worker.run.references import job_network
 from worker.run.removal import RECALIBRATION_IMAGES, RemovalContext
 from worker.run.state import Origin, Reached
 from worker.training.distillation import Teacher
+from worker.training.micro_batches import split_batch
 from worker.training.race import RaceParts, race_parts
 from worker.verification.verification import compute_logits
-
-PLAIN_BATCH = 256  # for statistics and choices: batch norm's variance is 0.014 off with batches of 16
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,14 @@ def stage_name(number: int) -> str:
     return f"stage {number}"
 
 
+def halved_batches(job: Job) -> str:
+    """What computing batches in two halves means for the job, for its log and its report."""
+    what = "each batch is computed in two halves"
+    if any(node.type == "batch_norm" for node in job.plan.baseline.nodes):
+        return f"{what}, and batch norm normalises each by itself: the gradient is not quite that of the whole"
+    return f"{what}, for the same gradient"
+
+
 @dataclass
 class Job:
     """A job in work: what was asked, what it is made of, and how far it has come (`reached`)."""
@@ -108,6 +116,9 @@ class Job:
     """On the monotonic clock: from here on the seconds of this attempt count."""
     retried: bool = False
     micro_batches: int = 1
+    """In how many pieces a batch is computed while training: 2 from where memory ran out on."""
+    choice_parts: int = 1
+    """By how much the batches of validation, statistics and criteria are smaller since memory ran out: 1, 2, 4, ..."""
 
     monitor: JobMonitor = field(init=False)
 
@@ -168,7 +179,7 @@ class Job:
         return BatchLoader(
             part,
             self.preprocessing,
-            batch_size=PLAIN_BATCH,
+            batch_size=self.images_at_a_time(),
             device=self.precision.device,
             channels_last=self.precision.channels_last,
             shuffle=False,
@@ -179,18 +190,21 @@ class Job:
         """What rates of a retraining are tried on, and compared by."""
         return race_parts(self.splits, self.training.seed)
 
-    @cached_property
+    @property
     def race_batches(self) -> BatchLoader:
         """The images by which rates are compared, in batches."""
         return self._in_order(self.race.held_out)
 
     @cached_property
     def removal_context(self) -> RemovalContext:
-        """What removals need: some training images, drawn by the seed, without augmentation, in equal batches."""
+        """What removals need: some training images, drawn by the seed, without augmentation.
+
+        In equal batches, which are computed in pieces where memory does not hold them.
+        """
         train, seed = self.splits.train, self.training.seed
         generator = np.random.default_rng(derive_seed(seed, "plain"))
         chosen = np.sort(generator.permutation(len(train))[:RECALIBRATION_IMAGES])
-        size = min(PLAIN_BATCH, len(chosen))
+        size = min(CHOICE_BATCH, len(chosen))
         batches = BatchLoader(
             train.take(chosen),
             self.preprocessing,
@@ -200,8 +214,13 @@ class Job:
             channels_last=self.precision.channels_last,
         )
 
-        def plain() -> Iterator[tuple[Tensor, Tensor]]:
+        def whole() -> Iterator[tuple[Tensor, Tensor]]:
             return batches.epoch(0)
+
+        def plain() -> Iterator[tuple[Tensor, Tensor]]:
+            pieces = -(-size // self.images_at_a_time())
+            for images_NCx, labels_N in whole():
+                yield from split_batch(images_NCx, labels_N, pieces)
 
         return RemovalContext(
             plain,
@@ -211,7 +230,15 @@ class Job:
             self.dense_network,
             len(train),
             frozen=self.plan.frozen,
+            whole=whole,
+            gradient_images=partial(self.images_at_a_time, backward=True),
         )
+
+    def images_at_a_time(self, *, backward: bool = False) -> int:
+        """How many images validation, statistics and criteria compute at once; `backward`: with gradients."""
+        step = -(-self.training.batch_size // self.reached.micro_batches)
+        fitting = choice_batch(self.plan.baseline, step, backward=backward)
+        return max(SMALLEST_BATCH, fitting // self.reached.choice_parts)
 
     def score(self, network: Network) -> Scores:
         """A network on the test part."""
@@ -246,7 +273,10 @@ class Job:
     def return_to_checkpoint(self) -> None:
         """Go back to where the last checkpoint was taken, or to the start where there is none."""
         folder = self.checkpoints.latest or self.task.resume
-        self.reached = self.origin.resume(folder, self.journal, micro_batches=self.micro_batches)
+        self.reached = self.origin.resume(
+            folder, self.journal, micro_batches=self.micro_batches, choice_parts=self.choice_parts
+        )
+        vars(self).pop("validation", None)  # its batches may be smaller from here on
 
     def close(self) -> None:
         """End what the job started."""

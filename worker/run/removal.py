@@ -20,12 +20,12 @@ from app.pruning.budget import (
     choose_removals,
     choose_removals_in_blocks,
 )
-from app.pruning.channel_classes import channel_classes
+from app.pruning.channel_classes import Classes, channel_classes
 from app.pruning.group_limits import why_kept
 from app.pruning.weight_matrix import why_dense
 from app.spec.low_rank import Separable
 from app.spec.optimizations import Compression
-from app.spec.prune import Prune
+from app.spec.prune import NEED_GRADIENTS, Criterion, Prune
 from app.spec.quantize import Quantize
 from worker.latency import Stopwatch
 from worker.network import Network, assign_tensors
@@ -49,9 +49,11 @@ Pairs = Iterator[tuple[Tensor, Tensor]]
 class RemovalContext:
     """What a removal needs besides the network: images of the training part without augmentation, seeds, the dense cost.
 
-    `plain` gives batches of images and labels, the same at each call; `seed` is the job's; `dense_network` gives the
-    trained network before the first compression; `images` is how many the training part has; `frozen` are the layers
-    that keep their statistics.
+    `plain` gives batches of images and labels, as large as memory allows a forward pass to be, the same images in the
+    same order at each call; `seed` is the job's; `dense_network` gives the trained network before the first
+    compression; `images` is how many the training part has; `frozen` are the layers that keep their statistics.
+    `whole` gives the same images in batches of one size, for sums over a batch, and `gradient_images` how many of one
+    a backward pass can take; None: those of `plain`, and all.
     """
 
     plain: Callable[[], Pairs]
@@ -61,6 +63,22 @@ class RemovalContext:
     dense_network: Callable[[], Network]
     images: int
     frozen: frozenset[str] = frozenset()
+    whole: Callable[[], Pairs] | None = None
+    gradient_images: Callable[[], int] | None = None
+
+    def scores(self, network: Network, classes: Classes, criterion: Criterion) -> dict[int, float]:
+        """The importance of every class of the network's channels."""
+        by_gradients = criterion in NEED_GRADIENTS
+        return channel_scores(
+            network,
+            classes,
+            criterion,
+            seed=self.seed,
+            batches=self.whole() if by_gradients and self.whole is not None else self.plain(),
+            loss=cross_entropy,
+            precision=self.precision,
+            images_at_a_time=None if self.gradient_images is None else self.gradient_images(),
+        )
 
 
 def cut_weights(
@@ -95,9 +113,7 @@ def cut_channels(
         BudgetMissed: the budget is below what the floors allow, or what this machine can reach.
     """
     classes = channel_classes(network.graph, start)
-    scores = channel_scores(
-        network, classes, step.criterion, seed=context.seed, batches=context.plain(), loss=cross_entropy
-    )
+    scores = context.scores(network, classes, step.criterion)
     losses = None
     if step.scope == "sensitivity":
         losses = loss_curves(
@@ -147,7 +163,7 @@ def recalibrate(network: Network, context: RemovalContext) -> bool:
             if seen >= RECALIBRATION_IMAGES:
                 return
 
-    return recalibrate_batch_norm(network, images(), frozen=context.frozen) > 0
+    return recalibrate_batch_norm(network, images(), frozen=context.frozen, precision=context.precision) > 0
 
 
 def check_budget(network: Network, step: Compression, context: RemovalContext) -> None:

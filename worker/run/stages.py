@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from app.errors import Diverged, OutOfMemory
+from app.network.cost import SMALLEST_BATCH
 from app.spec.job import retraining
 from app.spec.optimizations import Compression
 from app.spec.prune import Prune
@@ -17,7 +18,7 @@ from worker.network import Network, assign_tensors, snapshot
 from worker.pruning.schedules import retrain_rates
 from worker.pruning.weight_masks import joined_masks, pruned_part
 from worker.run.handlers import compression_handler
-from worker.run.job import Job, Stage, stage_name
+from worker.run.job import Job, Stage, halved_batches, stage_name
 from worker.run.monitor import Interrupted
 from worker.run.record import StepRecord
 from worker.run.removal import check_budget, recalibrate
@@ -30,18 +31,26 @@ from worker.training.race import losses_of, winner
 from worker.training.resume import restore_fit
 
 RACE_START = "race/start"  # weights that every try starts from
-ALLOCATION_FAILED = ("can't allocate memory", "not enough memory", "DefaultCPUAllocator")
+ALLOCATION_FAILED = (
+    "can't allocate memory",
+    "not enough memory",
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",  # of pinned memory
+    "STATUS_ALLOC_FAILED",  # CUDNN_..., CUBLAS_..., CUSOLVER_...
+)
+SMALLER_NETWORK = "lower the network's width or the size of its input, or use a device with more memory"
 
 
 def run_stages(job: Job) -> bool:
     """Run all stages that are left; True if the user stopped the job before the last.
 
-    A loss that is no number is tried once more from the last checkpoint; memory that runs out once more with half the
-    images at a time, for the same gradient.
+    A loss that is no number is tried once more from the last checkpoint. Where memory runs out in a step, it is tried
+    once more with each batch in two halves; in a choice (validation, statistics, criteria, curves) with half as many
+    images at a time, down to two.
 
     Raises:
         Interrupted: the user cancelled or paused.
-        Diverged: the loss was no number twice. OutOfMemory: halves did not fit either.
+        Diverged: the loss was no number twice. OutOfMemory: smaller pieces did not fit either.
         BudgetMissed, LayerEmptied, DiskFull: as their docstrings say.
     """
     while True:
@@ -59,7 +68,8 @@ def run_stages(job: Job) -> bool:
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _ran_out_of_memory(error):
                 raise
-            _prepare_smaller_steps(job, str(error))
+            smaller = _prepare_smaller_choices if _is_choosing(job) else _prepare_smaller_steps
+            smaller(job, str(error))
         _return_to_checkpoint(job)
 
 
@@ -372,11 +382,38 @@ def _prepare_retry(job: Job, found: NonFiniteLoss) -> None:
     job.journal.event("warning", message, level="warn", step=found.step, lr=found.rate)
 
 
+def _is_choosing(job: Job) -> bool:
+    """Whether the job stands outside of a training's steps: where it evaluates, scores, cuts or recalibrates."""
+    fit = job.reached.fit
+    if job.stages[job.reached.stage].phase not in ("training", "retraining"):
+        return True
+    return fit is not None and (fit.evaluating or fit.finished)
+
+
 def _prepare_smaller_steps(job: Job, reason: str) -> None:
+    batch = job.training.batch_size
+    if batch < 2 * SMALLEST_BATCH:
+        message = f"a step with {batch} images does not fit, and they are too few to be halved: {reason[:200]}"
+        raise OutOfMemory(message, hint=SMALLER_NETWORK)
     if job.reached.micro_batches > 1 or job.micro_batches > 1:
-        raise OutOfMemory(f"half a batch of {job.training.batch_size} images does not fit either: {reason[:200]}")
+        raise OutOfMemory(f"half a batch of {batch} images does not fit either: {reason[:200]}")
     job.micro_batches = 2
-    message = "the device ran out of memory: the batch is computed in two halves from here on, for the same gradient"
+    message = f"the device ran out of memory: from here on {halved_batches(job)}"
+    job.journal.event("warning", message, level="warn", code=OutOfMemory.code)
+
+
+def _prepare_smaller_choices(job: Job, reason: str) -> None:
+    images = job.images_at_a_time()
+    if images <= SMALLEST_BATCH:
+        message = (
+            f"the network does not fit with {images} images at a time either, outside of its training (validation, "
+            f"criteria, statistics of batch norm): {reason[:200]}"
+        )
+        raise OutOfMemory(message, hint=SMALLER_NETWORK)
+    job.choice_parts = 2 * job.reached.choice_parts
+    message = (
+        f"the device ran out of memory: it evaluates and chooses on half of {images} images at a time from here on"
+    )
     job.journal.event("warning", message, level="warn", code=OutOfMemory.code)
 
 

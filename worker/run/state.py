@@ -59,6 +59,7 @@ class Reached:
     passed: int = 0
     masks: Masks | None = None
     micro_batches: int = 1
+    choice_parts: int = 1
     kept: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     fit: Fit | None = None
     suspended: Suspended | None = None
@@ -92,6 +93,7 @@ class Reached:
             "passed": self.passed,
             "step": self.step,
             "micro_batches": self.micro_batches,
+            "choice_parts": self.choice_parts,
             "input_shape": list(self.network.graph.input_shape),
             "layers": self.network.graph.to_layers(),
             "ledger": self.record.document(),
@@ -111,7 +113,7 @@ class Origin:
     spec_sha256: str
     data_sha256: str
 
-    def start(self, *, micro_batches: int = 1) -> Reached:
+    def start(self, *, micro_batches: int = 1, choice_parts: int = 1) -> Reached:
         """Before the first step: new weights from the job's seed, or those of its source where it has one."""
         network = build_network(self.plan.baseline, seed=self.plan.spec.training.seed)
         record, start = RunRecord(), self.plan.start
@@ -120,12 +122,17 @@ class Origin:
             for sentence in start_notes(start, network):
                 record.note(sentence)
         self.precision.to_device(network)
-        return Reached(network, record, micro_batches=micro_batches)
+        return Reached(network, record, micro_batches=micro_batches, choice_parts=choice_parts)
 
-    def resume(self, folder: Path | None, journal: Journal, *, micro_batches: int = 1) -> Reached:
-        """What the checkpoint in `folder` holds; the start if there is none or, with an event, if it is refused."""
+    def resume(
+        self, folder: Path | None, journal: Journal, *, micro_batches: int = 1, choice_parts: int = 1
+    ) -> Reached:
+        """What the checkpoint in `folder` holds; the start if there is none or, with an event, if it is refused.
+
+        `micro_batches` and `choice_parts`: batches are cut so at least (see `Job`).
+        """
         if folder is None:
-            return self.start(micro_batches=micro_batches)
+            return self.start(micro_batches=micro_batches, choice_parts=choice_parts)
         try:
             checkpoint = read_checkpoint(folder, spec_sha256=self.spec_sha256)
             if checkpoint.state.get("data_sha256") != self.data_sha256:
@@ -134,8 +141,9 @@ class Origin:
         except CheckpointRefused as refused:
             message = f"{refused.message}: the job starts from the beginning"
             journal.event("checkpoint.corrupt", message, level="warn", code=refused.code)
-            return self.start(micro_batches=micro_batches)
+            return self.start(micro_batches=micro_batches, choice_parts=choice_parts)
         reached.micro_batches = max(reached.micro_batches, micro_batches)
+        reached.choice_parts = max(reached.choice_parts, choice_parts)
         if reached.differs is not None:
             message = f"this is not the machine of the last attempt ({reached.differs}): the bits will differ"
             journal.event("warning", message, level="warn")
@@ -166,6 +174,7 @@ def restore(checkpoint: LoadedCheckpoint, precision: Precision) -> Reached:
             passed=state["passed"],
             masks=place_masks(masks, network) if masks else None,
             micro_batches=state["micro_batches"],
+            choice_parts=state.get("choice_parts", 1),  # checkpoints before 2026-11-25 have none
             kept=kept,
             suspended=None if fit is None else Suspended(_below("fit/", tensors), fit),
             differs=_what_differs(state["environment"]),

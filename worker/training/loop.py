@@ -35,6 +35,7 @@ from worker.training.freezing import freeze, train_mode
 from worker.training.learning_rate import LearningRate
 from worker.training.losses import Penalty, cross_entropy, decoupled_decay, distillation
 from worker.training.masks import Masks
+from worker.training.micro_batches import norms_paced, split_batch
 from worker.training.optimizers import build_optimizer
 
 WINDOW_STEPS = 50  # between two readings of the losses: each waits for the device
@@ -156,8 +157,9 @@ class Fit:
         teacher: nn.Module | None = None,
         micro_batches: int = 1,
     ) -> None:
-        """Start a phase at its first step; `micro_batches` cuts each batch, for the same gradient in less memory.
+        """Start a phase at its first step; `micro_batches` cuts each batch, for the gradient of a step in less memory.
 
+        Batch norm takes its statistics from each piece, so that with it the gradient is not quite that of the whole.
         `teacher` is needed where the recipe distils, and takes the same images as the network; `masks` hold from the
         first step on.
         """
@@ -180,6 +182,8 @@ class Fit:
         self._validation = validation
         self._teacher = teacher.eval() if teacher is not None else None
         self._micro_batches = micro_batches
+        self.evaluating = False
+        """Whether the epoch's validation is under way: what fails then is not a step."""
         self._penalty = Penalty(network, recipe.regularizations)
         self._decay = decoupled_decay(network, recipe.regularizations, recipe.rate_factors)
         self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.scales_gradients)
@@ -264,17 +268,10 @@ class Fit:
             self.masks.mask_gradients(self.network)
         if self.recipe.training.gradient_clipping is not None:
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.training.gradient_clipping)
-        for decay, parameters in self._decay:
-            with torch.no_grad():
-                torch._foreach_mul_(parameters, 1 - self.rate * decay)
-        if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)  # type: ignore[arg-type]
-            self.scaler.update()
-        else:
-            self.optimizer.step()
+        moved = self._move()
         if self.masks is not None:
             self.masks.apply(self.network)
-        if self.average is not None:
+        if self.average is not None and moved:
             self.average.update(self.position.step)
             if self.masks is not None:
                 self.masks.mask_tensors(self.average.tensors)
@@ -282,16 +279,36 @@ class Fit:
         self.position.step += 1
         self.position.batch += 1
 
+    def _move(self) -> bool:
+        """Decay the weights and step; False if the scaled gradients overflowed: then nothing moves."""
+        if not self.scaler.is_enabled():
+            self._decay_weights()
+            self.optimizer.step()
+            return True
+        steps_before = self.optimizer.steps
+        self.scaler.step(self.optimizer)  # type: ignore[arg-type]
+        self.scaler.update()
+        moved = self.optimizer.steps > steps_before
+        if moved:
+            self._decay_weights()
+        return moved
+
+    @torch.no_grad()
+    def _decay_weights(self) -> None:
+        for decay, parameters in self._decay:
+            torch._foreach_mul_(parameters, 1 - self.rate * decay)
+
     def _backward(self, images: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
         """The step's loss terms (detached scalars on the device); their gradients are in the parameters."""
-        pieces = max(1, min(self._micro_batches, len(labels_N)))
+        pieces = split_batch(images, labels_N, self._micro_batches)
         losses: dict[str, Tensor] = {}
-        for images_part, labels_part in zip(images.tensor_split(pieces), labels_N.tensor_split(pieces), strict=True):
-            share = len(labels_part) / len(labels_N)
-            total, terms = self._objective(images_part, labels_part)
-            self.scaler.scale(total * share if pieces > 1 else total).backward()  # type: ignore[no-untyped-call]
-            for name, term in terms.items():
-                losses[name] = losses[name] + term * share if name in losses else term * share
+        with norms_paced(self.network, len(pieces)):
+            for images_part, labels_part in pieces:
+                share = len(labels_part) / len(labels_N)
+                total, terms = self._objective(images_part, labels_part)
+                self.scaler.scale(total * share if len(pieces) > 1 else total).backward()  # type: ignore[no-untyped-call]
+                for name, term in terms.items():
+                    losses[name] = losses[name] + term * share if name in losses else term * share
         if self._penalty:
             penalties = self._penalty.terms()
             total = torch.stack(list(penalties.values())).sum()
@@ -329,12 +346,14 @@ class Fit:
         self.position = Position(epoch=position.epoch + 1, step=position.step)
         if self._validation is None:
             return EpochResult(position.epoch + 1, loss, None, None, self.average is not None, improved=False)
+        self.evaluating = True
         found, averaged = evaluate(self.network, self._validation.epoch(0), self.precision), False
         if self.average is not None:
             with self.average.inside(self.network):
                 of_average = evaluate(self.network, self._validation.epoch(0), self.precision)
             if _rank(of_average.accuracy, of_average.loss) > _rank(found.accuracy, found.loss):
                 found, averaged = of_average, True
+        self.evaluating = False
         improved = self._keep_if_best(found.accuracy, found.loss, averaged)
         return EpochResult(position.epoch + 1, loss, found.accuracy, found.loss, averaged, improved)
 

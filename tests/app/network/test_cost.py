@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from app.network.cost import (
     SAFETENSORS_METADATA,
     activation_elements,
+    choice_batch,
     cost,
+    forward_elements,
     layer_rows,
     safetensors_bytes,
     training_memory,
@@ -118,9 +120,44 @@ def test_memory_counts_batches_and_the_optimizers_copies() -> None:
     assert (one.gradients, one.optimizer, one.parameters) == (params, 2 * params, params + 2 * 8 * 4)
     assert two.activations == 2 * one.activations > 0
     assert training_memory(graph, batch_size=1, optimizer="sgd").optimizer == params
-    assert one.total == one.parameters + one.gradients + one.optimizer + one.activations
+    assert one.total == one.parameters + one.gradients + one.optimizer + max(one.activations, one.choices)
     with pytest.raises(KeyError):
         training_memory(graph, batch_size=1, optimizer="lion")
+
+
+@pytest.mark.parametrize("name", KEEPERS)
+def test_a_forward_pass_alone_holds_its_largest_neighbours_at_once(name: str) -> None:
+    graph = build_graph(read_layers(KEEPERS[name]), (3, 12, 12))
+    widest = max(node.elements for node in graph.nodes)
+    assert widest < forward_elements(graph) <= 3 * 12 * 12 + sum(node.elements for node in graph.nodes)
+
+
+def test_a_view_and_an_output_that_is_read_again_later_are_counted_once_and_as_long_as_they_are_needed() -> None:
+    chain = [conv(8, padding=1), layer("relu"), layer("flatten"), layer("linear", out_features=4)]
+    assert forward_elements(build_graph(read_layers(chain), (3, 12, 12))) == 2 * 8 * 144
+    kept = [conv(3, padding=1, name="a"), conv(8, padding=1), conv(3, padding=1), layer("add", inputs=["a", "conv2"])]
+    assert forward_elements(build_graph(read_layers(kept), (3, 12, 12))) == (3 + 8 + 3) * 144
+
+
+def test_choices_take_256_images_where_memory_allows_and_no_more_than_a_training_where_not() -> None:
+    small, large = (build_graph(read_layers(KEEPERS["chain"]), (3, side, side)) for side in (12, 160))
+    assert choice_batch(small, 8) == choice_batch(small, 8, backward=True) == 256
+    tight = [choice_batch(large, size, backward=backward) for size in (8, 64) for backward in (False, True)]
+    assert tight[1] < tight[0] < 256
+    assert tight[3] == 64
+    huge = build_graph(read_layers(KEEPERS["chain"]), (3, 4000, 4000))
+    assert choice_batch(huge, 1) == 2  # batch norm has no variance of one image
+
+
+def test_memory_counts_what_choices_take_beside_a_small_training_batch() -> None:
+    graph = build_graph(read_layers(KEEPERS["chain"]), (3, 160, 160))
+    plain, taylor = (
+        training_memory(graph, batch_size=1, optimizer="sgd", gradients_of_choices=asked) for asked in (False, True)
+    )
+    assert plain.activations == taylor.activations < plain.choices
+    assert plain.choices == choice_batch(graph, 1) * forward_elements(graph) * 4
+    assert taylor.choices >= plain.choices
+    assert plain.total == plain.parameters + plain.gradients + plain.optimizer + plain.choices
 
 
 def test_ten_thousand_layers_are_read_built_and_costed_within_two_seconds() -> None:

@@ -111,3 +111,30 @@ def test_frozen_layers_that_were_never_trained_are_a_warning() -> None:
 def test_the_order_of_factors_stays_in_the_document() -> None:
     factors = {"conv1": 0.5, "conv*": 0.1, "b*": 2.0}
     assert list(job(training={"lr_factors": factors}).document()["training"]["lr_factors"]) == list(factors)
+
+
+def stale_norms(*optimizations: dict[str, Any], frozen: list[str]) -> str | None:
+    """The warning about batch norms whose input changes."""
+    made = plan(model=DEEP, training={"frozen": frozen}, optimizations=list(optimizations))
+    found = [warning.message for warning in made.warnings if "statistics" in warning.message]
+    assert len(found) <= 1
+    return found[0] if found else None
+
+
+def test_frozen_batch_norm_behind_a_cut_is_warned_of_and_the_one_that_only_narrows_is_not() -> None:
+    channels = {"type": "prune", "structure": "channels", "sparsity": 0.5}
+    warned = stale_norms(channels, frozen=["batch_norm*"])
+    assert warned is not None
+    assert "batch_norm2, batch_norm3, batch_norm4" in warned
+    assert "batch_norm1" not in warned
+    assert stale_norms(channels, frozen=["batch_norm1"]) is None
+    assert stale_norms(channels, frozen=["conv*"]) is None
+    assert stale_norms(frozen=["batch_norm*"]) is None
+
+
+def test_frozen_batch_norm_behind_zeros_is_warned_of_and_the_one_before_them_is_not() -> None:
+    zeros = {"type": "prune", "sparsity": 0.5, "exclude": ["conv1", "conv2"]}
+    warned = stale_norms(zeros, frozen=["batch_norm*"])
+    assert warned is not None
+    assert "batch_norm3, batch_norm4" in warned
+    assert "batch_norm2" not in warned

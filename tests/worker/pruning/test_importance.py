@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, get_args
 
 import numpy as np
@@ -14,9 +15,11 @@ from app.errors import Diverged
 from app.network.graph import build_graph
 from app.network.layers.registry import read_layers
 from app.pruning.channel_classes import Classes, channel_classes
+from app.spec.job import Training
 from app.spec.prune import CHANNEL_CRITERIA, PATTERN_CRITERIA, WEIGHT_CRITERIA, Criterion
 from tests.support.networks.topologies import HEAD, PICTURE, TOPOLOGIES, Layers, conv, layer, topology, trained
 from worker.network import Network
+from worker.precision import choose_precision
 from worker.pruning.importance import CHANNEL_SCORES, WEIGHT_SCORES, channel_scores, weight_scores
 
 CHAIN: Layers = [conv(6, name="a"), layer("batch_norm", name="n"), layer("relu"), conv(4, name="b"), *HEAD]
@@ -173,6 +176,31 @@ def test_taylor_sums_the_producers_of_a_class_before_it_squares() -> None:
     for channel in range(4):
         total = sum(gate_derivative(network, name, channel, *data[0]) for name in ("a", "r_conv1"))
         assert found[channel] == pytest.approx(total**2, rel=1e-3, abs=1e-12)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 3, 8, 100])
+def test_taylor_in_pieces_of_a_batch_adds_their_gradients_before_it_squares(at_a_time: int) -> None:
+    network = network_of(CHAIN).eval()
+    data = batches(network)
+    whole = scores(network, "taylor", batches=data)
+    pieces = channel_scores(
+        network, channel_classes(network.graph), "taylor", seed=0, batches=data, images_at_a_time=at_a_time
+    )
+    assert pieces == pytest.approx(whole, rel=1e-4, abs=1e-12)
+
+
+def test_taylor_computes_in_the_jobs_number_format_but_not_in_float16() -> None:
+    network = network_of(CHAIN).float().eval()
+    classes, data, seen = channel_classes(network.graph), batches(network), []
+    network.get_submodule("b").register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    wide = channel_scores(network, classes, "taylor", seed=0, batches=data)
+    narrow = choose_precision(Training(precision="bf16"), "cpu", spatial_axes=2)
+    found = channel_scores(network, classes, "taylor", seed=0, batches=data, precision=narrow)
+    halves = replace(narrow, dtype=torch.float16)
+    assert channel_scores(network, classes, "taylor", seed=0, batches=data, precision=halves) == wide
+    assert [seen[0], seen[len(data)], seen[-1]] == [torch.float32, torch.bfloat16, torch.float32]
+    assert found != wide
+    assert found == pytest.approx(wide, rel=0.2, abs=0.1 * max(wide.values()))
 
 
 def test_scoring_leaves_the_network_as_it_is() -> None:

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from app.network.graph import build_graph
 from app.network.layers.registry import read_layers
+from app.spec.job import Training
 from tests.support.networks.topologies import HEAD, PICTURE, conv, layer, topology, trained
 from worker.network import Network
+from worker.precision import choose_precision
 from worker.pruning.recalibration import recalibrate_batch_norm
 
 
@@ -23,11 +25,33 @@ def test_running_statistics_become_those_of_the_images() -> None:
     network = trained(build_graph(read_layers(layers), PICTURE))
     images = batches(network)
     assert recalibrate_batch_norm(network, images) == 48
-    outputs = [network.get_submodule("a")(batch).detach().transpose(0, 1).flatten(1) for batch in images]
-    mean = torch.stack([output.mean(1) for output in outputs]).mean(0)
-    variance = torch.stack([output.var(1) for output in outputs]).mean(0)
-    torch.testing.assert_close(network.get_buffer("n.running_mean"), mean, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(network.get_buffer("n.running_var"), variance, rtol=1e-5, atol=1e-6)
+    output_Cx = network.get_submodule("a")(torch.cat(images)).detach().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(network.get_buffer("n.running_mean"), output_Cx.mean(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(network.get_buffer("n.running_var"), output_Cx.var(1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [[48], [2] * 24, [16, 16, 13, 3], [45, 3]])
+def test_the_first_batch_norm_does_not_mind_how_the_images_are_cut(sizes: list[int]) -> None:
+    layers = [conv(4, name="a"), layer("batch_norm", name="n"), layer("relu"), *HEAD]
+    one, other = (trained(build_graph(read_layers(layers), PICTURE)) for _ in range(2))
+    images_NCx = torch.cat(batches(one)) + torch.arange(48).view(-1, 1, 1, 1)  # batches differ as much as images do
+    recalibrate_batch_norm(one, [images_NCx])
+    recalibrate_batch_norm(other, images_NCx.split(sizes))
+    for kind in ("running_mean", "running_var"):
+        torch.testing.assert_close(other.get_buffer(f"n.{kind}"), one.get_buffer(f"n.{kind}"), rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_can_be_counted_in_the_jobs_number_format() -> None:
+    network, wide = trained(topology("chain")), trained(topology("chain"))
+    precision = choose_precision(Training(precision="bf16"), "cpu", spatial_axes=2)
+    seen = []
+    network.get_submodule("conv2").register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    recalibrate_batch_norm(network, batches(network), precision=precision)
+    recalibrate_batch_norm(wide, batches(wide))
+    assert set(seen) == {torch.bfloat16}
+    for name, tensor in network.state_dict().items():
+        assert tensor.dtype == wide.state_dict()[name].dtype
+        torch.testing.assert_close(tensor, wide.state_dict()[name], rtol=0.03, atol=0.03)
 
 
 def test_only_running_statistics_change_and_modes_and_momenta_are_as_before() -> None:

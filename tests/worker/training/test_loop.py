@@ -310,6 +310,51 @@ def test_micro_batches_of_an_odd_batch_weigh_each_image_alike() -> None:
         torch.testing.assert_close(tensor, snapshot(pieces.network)[name], rtol=1e-5, atol=1e-6)
 
 
+def test_a_batch_of_three_is_not_cut_because_batch_norm_has_no_variance_of_one_image() -> None:
+    layers: list[dict[str, Any]] = [{"type": "conv", "out_channels": 4, "kernel_size": 3}, {"type": "global_avg_pool"}]
+    layers += [{"type": "batch_norm"}, {"type": "flatten"}, {"type": "linear", "out_features": 3}]
+    batches = BlobBatches(21, batch_size=3)
+    fits = [
+        trained(training(epochs=1), graph=graph_of(layers), batches=batches, micro_batches=pieces) for pieces in (1, 2)
+    ]
+    assert equal(*(snapshot(fit.network) for fit in fits))
+
+
+def test_micro_batches_move_running_statistics_once_a_step() -> None:
+    fit = trained(training(epochs=1), micro_batches=2, validation=False)
+    assert int(fit.network.get_buffer("batch_norm1.num_batches_tracked")) == fit.steps
+
+
+def test_a_step_that_overflows_in_float16_moves_neither_weights_nor_their_average() -> None:
+    fit = start(
+        training(epochs=1, ema_decay=0.5), validation=False, regularizations=(Regularization(weight_decay=0.5),)
+    )
+    fit.scaler = torch.amp.GradScaler("cpu")
+    fit.network.get_parameter("conv1.weight").register_hook(lambda gradient: gradient * torch.inf)
+    parameters = {name: tensor.detach().clone() for name, tensor in fit.network.named_parameters()}
+    with pytest.raises(Leave):
+        fit.run(Watching(leave_before=3))
+    assert fit.optimizer.steps == 0
+    assert fit.average is not None
+    for name, parameter in fit.network.named_parameters():
+        assert torch.equal(parameter, parameters[name]), name
+        assert torch.equal(fit.average.tensors[name], parameters[name]), name
+
+
+def test_a_step_that_does_not_overflow_decays_and_averages_as_without_a_scaler() -> None:
+    settings, terms = training(epochs=1, ema_decay=0.5), (Regularization(weight_decay=0.05),)
+    plain, scaled = (start(settings, validation=False, regularizations=terms) for _ in range(2))
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    for fit in (plain, scaled):
+        fit.run(Watching())
+    for name, tensor in snapshot(plain.network).items():
+        torch.testing.assert_close(snapshot(scaled.network)[name], tensor, rtol=1e-2, atol=1e-3)
+    assert plain.average is not None
+    assert scaled.average is not None
+    for name, tensor in plain.average.tensors.items():
+        torch.testing.assert_close(scaled.average.tensors[name], tensor, rtol=1e-2, atol=1e-3)
+
+
 def test_regularization_is_in_the_loss_and_told_apart_from_the_cross_entropy() -> None:
     graph = small_cnn()
     network = build_network(graph, seed=0)
