@@ -238,7 +238,7 @@ def choose_removals_in_blocks(
         BudgetUnreachable: As `choose_removals` and `choose_block` do.
     """
     costs = IncrementalCost(graph, classes)
-    now, begin = costs.cost_at([0] * len(classes.groups)), cost(start)
+    now = costs.cost_at([0] * len(classes.groups))
 
     def choose(block: int) -> Removals:
         return choose_removals(
@@ -258,12 +258,13 @@ def choose_removals_in_blocks(
     removals = choose(block)
     if step.budget is None or step.round_to is not None:
         return removals
-    measure, allowed = _counted_measure(step), allowed_cost(step, baseline, fraction, begin)
+    measure = _counted_measure(step)
+    usable = min(allowed_cost(step, baseline, fraction, cost(start)), now.of(measure))
 
     def worth(found: Removals) -> float:
         return found.cost.of(measure) if found.loss is None else -found.loss
 
-    while block > 1 and _part_used(removals, measure, allowed, now) < CLOSE_ENOUGH:
+    while block > 1 and removals.cost.of(measure) < CLOSE_ENOUGH * usable:
         block //= 2
         removals = max(removals, choose(block), key=worth)
     return removals
@@ -293,18 +294,13 @@ def _share_reached(graph: Graph, classes: Classes, step: Prune, removals: Remova
     """How near the removal comes: of a budget the part that is used, of a sparsity the part of it that leaves."""
     if step.budget is not None:
         measure = _counted_measure(step)
-        return _part_used(removals, measure, allowed_cost(step, dense, 1.0), whole)
+        return removals.in_blocks.of(measure) / max(1, min(allowed_cost(step, dense, 1.0), whole.of(measure)))
     assert step.sparsity is not None
     asked = gone = 0.0
     for group in prunable_groups(graph, classes, step.model_copy(update={"round_to": 1})):
         asked += step.sparsity * len(group.classes) * group.channels
         gone += len(removals.dropped.intersection(group.classes.tolist())) * group.channels
     return min(gone, asked) / max(gone, asked, 1.0)
-
-
-def _part_used(removals: Removals, measure: CostMeasure, allowed: int, now: Cost) -> float:
-    """The part that whole blocks use of what the budget allows, or of the network where it allows more than that."""
-    return removals.in_blocks.of(measure) / max(1, min(allowed, now.of(measure)))
 
 
 @dataclass(frozen=True)
