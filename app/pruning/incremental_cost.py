@@ -88,7 +88,7 @@ class IncrementalCost:
         shapes = self._fixed * widths[self._owner]
         ends = np.cumsum(shapes.prod(axis=1) * FLOAT_BYTES)
         offsets = np.concatenate([ends, ends[:-1]])  # and the first start, which is 0
-        return _digits(shapes[self._stated]) + _digits(offsets) + 1, int(ends[-1])
+        return _digits(shapes[self._stated]) + _digits(offsets) + 1, int(ends[-1]) if len(ends) else 0
 
     def _number_widths(self, classes: Classes) -> list[int]:
         """For each axis of the classes the number of its width: axes along the same slots share one."""
