@@ -194,7 +194,8 @@ def choose_block(graph: Graph, classes: Classes, step: Prune, *, baseline: Cost 
     """(the largest block of channels, what leaves with equal shares).
 
     Where `round_to` is not stated it is the first of 16, 8, 4, 2, 1 with which the removal comes within a tenth of what
-    is asked for, else the one that comes nearest: a network of few or narrow layers may have no budget between blocks.
+    is asked for, before finer blocks use the rest; else the one that comes nearest: a network of few or narrow layers may
+    have no budget between blocks.
 
     Raises:
         BudgetUnreachable: As `choose_removals` does; with blocks of 1 where `round_to` is not stated.
@@ -203,6 +204,14 @@ def choose_block(graph: Graph, classes: Classes, step: Prune, *, baseline: Cost 
     costs = IncrementalCost(graph, classes)
     whole = costs.cost_at([0] * len(classes.groups))
     blocks = BLOCKS if step.round_to is None else BLOCKS[:1]
+
+    def reached(removals: Removals, spent: Cost) -> float:
+        """How near it comes: of a budget the part that is used, of a sparsity the part of it that leaves."""
+        if step.budget is None:
+            return _part_of_sparsity(graph, classes, step, removals)
+        measure = _counted_measure(step)
+        return spent.of(measure) / max(1, min(allowed_cost(step, baseline or whole, 1.0), whole.of(measure)))
+
     for block in blocks:
         try:
             removals = choose_removals(graph, classes, None, step, baseline=baseline or whole, block=block, costs=costs)
@@ -210,9 +219,9 @@ def choose_block(graph: Graph, classes: Classes, step: Prune, *, baseline: Cost 
             if not found and block == blocks[-1]:
                 raise
             continue
-        found.append((_share_reached(graph, classes, step, removals, whole, baseline or whole), block, removals))
-        if found[-1][0] >= CLOSE_ENOUGH:
-            break
+        if reached(removals, removals.in_blocks) >= CLOSE_ENOUGH:
+            return block, removals
+        found.append((reached(removals, removals.cost), block, removals))
     _, block, removals = max(found, key=lambda entry: entry[0])  # the first of equals
     return block, removals
 
@@ -290,11 +299,7 @@ def _counted_measure(step: Prune) -> CostMeasure:
     return step.budget.measure
 
 
-def _share_reached(graph: Graph, classes: Classes, step: Prune, removals: Removals, whole: Cost, dense: Cost) -> float:
-    """How near the removal comes: of a budget the part that is used, of a sparsity the part of it that leaves."""
-    if step.budget is not None:
-        measure = _counted_measure(step)
-        return removals.in_blocks.of(measure) / max(1, min(allowed_cost(step, dense, 1.0), whole.of(measure)))
+def _part_of_sparsity(graph: Graph, classes: Classes, step: Prune, removals: Removals) -> float:
     assert step.sparsity is not None
     asked = gone = 0.0
     for group in prunable_groups(graph, classes, step.model_copy(update={"round_to": 1})):
