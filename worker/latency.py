@@ -6,11 +6,14 @@ both), median and 95th percentile. Ratios are what to compare; milliseconds depe
 
 from __future__ import annotations
 
+import json
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +22,7 @@ from numpy.typing import NDArray
 from app.errors import JsonValue
 from app.network.blocks import WEIGHTED
 from app.network.cost import cost
+from app.network.graph import Graph
 from worker.export.files import portable_network, portable_tensors
 from worker.network import Network
 
@@ -27,6 +31,9 @@ MOST_RUNS = 200
 FEWEST_RUNS = 5
 WARM_UP_RUNS = 20
 PATIENCE = 4  # times a measurement's share of the time, then one run is enough: a large network on one thread
+PARTS = 8  # of a measurement, whose spread tells its error
+KERNEL_TIME = "_kernel_time"  # how onnxruntime's profile ends the name of an operator's run
+WEIGHTED_OPERATORS = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul")
 NO_GAIN = 0.95  # a ratio of medians above this is within the noise of a busy machine
 
 Timings = dict[str, dict[str, dict[str, float]]]
@@ -96,6 +103,14 @@ def measure_latency(
     return Latency(timings[0], timings[1], tuple(notes), conditions, timings[2], int8_notes)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A time in milliseconds, and its standard error: from the ratios of medians in eight parts of the measurement."""
+
+    ms: float
+    error_ms: float
+
+
 class Stopwatch:
     """Times of networks in onnxruntime, one thread, `batch_size` images, each in turns with the dense network.
 
@@ -120,10 +135,75 @@ class Stopwatch:
 
     def time_ms(self, network: Network, *, patience: float = 1.0) -> float:
         """Milliseconds of one run; `patience` times the usual length of a measurement."""
+        return self.time(network, patience=patience).ms
+
+    def time(self, network: Network, *, patience: float = 1.0) -> Measured:
+        """Milliseconds of one run, and how far the measurement can be trusted."""
         (maker,) = _onnx_runs((network,), 1)
-        measured = _take_turns((self._dense, maker(self._images)), patience * self._seconds, self._clock)
-        dense, other = (float(np.median(milliseconds)) for milliseconds in measured)
-        return self.dense_ms * other / dense
+        measured = _take_turns(
+            (self._dense, maker(self._images)), patience * self._seconds, self._clock, most=round(patience * MOST_RUNS)
+        )
+        dense, other = (np.array(milliseconds) for milliseconds in measured)
+        parts = [
+            float(np.median(b) / np.median(a))
+            for a, b in zip(np.array_split(dense, PARTS), np.array_split(other, PARTS), strict=True)
+            if len(a)
+        ]
+        error = float(np.std(parts, ddof=1)) / len(parts) ** 0.5 if len(parts) > 1 else 0.0
+        ratio = float(np.median(other) / np.median(dense))
+        return Measured(self.dense_ms * ratio, self.dense_ms * error)
+
+    def layer_ms(self, network: Network) -> dict[str, float]:
+        """Milliseconds of each layer with weights in a run of the whole network, by its name; as the runtime notes them.
+
+        A layer is fused with what follows it, so its time includes a norm and an activation behind it.
+        """
+        model = onnx_bytes_of(network)
+        return _profile(network.graph, model, self._images, self._seconds)
+
+
+def onnx_bytes_of(network: Network) -> bytes:
+    """The ONNX file of a network, as it is exported."""
+    from worker.export.onnx_model import onnx_bytes
+
+    return onnx_bytes(network.graph, {name: tensor.numpy() for name, tensor in portable_tensors(network).items()})
+
+
+def _profile(graph: Graph, model: bytes, images: NDArray[np.float32], seconds: float) -> dict[str, float]:
+    """The median time of each layer with weights, from onnxruntime's own profile of so many seconds of runs."""
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = _session_options(1)
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        _take_turns([lambda: session.run(["logits"], {"images": images})], seconds)
+        events = json.loads(Path(session.end_profiling()).read_text())
+    found: dict[str, list[float]] = {}
+    for event in events:
+        weighted = event.get("args", {}).get("op_name") in WEIGHTED_OPERATORS
+        if weighted and event["name"].endswith(KERNEL_TIME):
+            found.setdefault(event["name"].removesuffix(KERNEL_TIME), []).append(event["dur"] / 1e3)
+    times: dict[str, float] = {}
+    for name, milliseconds in found.items():
+        layer = _layer_of(graph, name)
+        if layer is not None:
+            times[layer] = times.get(layer, 0.0) + float(np.median(milliseconds))
+    return times
+
+
+def _layer_of(graph: Graph, operator: str) -> str | None:
+    """The layer with weights that an operator of the runtime computes, whose name is that of the last layer fused into it."""
+    name = operator.removeprefix("fused ").removesuffix("_nchwc").removesuffix(".output")
+    while name in graph:
+        node = graph[name]
+        if node.type in WEIGHTED:
+            return node.home
+        if len(node.inputs) != 1:
+            return None
+        name = node.inputs[0]
+    return None
 
 
 def _torch_runs(networks: Sequence[Network], threads: int) -> list[Runner]:
@@ -148,26 +228,14 @@ def _torch_runs(networks: Sequence[Network], threads: int) -> list[Runner]:
 
 def _onnx_runs(networks: Sequence[Network], threads: int) -> list[Runner]:
     """One maker of runs per network, in a session of the graph as it is exported."""
-    from worker.export.onnx_model import onnx_bytes
-
-    return [
-        _session_runs(
-            onnx_bytes(network.graph, {name: tensor.numpy() for name, tensor in portable_tensors(network).items()}),
-            threads,
-        )
-        for network in networks
-    ]
+    return [_session_runs(onnx_bytes_of(network), threads) for network in networks]
 
 
 def _session_runs(model: bytes, threads: int) -> Runner:
     """A maker of runs of one ONNX file."""
     import onnxruntime  # not before it is needed: a trainer starts without it
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options = _session_options(threads)
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     def run_on(images: NDArray[np.float32]) -> Run:
@@ -176,8 +244,19 @@ def _session_runs(model: bytes, threads: int) -> Runner:
     return run_on
 
 
+def _session_options(threads: int) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
 def _take_turns(
-    turns: Sequence[Run], seconds: float, clock: Callable[[], float] = time.perf_counter
+    turns: Sequence[Run], seconds: float, clock: Callable[[], float] = time.perf_counter, *, most: int = MOST_RUNS
 ) -> list[list[float]]:
     """Milliseconds of each run of each of them, taken in turns, after a warm-up of a fifth of the time."""
     start = time.perf_counter()
@@ -188,7 +267,7 @@ def _take_turns(
         if elapsed > seconds or (count and elapsed > seconds / 5):
             break
     measured: list[list[float]] = [[] for _ in turns]
-    while len(measured[0]) < MOST_RUNS:
+    while len(measured[0]) < most:
         for run, milliseconds in zip(turns, measured, strict=True):
             before = clock()
             run()

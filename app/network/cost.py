@@ -108,16 +108,25 @@ def layer_rows(graph: Graph) -> list[LayerRow]:
 def safetensors_bytes(tensors: Mapping[str, Shape]) -> int:
     """The exact size of the safetensors file (version 0.8) of float32 tensors of these shapes with our metadata.
 
-    The file is the header's length in 8 bytes, the header (JSON without spaces, tensors of one type in the order of
-    their names, padded with spaces to a multiple of 8) and the data.
+    The file is the header's length in 8 bytes, the header (padded with spaces to a multiple of 8) and the data.
     """
+    data = FLOAT_BYTES * sum(math.prod(shape) for shape in tensors.values())
+    return file_bytes(safetensors_header_bytes(tensors), data)
+
+
+def file_bytes(header: int, data: int) -> int:
+    """The size of a safetensors file whose header without padding, and whose data, have so many bytes."""
+    return 8 + -(-header // 8) * 8 + data
+
+
+def safetensors_header_bytes(tensors: Mapping[str, Shape]) -> int:
+    """The length of the header without padding: JSON without spaces, tensors of one type in the order of their names."""
     header: dict[str, object] = {"__metadata__": SAFETENSORS_METADATA}
     end = 0
     for name in sorted(tensors):
         start, end = end, end + math.prod(tensors[name]) * FLOAT_BYTES
         header[name] = {"dtype": "F32", "shape": list(tensors[name]), "data_offsets": [start, end]}
-    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + -(-length // 8) * 8 + end
+    return len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
 
 
 def activation_elements(graph: Graph) -> int:

@@ -145,7 +145,8 @@ def _removed_by_rounds(
             block=block,
         )
         graph, dropped = shrink_graph(graph, removed.dropped, now), dropped | removed.dropped
-    return Removals(dropped, cost(graph), final.floor, final.floor_dropped), graph
+    reached = cost(graph)
+    return Removals(dropped, reached, final.floor, final.floor_dropped, reached), graph
 
 
 def _is_simulated(graph: Graph, step: Prune) -> bool:

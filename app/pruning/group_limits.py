@@ -30,7 +30,8 @@ _NOT_MEASURED = "another group is measured"
 class GroupLimits:
     """How far one group may be pruned, in classes: `width_at_start`, the fewest that stay, how many are removed together.
 
-    `sparsity` is its own, where an override states one; `held` says why nothing is removed, or is None.
+    `sparsity` is its own, where an override states one; `held` says why nothing is removed, or is None; `stated` says
+    that the multiple which its width is to be was asked for.
     """
 
     group: Group
@@ -39,6 +40,7 @@ class GroupLimits:
     together: int
     sparsity: float | None
     held: str | None
+    stated: bool = False
 
     @property
     def channels_at_start(self) -> int:
@@ -63,23 +65,31 @@ def group_limits(
         start: The graph before the first stage of the step: floors refer to its widths.
         block: The largest block of channels, where `round_to` is not stated.
     """
-    before = classes if start is graph else channel_classes(start)
-    widths = {before.key(group): len(group.classes) for group in before.groups}
+    widths = {} if start is graph else _widths_by_key(channel_classes(start))
     excluded = {name: set(classes.slots[name].ids.tolist()) for name in step.exclude}
     overridden = {name: set(classes.slots[name].ids.tolist()) for name in step.overrides}
     found = []
     for group in classes.groups:
         one = int(group.classes[0])  # classes of a group are pinned, excluded and overridden together
         overrides = [step.overrides[name] for name, ids in overridden.items() if one in ids]
-        width = widths.get(classes.key(group), len(group.classes))
+        width = widths.get(classes.key(group), len(group.classes)) if widths else len(group.classes)
         rounded = [o.round_to for o in overrides if o.round_to is not None]
         round_to = step.round_to or _largest_block(width * group.channels, block)
         together = _in_classes(math.lcm(*rounded) if rounded else round_to, group)
         least = min(len(group.classes), _least(step, overrides, group, width))
         own = [o.sparsity for o in overrides if o.sparsity is not None]
         held = classes.pins.get(one) or _why_excluded(excluded, one) or _why_too_narrow(group, least, together)
-        found.append(GroupLimits(group, width, least, together, min(own) if own else None, held))
+        stated = bool(rounded or step.round_to)
+        found.append(GroupLimits(group, width, least, together, min(own) if own else None, held, stated))
     return found
+
+
+def in_finer_blocks(limits: GroupLimits, block: int) -> GroupLimits:
+    """The limits with blocks of at most `block` channels, where nothing is stated."""
+    if limits.stated:
+        return limits
+    together = _in_classes(_largest_block(limits.channels_at_start, block), limits.group)
+    return limits if together >= limits.together else replace(limits, together=together)
 
 
 def hold_others(limits: Sequence[GroupLimits], only: int) -> list[GroupLimits]:
@@ -129,6 +139,10 @@ def heaviest_layers(
             stay = f"{smallest[name].shape[0]} of {graph[name].shape[0]} channels stay"
             phrases.append(f"{name} has {costs[name] / whole:.0%} of it ({held or stay})")
     return phrases
+
+
+def _widths_by_key(classes: Classes) -> dict[frozenset[tuple[str, str, int]], int]:
+    return {classes.key(group): len(group.classes) for group in classes.groups}
 
 
 def _largest_block(channels: int, largest: int) -> int:

@@ -1,126 +1,94 @@
-"""The exact cost of a graph while channels are removed from it, from the numbers of kept channels alone.
+"""The exact cost of a graph from how many classes of each group are gone.
 
-Elements and multiply-accumulates are products of at most two widths, and both widths of a layer may move with one
-class: savings can never be added up in advance. So the widths are kept as integers, and what a change touches is counted
-again.
+    costs = IncrementalCost(graph, classes)
+    costs.cost_at(gone)                         # every measure, anew: some vector operations
+    walk = CostWalk(costs, "macs", gone)
+    walk.saving(group, 8), walk.move(group, 8)  # one measure, from where the walk stands: what the group touches
+
+Elements and multiply-accumulates are products of at most two widths, and a width is linear in the number of classes of
+each group: a cost is a quadratic form of these numbers. Both widths of a layer may move with one class, so savings can
+never be added up in advance; they only shrink while other groups do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from app.network.cost import FLOAT_BYTES, Cost, CostMeasure, safetensors_bytes
+from app.network.cost import FLOAT_BYTES, Cost, CostMeasure, file_bytes, safetensors_header_bytes
 from app.network.graph import Graph
-from app.network.layers.shapes import Shape
-from app.pruning.channel_classes import Classes, Group
+from app.pruning.channel_classes import Classes
 from app.pruning.channel_rules import IntArray, Slots
 
+LARGEST_EXACT = 1 << 60  # sums above it are counted with Python's whole numbers
+POWERS_OF_TEN = 10 ** np.arange(1, 19, dtype=np.int64)
 
-@dataclass(frozen=True)
-class ChannelBlock:
-    """Classes of one group that are removed together, and how much narrower each width is without them.
-
-    `channels` are their channels where the group is narrowest, `widths` pairs of (number of a width, channels off it).
-    """
-
-    group: int
-    classes: tuple[int, ...]
-    channels: int
-    widths: tuple[tuple[int, int], ...]
-
-
-@dataclass
-class _Term:
-    """A product of widths, and how often it counts in each cost."""
-
-    widths: tuple[int, ...]
-    macs: int = 0
-    params: int = 0
-    stored: int = 0
-    value: int = 0
+Amounts = dict[CostMeasure, int]
 
 
 class IncrementalCost:
-    """Widths of a graph, and `macs`, `params` and `stored` (elements in the file) that follow from them."""
+    """The cost of a graph as a function of the classes that are gone from each group.
 
-    def __init__(self, graph: Graph, classes: Classes) -> None:
-        self.macs = self.params = self.stored = 0
-        self._widths: list[int] = []
-        self._ids: list[IntArray] = []
-        self._repeats: list[int] = []
-        self._terms: list[_Term] = []
-        self._shapes: dict[str, list[tuple[int | None, int]]] = {}
-        """key -> for each axis (its width, or None where it is fixed; its size)"""
+    `prices` say what one multiply-accumulate of a layer counts where "macs" is measured in a walk or by `amount_at`
+    (default: 1); `cost_at` always counts plainly. Amounts of "bytes" are elements in the file: `bytes_at` has its header.
+    """
+
+    def __init__(self, graph: Graph, classes: Classes, prices: Mapping[str, int] | None = None) -> None:
+        self._full: list[int] = []
+        self._slots: list[Slots] = []
         self._width_of_axis = self._number_widths(classes)
-        self._read(graph, classes)
-        self._terms_of_width: list[list[_Term]] = [[] for _ in self._widths]
-        for term in self._terms:
-            for width in set(term.widths):
-                self._terms_of_width[width].append(term)
-        self._touched: dict[tuple[int, ...], list[_Term]] = {}
-        sizes = {key: tuple(size for _, size in axes) for key, axes in self._shapes.items()}
-        self._largest_header = safetensors_bytes(sizes) - FLOAT_BYTES * self.stored
-        self._smallest_header = 0
+        self.touched: list[list[tuple[int, int]]] = [[] for _ in classes.groups]
+        """for each group: (number of a width, how many of its channels one class has)"""
+        self._find_touched(classes)
+        self._one = len(self._full)
+        """the number of a width that is always 1"""
+        self.terms: dict[tuple[int, int], list[int]] = {}
+        """two numbers of widths -> how often their product counts: macs, params, stored, macs at their prices"""
+        self._dims: list[tuple[str, list[tuple[int, int]]]] = []
+        self._read(graph, classes, prices or {})
+        self._index_terms()
+        self._index_header()
 
-    def channel_blocks(self, group: Group, parts: Sequence[IntArray]) -> list[ChannelBlock]:
-        """The parts of a group's classes, in order, with the channels that each has in every width."""
-        touched: list[tuple[int, IntArray]] = []
-        for width in sorted({self._width_of_axis[axis] for axis in group.axes}):
-            ids, counts = np.unique(self._ids[width], return_counts=True)
-            per_class = counts * self._repeats[width]
-            touched.append(
-                (width, np.concatenate([[0], np.cumsum(per_class[np.searchsorted(ids, np.concatenate(parts))])]))
-            )
-        ends = np.cumsum([0, *(len(part) for part in parts)]).tolist()
-        return [
-            ChannelBlock(
-                group.index,
-                tuple(part.tolist()),
-                len(part) * group.channels,
-                tuple((width, int(total[end] - total[start])) for width, total in touched),
-            )
-            for part, start, end in zip(parts, ends, ends[1:], strict=False)
-        ]
+    def cost_at(self, gone: Sequence[int] | IntArray) -> Cost:
+        """All costs without so many classes of each group."""
+        widths = self.widths_at(gone)
+        macs, params, _, _ = (self._total(place, widths) for place in range(4))
+        return Cost(params=params, nonzero_params=params, macs=macs, bytes=self._bytes_of(widths))
 
-    def remove(self, channel_block: ChannelBlock) -> None:
-        """Remove the block's channels from the network."""
-        self._move(channel_block, -1)
+    def amount_at(self, gone: Sequence[int] | IntArray, measure: CostMeasure) -> int:
+        """The cost in one measure: MACs at their prices, parameters, or bytes of the file."""
+        widths = self.widths_at(gone)
+        return self._bytes_of(widths) if measure == "bytes" else self._total(PLACES[measure], widths)
 
-    def give_back(self, channel_block: ChannelBlock) -> None:
-        """Put the block's channels back into the network."""
-        self._move(channel_block, 1)
-
-    def fits(self, measure: CostMeasure, allowed: int) -> bool:
-        """Whether the cost is at most `allowed`."""
-        if measure != "bytes":
-            return (self.macs if measure == "macs" else self.params) <= allowed
-        # The header changes by a few bytes only: it is built when they decide.
-        if FLOAT_BYTES * self.stored + self._largest_header <= allowed:
-            return True
-        return FLOAT_BYTES * self.stored + self._smallest_header <= allowed and self.bytes() <= allowed
-
-    def bytes(self) -> int:
+    def bytes_at(self, gone: Sequence[int] | IntArray) -> int:
         """Size of the safetensors file."""
-        return safetensors_bytes(self.shapes())
+        return self._bytes_of(self.widths_at(gone))
 
-    def note_floor(self) -> None:
-        """Note that the network does not become smaller than it is now, which makes `fits` faster."""
-        self._smallest_header = self.bytes() - FLOAT_BYTES * self.stored
+    def widths_at(self, gone: Sequence[int] | IntArray) -> IntArray:
+        """Every width, and a 1 behind them."""
+        widths = np.array([*self._full, 1], dtype=np.int64)
+        left = np.asarray(gone, dtype=np.int64)
+        np.subtract.at(widths, self._touched_width, left[self._touched_group] * self._touched_count)
+        return widths
 
-    def shapes(self) -> Mapping[str, Shape]:
-        """The shape of every tensor, by key."""
-        widths = self._widths
-        return {
-            key: tuple(size if width is None else widths[width] for width, size in axes)
-            for key, axes in self._shapes.items()
-        }
+    def _total(self, place: int, widths: IntArray) -> int:
+        values = widths[self._first] * widths[self._second]
+        weights = self._weights[place]
+        return int(weights @ (values.astype(object) if weights.dtype == object else values))
 
-    def cost(self) -> Cost:
-        """All costs as they are now."""
-        return Cost(params=self.params, nonzero_params=self.params, macs=self.macs, bytes=self.bytes())
+    def _bytes_of(self, widths: IntArray) -> int:
+        digits, data = self._numbers_of(widths)
+        return file_bytes(self._header_besides + digits, data)
+
+    def _numbers_of(self, widths: IntArray) -> tuple[int, int]:
+        """(how many digits the header's shapes and offsets have together, bytes of the data)."""
+        shapes = self._fixed * widths[self._owner]
+        ends = np.cumsum(shapes.prod(axis=1) * FLOAT_BYTES)
+        offsets = np.concatenate([ends, ends[:-1]])  # and the first start, which is 0
+        return _digits(shapes[self._stated]) + _digits(offsets) + 1, int(ends[-1]) if len(ends) else 0
 
     def _number_widths(self, classes: Classes) -> list[int]:
         """For each axis of the classes the number of its width: axes along the same slots share one."""
@@ -132,53 +100,149 @@ class IncrementalCost:
             if id(slots) not in known:
                 key = (slots.ids.tobytes(), slots.repeat)
                 if key not in numbers:
-                    numbers[key] = len(self._widths)
-                    self._widths.append(slots.width)
-                    self._ids.append(slots.ids)
-                    self._repeats.append(slots.repeat)
+                    numbers[key] = len(self._full)
+                    self._full.append(slots.width)
+                    self._slots.append(slots)
                 known[id(slots)] = numbers[key]
             of_axis.append(known[id(slots)])
         return of_axis
 
-    def _read(self, graph: Graph, classes: Classes) -> None:
+    def _find_touched(self, classes: Classes) -> None:
+        group_of = np.zeros(classes.slot_count, dtype=np.int64)
+        for group in classes.groups:
+            group_of[group.classes] = group.index
+        found: list[tuple[int, int, int]] = []
+        for width, slots in enumerate(self._slots):
+            ids, counts = np.unique(slots.ids, return_counts=True)
+            groups, first = np.unique(group_of[ids], return_index=True)
+            for group, count in zip(groups.tolist(), (counts[first] * slots.repeat).tolist(), strict=True):
+                self.touched[group].append((width, count))
+                found.append((width, group, count))
+        columns = np.array(found, dtype=np.int64).reshape(-1, 3).T
+        self._touched_width, self._touched_group, self._touched_count = columns
+
+    def _read(self, graph: Graph, classes: Classes, prices: Mapping[str, int]) -> None:
         owned = {(a.layer, a.tensor, a.axis): w for a, w in zip(classes.axes, self._width_of_axis, strict=True)}
-        terms: dict[tuple[int, ...], _Term] = {}
         for node in graph.nodes:
             for name, tensor in node.uses.items():
-                axes = [(owned.get((node.home, name, axis)), size) for axis, size in enumerate(tensor.shape)]
-                widths = tuple(sorted(width for width, _ in axes if width is not None))
-                term = terms.setdefault(widths, _Term(widths))
+                axes = [(owned.get((node.home, name, axis), self._one), size) for axis, size in enumerate(tensor.shape)]
+                widths = sorted(width for width, _ in axes if width != self._one)
+                assert len(widths) <= 2, f"{node.home}.{name}: at most two widths of a tensor follow channels"
+                first, second = (*widths, self._one, self._one)[:2]
+                counted = self.terms.setdefault((first, second), [0, 0, 0, 0])
                 fixed = 1
                 for width, size in axes:
-                    fixed *= size if width is None else 1
+                    fixed *= size if width == self._one else 1
                 if node.shares is None:
-                    self._shapes[f"{node.name}.{name}"] = axes
-                    term.stored += fixed
-                    term.params += fixed if tensor.trainable else 0
+                    self._dims.append((f"{node.name}.{name}", axes))
+                    counted[PLACES["bytes"]] += fixed
+                    counted[PLACES["params"]] += fixed if tensor.trainable else 0
                 if name == "weight" and node.macs:
                     positions, rest = divmod(node.macs, tensor.elements)
                     assert rest == 0, f"{node.name}: every weight is used at a whole number of positions"
-                    term.macs += fixed * positions
-        self._terms = list(terms.values())
-        for term in self._terms:
-            self._count(term)
+                    counted[0] += fixed * positions
+                    counted[PLACES["macs"]] += fixed * positions * prices.get(node.home, 1)
 
-    def _count(self, term: _Term) -> None:
-        value = 1
-        for width in term.widths:
-            value *= self._widths[width]
-        change = value - term.value
-        term.value = value
-        self.macs += change * term.macs
-        self.params += change * term.params
-        self.stored += change * term.stored
+    def _index_terms(self) -> None:
+        pairs = np.array(list(self.terms), dtype=np.int64).reshape(-1, 2)
+        self._first, self._second = pairs[:, 0], pairs[:, 1]
+        full = [*self._full, 1]
+        self._weights: list[NDArray[Any]] = []
+        for place in range(4):
+            whole = sum(counted[place] * full[a] * full[b] for (a, b), counted in self.terms.items())
+            exact = object if whole > LARGEST_EXACT else np.int64
+            self._weights.append(np.array([counted[place] for counted in self.terms.values()], dtype=exact))
 
-    def _move(self, channel_block: ChannelBlock, sign: int) -> None:
-        for width, change in channel_block.widths:
-            self._widths[width] += sign * change
-        key = tuple(width for width, _ in channel_block.widths)
-        if key not in self._touched:
-            found = {id(term): term for width in key for term in self._terms_of_width[width]}
-            self._touched[key] = list(found.values())
-        for term in self._touched[key]:
-            self._count(term)
+    def _index_header(self) -> None:
+        """Note where the numbers of the file's header come from, and how long it is without them."""
+        self._dims.sort()
+        most = max((len(axes) for _, axes in self._dims), default=1)
+        size = (len(self._dims), most)
+        self._fixed, self._owner = np.ones(size, dtype=np.int64), np.full(size, self._one, dtype=np.int64)
+        self._stated = np.zeros(size, dtype=np.bool_)
+        for row, (_, axes) in enumerate(self._dims):
+            for column, (width, length) in enumerate(axes):
+                self._owner[row, column], self._stated[row, column] = width, True
+                self._fixed[row, column] = length if width == self._one else 1
+        whole = {key: tuple(length for _, length in axes) for key, axes in self._dims}
+        digits, _ = self._numbers_of(np.array([*self._full, 1], dtype=np.int64))
+        self._header_besides = safetensors_header_bytes(whole) - digits
+
+
+class CostWalk:
+    """The cost in one measure while classes leave groups and return: `gone` of each group, `amount` at present.
+
+    Of "bytes" the amount is the elements in the file; `fits` and `may_return` count its header.
+    """
+
+    def __init__(self, costs: IncrementalCost, measure: CostMeasure, gone: Sequence[int] | IntArray) -> None:
+        self.gone = [int(count) for count in gone]
+        self._costs, self._measure, self._touched = costs, measure, costs.touched
+        place = PLACES[measure]
+        widths = costs.widths_at(gone).tolist()
+        self.amount = 0
+        self._slopes = [0] * len(widths)
+        """for each width, how much the amount rises with it"""
+        self._coupled: list[list[tuple[int, int]]] = [[] for _ in widths]
+        """for each width: (another, how much the slope of that one rises with it)"""
+        for (first, second), counted in costs.terms.items():
+            if weight := counted[place]:
+                self.amount += weight * widths[first] * widths[second]
+                self._slopes[first] += weight * widths[second]
+                self._slopes[second] += weight * widths[first]
+                self._coupled[first].append((second, weight))
+                self._coupled[second].append((first, weight))
+        self._bends: dict[int, int] = {}
+        self._header: int | None = None
+
+    def saving(self, group: int, count: int) -> int:
+        """How much smaller the amount is without `count` more classes of the group; negative where they return."""
+        slope, bend = self.saving_terms(group)
+        return count * slope - count * count * bend
+
+    def saving_terms(self, group: int) -> tuple[int, int]:
+        """(a, b) such that n more classes of the group save a n - b n^2."""
+        touched = self._touched[group]
+        if group not in self._bends:
+            own = dict(touched)
+            bend = sum(own[w] * weight * own.get(other, 0) for w in own for other, weight in self._coupled[w])
+            self._bends[group] = bend // 2
+        return sum([count * self._slopes[width] for width, count in touched]), self._bends[group]
+
+    def move(self, group: int, count: int) -> None:
+        """Remove `count` more classes of the group; a negative number returns."""
+        self.amount -= self.saving(group, count)
+        for width, count_of in self._touched[group]:
+            change = count * count_of
+            for other, weight in self._coupled[width]:
+                self._slopes[other] -= weight * change
+        self.gone[group] += count
+        self._header = None
+
+    def fits(self, allowed: int) -> bool:
+        """Whether the cost is at most `allowed`."""
+        if self._measure != "bytes":
+            return self.amount <= allowed
+        return FLOAT_BYTES * self.amount <= allowed and self._costs.bytes_at(self.gone) <= allowed
+
+    def may_return(self, group: int, count: int, allowed: int) -> bool:
+        """Whether the cost is still at most `allowed` when `count` classes of the group have returned."""
+        more = self.amount - self.saving(group, -count)
+        if self._measure != "bytes":
+            return more <= allowed
+        if self._header is None:
+            self._header = self._costs.bytes_at(self.gone) - FLOAT_BYTES * self.amount
+        if FLOAT_BYTES * more + self._header > allowed:  # a file's header only grows with its tensors
+            return False
+        gone = list(self.gone)
+        gone[group] -= count
+        return self._costs.bytes_at(gone) <= allowed
+
+
+PLACES: dict[CostMeasure, int] = {"params": 1, "bytes": 2, "macs": 3}
+"""where a measure stands in `IncrementalCost.terms`; the plain MACs stand at 0"""
+
+
+def _digits(numbers: IntArray) -> int:
+    """How many digits these numbers have together."""
+    return int(np.searchsorted(POWERS_OF_TEN, numbers, side="right").sum()) + len(numbers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from app.errors import DataInvalid, DiskFull, Diverged, LayerEmptied, OutOfMemory
 from app.schemas.report import ReportSchema
+from app.spec.prune import Budget
 from tests.support.jobs.tiny import (
     SHAPE,
     SYNTHETIC,
@@ -504,3 +506,25 @@ def test_the_command_runs_a_job_alone(data: Path, tmp_path: Path, capsys: pytest
     spec.write_text(json.dumps(tiny_spec(training={"epochs": 0})))
     assert pipeline.main([str(spec), str(data), str(tmp_path / "out")]) == 1
     assert "invalid_spec: /training/epochs" in capsys.readouterr().err
+
+
+def test_a_network_that_is_found_slower_at_the_end_is_delivered_and_says_so(data: Path, tmp_path: Path) -> None:
+    """Everything was trained and searched for by then; here the budget is what changes, not the machine."""
+    step = {"type": "prune", "budget": {"latency_ms": 0.99}, "scope": "layer", "retrain": {"epochs": 1}}
+    journal = MemoryJournal()
+    job = pipeline.prepare(task_of(tiny_spec(step), data, tmp_path), journal)
+    stages = job.stages
+    job.stages = stages[:-1]
+    assert not pipeline.run_stages(job)
+    strict = job.plan.spec.optimizations[0].model_copy(update={"budget": Budget(latency_ms=1e-6, absolute=True)})
+    job.plan = replace(job.plan, spec=job.plan.spec.model_copy(update={"optimizations": (strict,)}))
+    job.stages = stages
+    assert not pipeline.run_stages(job)
+    outcome = pipeline.deliver(job, stopped_early=False)
+    (row,) = outcome.report["steps"]
+    assert (row["applied"], row["complete"], row["met"]) == (True, True, False)
+    (note,) = [note for note in outcome.report["notes"] if "the budget allows" in note]
+    assert note.startswith("/optimizations/0: the pruned network takes")
+    assert any(event.message == note for event in journal.of_type("warning"))
+    ReportSchema.model_validate_json(json.dumps(outcome.report, allow_nan=False), strict=True)
+    job.close()

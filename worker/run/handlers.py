@@ -122,6 +122,7 @@ class CompressionHandler(OptimizationHandler):
             "after_recalibration": _last(record.rounds, "after_recalibration"),
             "rounds": record.rounds,
             "complete": record.complete,
+            **({} if record.met is None else {"met": record.met}),
         }
 
 

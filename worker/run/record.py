@@ -16,7 +16,8 @@ class StepRecord:
     `start` is the network before its first removal (as `model.layers`), `sparsity_before` the part of what
     it prunes that earlier steps had pruned. `after` is None while the step is under way. `rounds` has one entry for each
     removal, with the accuracy on the test part right after the cut and after batch norm was recalibrated. `outcomes`
-    says what became of each layer in a step that replaces layers; checkpoints call it "fates".
+    says what became of each layer in a step that replaces layers; checkpoints call it "fates". `met` says of a budget of
+    latency whether it is met, as far as measuring tells; None of other steps.
     """
 
     position: int
@@ -29,6 +30,7 @@ class StepRecord:
     outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: float = 0.0
     complete: bool = False
+    met: bool | None = None
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from app.network.graph import Graph
 from app.network.node import Node
 from app.pruning.budget import (
     BudgetUnreachable,
+    Removals,
     choose_removals,
     choose_removals_in_blocks,
 )
@@ -31,7 +31,7 @@ from worker.latency import Stopwatch
 from worker.network import Network, assign_tensors
 from worker.precision import Precision
 from worker.pruning.importance import channel_scores
-from worker.pruning.latency_budget import confirm_time, removals_within_time
+from worker.pruning.latency_budget import TimeCheck, check_time, removals_within_time
 from worker.pruning.loss_curves import loss_curves
 from worker.pruning.recalibration import recalibrate_batch_norm
 from worker.pruning.schedules import PruningRound
@@ -41,6 +41,7 @@ from worker.training.losses import cross_entropy
 from worker.training.masks import Masks
 
 RECALIBRATION_IMAGES = 4096
+ROUNDS_OF_MEASURING = 1
 
 Pairs = Iterator[tuple[Tensor, Tensor]]
 
@@ -105,13 +106,33 @@ def cut_weights(
 
 
 def cut_channels(
-    network: Network, step: Prune, stage: PruningRound, context: RemovalContext, *, start: Graph
+    network: Network,
+    step: Prune,
+    stage: PruningRound,
+    context: RemovalContext,
+    *,
+    start: Graph,
+    rounds: int = ROUNDS_OF_MEASURING,
 ) -> Network:
     """The smaller network, placed as the larger one was. `start` is the graph before the step's first removal.
+
+    Where the loss decides what leaves, it is measured in so many `rounds`, each on what the one before has left and each
+    keeping the same part of the cost: curves of one group at a time do not know what the other cuts change
+    (NetAdapt, Yang et al., arXiv 1804.03230).
 
     Raises:
         BudgetMissed: the budget is below what the floors allow, or what this machine can reach.
     """
+    rounds = rounds if step.scope == "sensitivity" else 1
+    for number in range(1, rounds + 1):
+        network = _cut_once(network, step, stage.part(number, rounds), context, start)
+        if number < rounds:
+            recalibrate(network, context)
+    return network
+
+
+def _cut_once(network: Network, step: Prune, fraction: float, context: RemovalContext, start: Graph) -> Network:
+    """The network that is left after the part `fraction` of the way."""
     classes = channel_classes(network.graph, start)
     scores = context.scores(network, classes, step.criterion)
     losses = None
@@ -127,13 +148,22 @@ def cut_channels(
             frozen=context.frozen,
         )
 
-    choose = partial(
-        choose_removals, network.graph, classes, scores, start=start, baseline=context.baseline, losses=losses
-    )
+    def choose(counted: Prune, prices: Mapping[str, int] | None) -> Removals:
+        return choose_removals(
+            network.graph,
+            classes,
+            scores,
+            counted,
+            start=start,
+            baseline=context.baseline,
+            losses=losses,
+            prices=prices,
+        )
+
     try:
         if step.budget is not None and step.budget.latency_ms is not None:
             stopwatch = Stopwatch(context.dense_network())
-            removals = removals_within_time(network, classes, step, choose, stopwatch, fraction=stage.fraction)
+            removals = removals_within_time(network, classes, step, choose, stopwatch, start=start, fraction=fraction)
         else:
             removals = choose_removals_in_blocks(
                 network.graph,
@@ -142,7 +172,7 @@ def cut_channels(
                 step,
                 start=start,
                 baseline=context.baseline,
-                fraction=stage.fraction,
+                fraction=fraction,
                 losses=losses,
             )
     except BudgetUnreachable as exc:
@@ -166,21 +196,21 @@ def recalibrate(network: Network, context: RemovalContext) -> bool:
     return recalibrate_batch_norm(network, images(), frozen=context.frozen, precision=context.precision) > 0
 
 
-def check_budget(network: Network, step: Compression, context: RemovalContext) -> None:
-    """Check that the network is within the step's budget; a latency is measured once more.
+def check_budget(network: Network, step: Compression, context: RemovalContext) -> TimeCheck | None:
+    """Check that the network is within the step's budget; the measurement of a latency, which is never exact.
 
     Raises:
-        BudgetMissed: it is not; the message has both numbers.
+        BudgetMissed: a counted cost is not; the message has both numbers.
     """
     if isinstance(step, Separable) or step.budget is None:
-        return
+        return None
     measure = step.budget.cost_measure
     if measure is None:
-        confirm_time(network, step.budget, Stopwatch(context.dense_network()))
-        return
+        return check_time(network, step.budget, Stopwatch(context.dense_network()))
     reached, allowed = cost(network.graph).of(measure), step.budget.allowed(context.baseline.of(measure))
     if reached > allowed:
         raise BudgetMissed(f"the pruned network has {reached} {measure}, the budget allows {allowed}")
+    return None
 
 
 @torch.no_grad()

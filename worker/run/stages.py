@@ -188,8 +188,15 @@ def _evaluate(job: Job, stage: Stage) -> None:
         reached.record.baseline = reached.record.latest
         return
     step = job.compression(stage)
-    check_budget(reached.network, step, job.removal_context)
+    measured = check_budget(reached.network, step, job.removal_context)
     _close_record(job, step, complete=True)
+    if measured is not None:
+        record = reached.record.steps[-1]
+        record.met = measured.met
+        if not measured.met:
+            sentence = f"/optimizations/{record.position}: {measured.sentence()}; it is delivered as it is"
+            reached.record.note(sentence)
+            job.journal.event("warning", sentence, level="warn")
 
 
 def _compress(job: Job, stage: Stage) -> None:

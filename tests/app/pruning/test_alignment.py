@@ -12,7 +12,7 @@ from app.network.graph import build_graph
 from app.network.layers.registry import read_layers
 from app.planning.plan import Plan
 from app.pruning.budget import choose_block, choose_removals, choose_removals_in_blocks
-from app.pruning.channel_classes import channel_classes
+from app.pruning.channel_classes import channel_classes, shrink_graph
 from app.spec.prune import Prune
 from tests.support.jobs.specs import COLOUR, misplanned, plan
 
@@ -143,3 +143,30 @@ def test_blocks_are_not_halved_for_a_sparsity() -> None:
     block, _ = choose_block(graph, classes, step)
     found = choose_removals_in_blocks(graph, classes, scores, step, start=graph, baseline=cost(graph), fraction=1.0)
     assert found == choose_removals(graph, classes, scores, step, block=block)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_plan_of_equal_shares_is_what_the_worker_removes(name: str) -> None:
+    graph = build_graph(read_layers(NETWORKS[name]), (3, 32, 32), classes=10)
+    classes, dense = channel_classes(graph), cost(graph)
+    scores = dict(zip(classes.all().tolist(), range(100_000), strict=False))
+    for measure in ("macs", "params", "bytes"):
+        for share in (0.85, 0.55, 0.3):
+            step = Prune.model_validate({"budget": {measure: share}, "scope": "layer"})
+            _, planned = choose_block(graph, classes, step)
+            found = choose_removals_in_blocks(graph, classes, scores, step, start=graph, baseline=dense, fraction=1.0)
+            assert found.cost == planned.cost
+
+
+@pytest.mark.parametrize("name", ["wide chain", "dense 32"])
+def test_what_blocks_leave_of_a_budget_is_used_in_multiples_of_four(name: str) -> None:
+    graph = build_graph(read_layers(NETWORKS[name]), (3, 32, 32), classes=10)
+    classes, dense = channel_classes(graph), cost(graph)
+    for share in (0.7, 0.5, 0.3):
+        step = Prune.model_validate({"budget": {"macs": share}, "scope": "layer"})
+        _, removals = choose_block(graph, classes, step)
+        smaller = shrink_graph(graph, removals.dropped)
+        for before, after in zip(graph.nodes, smaller.nodes, strict=True):
+            assert before.type != "conv" or after.shape[0] == before.shape[0] or after.shape[0] % 4 == 0
+        assert removals.in_blocks.macs <= removals.cost.macs <= share * dense.macs
+        assert removals.cost.macs > 0.95 * share * dense.macs

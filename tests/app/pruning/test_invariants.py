@@ -13,20 +13,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.network.cost import cost
+from app.network.cost import CostMeasure, cost
 from app.network.graph import Graph, build_graph
 from app.network.layers.registry import read_layers
-from app.pruning.budget import choose_block, choose_removals
+from app.pruning.budget import FINER_BLOCKS, choose_block, choose_removals
 from app.pruning.channel_classes import Classes, Group, channel_classes, shrink_graph
 from app.pruning.group_limits import BLOCKS, STEPS, prunable_groups
-from app.pruning.incremental_cost import IncrementalCost
+from app.pruning.incremental_cost import CostWalk, IncrementalCost
 from app.spec.prune import Prune
 from tests.support.networks.dags import one_class, random_drop, random_graph
 from tests.support.networks.known import NETWORKS, network_named
 from tests.support.networks.traps import TRAPS, trap
 
 SEEDS = st.integers(0, 100_000)
-MEASURES = ("macs", "params", "bytes")
+MEASURES: tuple[CostMeasure, ...] = ("macs", "params", "bytes")
 FEW = 25
 SAMPLED = 4  # groups of a large network whose last block is given back
 
@@ -74,7 +74,35 @@ def check_classes(graph: Graph, seed: int) -> None:
         for name, count in zip(group.nodes, group.counts, strict=True):
             found = ids(classes, name)
             assert {found.count(c) for c in group.classes.tolist()} == {count}
-    assert IncrementalCost(graph, classes).cost() == cost(graph)
+    costs = IncrementalCost(graph, classes)
+    assert costs.cost_at([0] * len(classes.groups)) == cost(graph)
+    check_walks(graph, classes, costs, seed)
+
+
+def check_walks(graph: Graph, classes: Classes, costs: IncrementalCost, seed: int) -> None:
+    """Savings, removals and returns in random order against whole graphs, in each measure."""
+    numbers = random.Random(seed)
+    free = [group for group in classes.groups if int(group.classes[0]) not in classes.pins]
+    for measure in MEASURES if free else ():
+        walk = CostWalk(costs, measure, [0] * len(classes.groups))
+        for _ in range(4):
+            group = numbers.choice(free)
+            now, target = walk.gone[group.index], numbers.randrange(len(group.classes))
+            spared = walk.saving(group.index, target - now)
+            before = walk.amount
+            walk.move(group.index, target - now)
+            assert walk.amount == before - spared
+        dropped = [c for group in free for c in group.classes[: walk.gone[group.index]].tolist()]
+        exact = cost(shrink_graph(graph, dropped, classes))
+        assert costs.cost_at(walk.gone) == exact
+        assert walk.fits(exact.of(measure))
+        assert not walk.fits(exact.of(measure) - 1)
+        assert measure == "bytes" or walk.amount == exact.of(measure)
+        group = numbers.choice(free)
+        if count := walk.gone[group.index]:
+            whole = cost(shrink_graph(graph, [c for c in dropped if c not in group.classes], classes)).of(measure)
+            assert walk.may_return(group.index, count, whole)
+            assert not walk.may_return(group.index, count, whole - 1)
 
 
 def check_surgery(graph: Graph, seed: int) -> None:
@@ -200,6 +228,11 @@ def together(group: Group, step: Prune, block: int) -> int:
     return aligned // math.gcd(aligned, group.channels)
 
 
+def sizes(step: Prune, block: int) -> list[int]:
+    """The block, and those in which the rest of a budget is used."""
+    return [block, *(size for size in FINER_BLOCKS if size < block and step.round_to is None)]
+
+
 def blocks_of(group: Group, scores: dict[int, float], step: Prune, block: int) -> list[list[int]]:
     """The classes of a group in the blocks in which they may leave, weakest first."""
     ascending = sorted(group.classes.tolist(), key=lambda c: (scores[c], c))
@@ -266,12 +299,16 @@ def test_a_budget_takes_the_first_prefix_that_fits_and_gives_back_what_may_retur
             prefix |= set(order[count][1])
             count += 1
         assert before <= prefix
-        before, expected, stays = prefix, set(prefix), set()
-        for group, channel_block in reversed(order[:count]):
-            if group not in stays and spent(expected - set(channel_block)) <= allowed:
-                expected -= set(channel_block)
-            else:
-                stays.add(group)
+        before, expected = prefix, set(prefix)
+        for size in sizes(step, block):
+            stays: set[int] = set()
+            for group, channel_block in reversed(order_of(graph, classes, scores, step, size)):
+                if not expected.issuperset(channel_block):
+                    continue
+                if group not in stays and spent(expected - set(channel_block)) <= allowed:
+                    expected -= set(channel_block)
+                else:
+                    stays.add(group)
         removals = choose_removals(graph, classes, scores, step, block=block)
         assert removals.dropped == expected
         assert getattr(removals.cost, measure) == spent(expected) <= allowed
@@ -291,13 +328,14 @@ def check_budget(graph: Graph, step: Prune, seed: int) -> None:
     assert getattr(removals.cost, measure) <= allowed
     assert removals.floor == cost(shrink_graph(graph, removals.floor_dropped, classes))
     last = []
+    finest = sizes(step, block)[-1]
     for group in classes.groups:
-        channel_blocks = blocks_of(group, scores, step, block) if int(group.classes[0]) not in classes.pins else []
+        channel_blocks = blocks_of(group, scores, step, finest) if int(group.classes[0]) not in classes.pins else []
         gone = [channel_block for channel_block in channel_blocks if removals.dropped.issuperset(channel_block)]
         assert sum(map(len, gone)) == len(removals.dropped.intersection(group.classes.tolist()))
         assert gone == channel_blocks[: len(gone)]
         left = len(group.classes) - sum(map(len, gone))
-        assert left == len(group.classes) or left % together(group, step, block) == 0
+        assert left == len(group.classes) or left % together(group, step, finest) == 0
         last += [set(gone[-1])] if gone else []
     for channel_block in random.Random(seed).sample(last, min(SAMPLED, len(last))):
         assert getattr(cost(shrink_graph(graph, removals.dropped - channel_block, classes)), measure) > allowed
