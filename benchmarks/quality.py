@@ -48,10 +48,17 @@ from worker.run.job import Job, Task
 
 CACHE = records.ROOT / "var" / "benchmarks" / "cache"
 AFTER_TRAINING = 2  # stages of every job: training, evaluating
-AUGMENTATION = {"fashion-mnist": ["random_crop", "horizontal_flip"], "emoji": ["random_crop"]}
+AUGMENTATION = {
+    "fashion-mnist": ["random_crop", "horizontal_flip"],
+    "emoji": ["random_crop"],
+    "emoji-vendors": ["random_crop", "horizontal_flip"],
+    "letters": ["random_crop"],
+}
 MODELS = {
     "fashion-mnist": ("deep_cnn", "resnet20", "resnet20_projection"),
     "emoji": ("deep_cnn", "resnet20", "resnet20_projection"),
+    "emoji-vendors": ("deep_cnn", "resnet20", "resnet20_projection"),
+    "letters": ("deep_cnn", "resnet20", "resnet20_projection"),
     "mnist1d": ("audio_cnn",),
     "synthetic": ("deep_cnn",),
 }
@@ -104,7 +111,7 @@ class Setting:
         return {
             "spec_version": 1,
             "data": source | ({} if self.limit is None else {"limit": self.limit}),
-            "model": _model(self.model, shape, 9 if self.data == "emoji" else 10),
+            "model": _model(self.model, shape, data_sets.CLASSES[self.data]),
             "training": {"epochs": self.epochs, "augmentation": AUGMENTATION.get(self.data, []), "seed": self.seed},
             "optimizations": list(optimizations),
         }

@@ -55,7 +55,7 @@ def network(data: str) -> dict[str, Any]:
         layers += [{"type": "batch_norm"}, {"type": "relu"}]
         layers += [{"type": "max_pool", "kernel_size": 2}] if place < 3 else []
     layers += [{"type": "global_avg_pool"}, {"type": "flatten"}]
-    layers.append({"type": "linear", "out_features": 9 if data == "emoji" else 10})
+    layers.append({"type": "linear", "out_features": data_sets.CLASSES[data]})
     return {"layers": layers, "input_shape": shape}
 
 

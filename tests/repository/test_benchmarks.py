@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import ImageFont
 
 from app.network.architecture import Preprocessing
 from app.network.cost import cost
@@ -20,6 +22,7 @@ from worker.network import build_network
 
 FOLDER = ROOT / "benchmarks"
 sys.path.insert(0, str(FOLDER))
+import data_sets  # noqa: E402
 import document  # noqa: E402
 import peers  # noqa: E402
 import quality  # noqa: E402
@@ -115,3 +118,43 @@ def test_ours_and_a_peer_start_from_one_network_and_a_second_run_does_not_train_
     again = bench.dense(setting)
     assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in dense.tensors.items())
     assert len(list((tmp_path / "cache" / "benchmarks" / "dense").glob("*.safetensors"))) == 1
+
+
+def test_every_data_set_has_a_shape_a_number_of_classes_and_models() -> None:
+    assert set(data_sets.ARCHIVES) | {"fashion-mnist", "synthetic"} == set(data_sets.SHAPES) == set(data_sets.CLASSES)
+    assert set(quality.MODELS) == set(data_sets.SHAPES)
+    assert set(quality.AUGMENTATION) <= set(data_sets.SHAPES)
+    assert len(data_sets.LETTERS) == data_sets.CLASSES["letters"]
+
+
+def test_nothing_that_is_held_out_is_measured_unless_it_is_asked_for() -> None:
+    for script in ("quality.py", "retraining.py", "training_loop.py"):
+        lines = [line for line in (FOLDER / script).read_text().splitlines() if "default" in line]
+        assert not any(name in line for name in data_sets.HELD_OUT for line in lines), script
+
+
+def test_a_letter_fills_its_box_and_stands_in_the_middle() -> None:
+    font = ImageFont.load_default(data_sets.DRAWN_AT)
+    for letter in "Aij":
+        picture = data_sets.draw_letter(font, letter)
+        rows, columns = (np.flatnonzero(picture.max(axis=axis)) for axis in (1, 0))
+        assert (picture.shape, picture.dtype) == ((28, 28), np.uint8)
+        assert max(np.ptp(rows), np.ptp(columns)) + 1 == data_sets.LETTER_INNER_SIDE
+        for places in (rows, columns):
+            assert abs(int(places[0]) + int(places[-1]) - 27) <= 1
+    assert not np.array_equal(data_sets.draw_letter(font, "a"), data_sets.draw_letter(font, "b"))
+
+
+def test_fonts_are_trained_or_tested_on_by_family_and_no_picture_is_unclear_or_there_twice() -> None:
+    def picture(value: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        return np.full((28, 28), value, dtype=np.uint8)
+
+    families = [f"family{number}" for number in range(200)]
+    drawn = [(family, number % 10, picture(number)) for number, family in enumerate(families)]
+    again, unclear = (families[0], 0, picture(0)), (families[1], 2, picture(1))
+    parts = data_sets.parts_of_letters([*drawn, again, unclear])
+    tested = [number for number, family in enumerate(families) if data_sets.is_tested(family) and number != 1]
+    assert parts["x_test"][:, 0, 0].tolist() == tested
+    assert parts["y_test"].tolist() == [number % 10 for number in tested]
+    assert len(parts["x_train"]) + len(tested) == 199
+    assert 20 < len(tested) < 60

@@ -6,7 +6,8 @@ training images without augmentation are enough.
 Mean and variance are those of all images together: moments of batches are merged (Chan, Golub & LeVeque 1979, Updating
 formulae and a pairwise algorithm for computing sample variances), so that for the first batch norm it does not matter
 how the images were cut into batches. The later ones read what the earlier ones normalised by each batch's own
-statistics, so batches should still be large.
+statistics, so batches should still be large: 75 % of the MACs of resnet20 on colour pictures removed, pieces of 64 and
+32 give what batches of 256 give (26.8 and 26.5 against 26.9 %), of 8 and 2 they lose 1 and 5 points before retraining.
 """
 
 from __future__ import annotations

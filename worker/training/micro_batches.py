@@ -1,7 +1,7 @@
 """A batch in pieces, where memory does not hold the whole: the gradient of a step is the sum of theirs.
 
 Batch norm is the exception. It normalises each piece by the piece's own mean and variance, so the gradient is another
-one (ghost batch norm, Hoffer et al., arXiv 1705.08741): 6 % in norm for two halves of 16. Its running statistics are
+one (ghost batch norm, Hoffer et al., arXiv 1705.08741), by 6 % in norm where two halves were compared. Its running statistics are
 kept at the pace of whole batches.
 
 Axes: N batch, C channels, x spatial.
