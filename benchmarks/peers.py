@@ -4,8 +4,8 @@
     network = remove_channels(network, job, allowed_macs, everywhere=True)
     found = retrain(network, job, epochs=5, rate=lambda progress: 0.01)
 
-The loop is the one written by hand for this: SGD with Nesterov momentum and weight decay as the job has them, the job's
-own batches (the same images in the same order, augmented alike) and, as in a job, the epoch that is best on the
+The loop is the one written by hand for this: SGD with Nesterov momentum and weight decay, or the job's own optimizer, on
+the job's batches (the same images in the same order, augmented alike) and, as in a job, the epoch that is best on the
 validation images is kept.
 """
 
@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils import prune
 
+from app.spec.job import Optimizer
 from worker.evaluation import evaluate
 from worker.export.pytorch_source import model_source
 from worker.run.job import Job
+from worker.training.optimizers import SGD, Muon, ParameterOptimizer
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-RETRAINING_STAGE = 3  # of a job with one compression: training, evaluating, pruning, retraining
 BISECTIONS = 12
 TEST_BATCH = 500
 
@@ -131,19 +132,18 @@ def sparsity(network: nn.Module) -> float:
     return zeros / sum(weight.numel() for weight in weights)
 
 
-def retrain(network: nn.Module, job: Job, *, epochs: int, rate: Callable[[float], float]) -> None:
-    """Train the network in place; `rate` maps progress (0 to 1) to the learning rate."""
-    batches, how = job.training_batches(RETRAINING_STAGE), job.training.optimizer
-    assert how.name == "sgd"
+def retrain(
+    network: nn.Module, job: Job, *, epochs: int, rate: Callable[[float], float], as_the_job: bool = False
+) -> None:
+    """Train the network in place; `rate` maps progress (0 to 1) to the learning rate.
+
+    By torch's SGD with the momentum and weight decay of a job's; `as_the_job`: by the optimizer of the job.
+    """
+    (number,) = (n for n, stage in enumerate(job.stages) if stage.phase == "retraining" and stage.attempt is None)
+    batches = job.training_batches(number)
     for parameter in network.parameters():
         parameter.data = parameter.data.contiguous(memory_format=job.precision.memory_format(parameter.dim()))
-    optimizer = torch.optim.SGD(
-        network.parameters(),
-        lr=how.lr,
-        momentum=how.momentum,
-        nesterov=how.nesterov,
-        weight_decay=how.weight_decay,
-    )
+    optimizer = _jobs_optimizer(network, job) if as_the_job else _plain_optimizer(network)
     steps, step = epochs * len(batches), 0
     best: tuple[tuple[float, float], dict[str, Tensor]] | None = None
     for epoch in range(epochs):
@@ -151,7 +151,7 @@ def retrain(network: nn.Module, job: Job, *, epochs: int, rate: Callable[[float]
         for images, labels_N in batches.epoch(epoch):
             for group in optimizer.param_groups:
                 group["lr"] = rate(step / steps)
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             with job.precision.autocast():
                 logits_NK = network(images)
             torch.autograd.backward(F.cross_entropy(logits_NK.float(), labels_N))
@@ -164,6 +164,30 @@ def retrain(network: nn.Module, job: Job, *, epochs: int, rate: Callable[[float]
                 best = (rank, copy.deepcopy(network.state_dict()))
     if best is not None:
         network.load_state_dict(best[1])
+
+
+def _plain_optimizer(network: nn.Module) -> torch.optim.Optimizer:
+    usual = Optimizer(name="sgd")
+    return torch.optim.SGD(
+        network.parameters(),
+        lr=usual.lr,
+        momentum=usual.momentum,
+        nesterov=usual.nesterov,
+        weight_decay=usual.weight_decay,
+    )
+
+
+def _jobs_optimizer(network: nn.Module, job: Job) -> ParameterOptimizer:
+    """The job's optimizer over a network whose layers may have other names."""
+    how, parameters = job.training.optimizer, list(network.parameters())
+    options: dict[str, Any] = {"lr": how.lr, "weight_decay": how.weight_decay}
+    options |= {"momentum": how.momentum, "nesterov": how.nesterov}
+    if how.name == "sgd":
+        return SGD(parameters, **options)
+    assert how.name == "muon"
+    convolutions = [module for module in network.modules() if isinstance(module, LAYERS[:3])]
+    inner = {parameter for module in convolutions[1:] if module.groups == 1 for parameter in module.parameters()}
+    return Muon(parameters, inner=[p in inner and p.dim() > 1 for p in parameters], **options)
 
 
 @torch.no_grad()

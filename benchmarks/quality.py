@@ -4,11 +4,13 @@
     .venv/bin/python benchmarks/quality.py --resume [the same options]        # go on where a broken run stopped
     .venv/bin/python benchmarks/quality.py --table [--write]                  # the tables of what is there; store it
 
-For each seed one dense network is trained, by a job's own stages. Ours goes on from it through the stages of a real job:
-score, choose, mask or cut, recalibrate, retrain. The peers take the same weights in plain PyTorch, zero weights of all
-layers together or layer by layer, or remove channels with Torch-Pruning (global and local), and retrain for the same
-epochs on the same batches: at a constant rate (a tenth and a hundredth of the training's highest) and along our own
-falling schedule. Every result is one line of a file, written as soon as it is known.
+For each seed a dense network is trained by a plain job, and others as peers train. Ours goes on from the first through the
+stages of a real job: score, choose, mask or cut, reconstruct, recalibrate, retrain. The peers take the same weights in
+plain PyTorch, zero weights of all layers together or layer by layer, or remove channels with Torch-Pruning (global and
+local), and retrain for the same epochs on the same batches: by SGD at a constant rate (a tenth and a hundredth of the
+highest) or along a line from the highest to 0, and along our schedule with our optimizer. They also start from their own
+dense network. A control is the dense network, trained for as many epochs more. Every result is one line of a file,
+written as soon as it is known.
 
 Needs `script/setup api,worker,bench`, and npm for the emoji.
 """
@@ -38,15 +40,15 @@ from torch import Tensor
 from app.errors import EspalierError
 from app.network.cost import cost
 from app.network.presets.registry import preset_layers
-from app.spec.prune import Prune
+from app.spec.job import Optimizer
 from worker.evaluation import Scores
 from worker.journal import MemoryJournal
 from worker.network import assign_tensors, snapshot
-from worker.pruning.schedules import retrain_schedule
 from worker.run import preparation, stages
 from worker.run.job import Job, Task
 
 CACHE = records.ROOT / "var" / "benchmarks" / "cache"
+DENSE, CONTROL = "dense", "control"
 AFTER_TRAINING = 2  # stages of every job: training, evaluating
 AUGMENTATION = {
     "fashion-mnist": ["random_crop", "horizontal_flip"],
@@ -55,21 +57,33 @@ AUGMENTATION = {
     "letters": ["random_crop"],
 }
 MODELS = {
-    "fashion-mnist": ("deep_cnn", "resnet20", "resnet20_projection"),
-    "emoji": ("deep_cnn", "resnet20", "resnet20_projection"),
-    "emoji-vendors": ("deep_cnn", "resnet20", "resnet20_projection"),
-    "letters": ("deep_cnn", "resnet20", "resnet20_projection"),
+    "fashion-mnist": ("deep_cnn", "mobilenet_v1 x 0.25"),
+    "emoji": ("deep_cnn",),
+    "emoji-vendors": ("deep_cnn", "resnet20"),
+    "letters": ("deep_cnn", "resnet20"),
     "mnist1d": ("audio_cnn",),
     "synthetic": ("deep_cnn",),
 }
-POINTS = ("weights=0.5", "weights=0.8", "weights=0.9", "weights=0.95", "channels=0.5", "channels=0.25", "channels=0.12")
-POINTS_OF_RESNETS = ("weights=0.8", "channels=0.5", "channels=0.25")  # without a GPU
+MODELS_OF_A_GPU = ("deep_cnn", "resnet20", "resnet20_projection", "mobilenet_v1 x 0.25")
+POINTS = ("weights=0.8", "weights=0.9", "weights=0.95", "channels=0.5", "channels=0.25", "channels=0.12")
+TRAININGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "SGD, one cycle": {"batch_size": 128, "optimizer": {"name": "sgd"}},
+    "SGD, cosine": {"batch_size": 128, "optimizer": {"name": "sgd"}, "schedule": {"name": "cosine"}},
+    "Adam, constant": {"batch_size": 128, "optimizer": {"name": "adam"}, "schedule": {"name": "constant"}},
+}
+"""How dense networks are trained: as a plain job does, and as peers do. Pruning starts from the first two."""
+PEERS_TRAINING = "SGD, one cycle"
 VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "default": (("weights", "channels"), {}),
     "global": (("channels",), {"scope": "global"}),
     "layer": (("weights", "channels"), {"scope": "layer"}),
-    "layer_round_to_1": (("channels",), {"scope": "layer", "round_to": 1}),
+    "learned": (("channels",), {"scope": "learned"}),
     "round_to_1": (("channels",), {"round_to": 1}),
+    "not_reconstructed": (("channels",), {"reconstruct": False}),
+    "reconstructed": (("weights",), {"reconstruct": True}),
+    "lr_rewind": (("weights", "channels"), {"retrain": {"policy": "lr_rewind"}}),
+    "no_race": (("weights", "channels"), {"retrain": {"lr": 0.1}}),
     "distilled": (("weights", "channels"), {"retrain": {"distillation": {}}}),
     "from_the_top": (("weights", "channels"), {"retrain": {"lr": 0.1}}),
     "from_half": (("weights", "channels"), {"retrain": {"lr": 0.05}}),
@@ -85,8 +99,10 @@ VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "fine_tune": (("weights", "channels"), {"retrain": {"policy": "fine_tune"}}),
     "none": (("weights", "channels"), {"retrain": {"policy": "none", "epochs": 0}}),
 }
-CONSTANT = {"constant 0.1": 0.1, "constant 0.01": 0.01}  # of the training's highest rate
-SCHEDULE = "our schedule"
+CONSTANT = {"constant 0.1": 0.1, "constant 0.01": 0.01}  # of the highest rate of SGD
+LINE = "line to 0"  # from the highest rate of SGD
+SCHEDULE = "our schedule"  # with our optimizer
+RETRAINS = (*CONSTANT, LINE, SCHEDULE)
 
 Row = dict[str, Any]
 
@@ -101,6 +117,7 @@ class Setting:
     epochs: int
     retrain_epochs: int
     seed: int
+    training: str = "default"
 
     def spec(self, optimizations: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The job."""
@@ -112,7 +129,8 @@ class Setting:
             "spec_version": 1,
             "data": source | ({} if self.limit is None else {"limit": self.limit}),
             "model": _model(self.model, shape, data_sets.CLASSES[self.data]),
-            "training": {"epochs": self.epochs, "augmentation": AUGMENTATION.get(self.data, []), "seed": self.seed},
+            "training": {"epochs": self.epochs, "augmentation": AUGMENTATION.get(self.data, []), "seed": self.seed}
+            | TRAININGS[self.training],
             "optimizations": list(optimizations),
         }
 
@@ -145,7 +163,8 @@ class Dense:
 
 def _model(name: str, shape: tuple[int, ...], classes: int) -> dict[str, Any]:
     if name != "resnet20_projection":
-        return {"preset": name, "input_shape": list(shape)}
+        preset, _, width = name.partition(" x ")
+        return {"preset": preset, "input_shape": list(shape)} | ({"width": float(width)} if width else {})
     layers = preset_layers("resnet20", shape, classes)
     for layer in layers:
         if layer.get("shortcut") == "pad":
@@ -189,7 +208,11 @@ class Bench:
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as scratch:
             ours = cell.method.startswith("espalier ")
-            step = _step(setting, cell) if ours else _plain_step(setting, cell)
+            step = (
+                _step(setting, cell)
+                if ours
+                else _plain_step(setting, cell) | {"retrain": {"epochs": setting.retrain_epochs}}
+            )
             job = None
             try:
                 job = self.prepare(setting, [step], Path(scratch))
@@ -216,7 +239,9 @@ class Bench:
 
 
 def _plain_step(setting: Setting, cell: Cell) -> dict[str, Any]:
-    amount = {"sparsity": cell.amount} if cell.structure == "weights" else {"budget": {"macs": cell.amount}}
+    amount = {"budget": {"macs": cell.amount}} if cell.structure == "channels" else {"sparsity": cell.amount}
+    if cell.structure == DENSE:
+        return {"type": "prune", "sparsity": 0.5, "retrain": {"epochs": setting.retrain_epochs}}
     return {"type": "prune", "structure": cell.structure, **amount, "retrain": {"epochs": setting.retrain_epochs}}
 
 
@@ -248,21 +273,21 @@ def _our_result(job: Job, dense: Dense) -> Row:
 
 
 def _peer_result(job: Job, dense: Dense, setting: Setting, cell: Cell) -> Row:
-    step = job.plan.spec.optimizations[0]
-    assert isinstance(step, Prune)
     network = peers.plain_network(job, dense.tensors)
     shape, whole = job.plan.baseline.input_shape, job.plan.baseline_cost.macs
     everywhere = cell.method.endswith(" global")
     if cell.structure == "weights":
         network = peers.zero_weights(network, cell.amount, everywhere=everywhere)
-    else:
+    elif cell.structure == "channels":
         network = peers.remove_channels(network, job, int(cell.amount * whole), everywhere=everywhere)
     after_cut = peers.accuracy(network, job)
-    if cell.retrain == SCHEDULE:
-        rate = retrain_schedule(step, job.training)
+    as_the_job = cell.retrain == SCHEDULE
+    highest = job.training.optimizer.lr if as_the_job else Optimizer(name="sgd").lr
+    if cell.retrain in CONSTANT:
+        rate = functools.partial(_constant, highest * CONSTANT[cell.retrain])
     else:
-        rate = functools.partial(_constant, job.training.optimizer.lr * CONSTANT[cell.retrain])
-    peers.retrain(network, job, epochs=setting.retrain_epochs, rate=rate)
+        rate = functools.partial(_line, highest)
+    peers.retrain(network, job, epochs=setting.retrain_epochs, rate=rate, as_the_job=as_the_job)
     return {
         "accuracy": peers.accuracy(network, job),
         "after_cut": after_cut,
@@ -276,8 +301,13 @@ def _constant(rate: float, progress: float) -> float:
     return rate
 
 
+def _line(highest: float, progress: float) -> float:
+    return highest * (1 - progress)
+
+
 def cells(points: Sequence[str], variants: Sequence[str], retrains: Sequence[str]) -> Iterator[Cell]:
-    """Every method at every point."""
+    """Every method at every point, and the control: the dense network, trained for as many epochs more."""
+    yield Cell(DENSE, 1.0, CONTROL, SCHEDULE)
     for point in points:
         structure, _, amount = point.partition("=")
         for variant in variants:
@@ -289,6 +319,15 @@ def cells(points: Sequence[str], variants: Sequence[str], retrains: Sequence[str
                 yield Cell(structure, float(amount), f"{library} {scope}", retrain)
 
 
+def cells_from(training: str, options: argparse.Namespace, points: Sequence[str]) -> list[Cell]:
+    """What is measured from a dense network that was trained so: from the peers' own, peers with their own retraining."""
+    if training == "default":
+        return list(cells(points, options.ours, options.retrains))
+    if training != PEERS_TRAINING or not options.peers_own:
+        return []
+    return list(cells(points, [], [LINE]))
+
+
 def run(options: argparse.Namespace, path: Path, say: Callable[[str], None]) -> None:
     """Measure what the file does not have yet."""
     done = {_identity(row) for row in records.rows(path)} if path.exists() else set()
@@ -297,45 +336,62 @@ def run(options: argparse.Namespace, path: Path, say: Callable[[str], None]) -> 
     on_gpu = torch.cuda.is_available() and options.device != "cpu"
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         for data in options.data:
-            for model in options.models or MODELS[data]:
+            usual = MODELS_OF_A_GPU if on_gpu and data != "mnist1d" else MODELS[data]
+            for model in options.models or usual:
                 limit = options.limit if data == "fashion-mnist" else None
-                setting = Setting(data, model, limit, options.epochs, options.retrain_epochs, seed)
-                points = options.points or (POINTS if on_gpu or "resnet" not in model else POINTS_OF_RESNETS)
-                left = [
-                    cell
-                    for cell in cells(points, options.ours, options.retrains)
-                    if _identity(setting.key() | cell.key()) not in done
-                ]
-                if not left:
-                    continue
-                dense = bench.dense(setting)
-                say(f"seed {seed} {data} {model}: dense {dense.scores.accuracy:.4f}")
-                for cell in left:
-                    found = bench.measure(setting, dense, cell)
-                    records.append(path, setting.key() | cell.key() | {"dense": dense.scores.accuracy} | found)
-                    told = found.get("error") or f"{found['accuracy']:.4f}"
-                    say(
-                        f"  {cell.structure}={cell.amount} {cell.method}, {cell.retrain}: {told} ({found['seconds']} s)"
-                    )
+                for training in options.trainings:
+                    setting = Setting(data, model, limit, options.epochs, options.retrain_epochs, seed, training)
+                    _measure_setting(bench, setting, options, done, path, say)
+
+
+def _measure_setting(
+    bench: Bench,
+    setting: Setting,
+    options: argparse.Namespace,
+    done: set[tuple[Any, ...]],
+    path: Path,
+    say: Callable[[str], None],
+) -> None:
+    trained = Cell(DENSE, 1.0, f"training {setting.training}", "none")
+    left = [
+        cell
+        for cell in (trained, *cells_from(setting.training, options, options.points or POINTS))
+        if _identity(setting.key() | cell.key()) not in done
+    ]
+    if not left:
+        return
+    dense = bench.dense(setting)
+    say(f"seed {setting.seed} {setting.data} {setting.model}, {setting.training}: dense {dense.scores.accuracy:.4f}")
+    for cell in left:
+        found = {"accuracy": dense.scores.accuracy} if cell is trained else bench.measure(setting, dense, cell)
+        records.append(path, setting.key() | cell.key() | {"dense": dense.scores.accuracy} | found)
+        told = found.get("error") or f"{found['accuracy']:.4f}"
+        say(f"  {cell.structure}={cell.amount} {cell.method}, {cell.retrain}: {told} ({found.get('seconds', 0)} s)")
 
 
 def _identity(row: Row) -> tuple[Any, ...]:
     names = ("data", "model", "limit", "epochs", "retrain_epochs", "seed", "structure", "amount", "method", "retrain")
-    return tuple(row.get(name) for name in names)
+    return (row.get("training", "default"), *(row.get(name) for name in names))
 
 
 def main() -> None:
     """Measure, or print the tables of what was measured."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data", nargs="+", default=["fashion-mnist", "emoji", "mnist1d"], choices=data_sets.SHAPES)
+    parser.add_argument(
+        "--data", nargs="+", default=["fashion-mnist", "emoji-vendors", "mnist1d", "letters"], choices=data_sets.SHAPES
+    )
     parser.add_argument("--models", nargs="+", help="default: those that go with the data")
     parser.add_argument("--points", nargs="+", help="such as weights=0.9 channels=0.25; default: the whole grid")
     parser.add_argument("--ours", nargs="+", default=["default"], choices=VARIANTS, help="variants of our step")
-    parser.add_argument("--retrains", nargs="+", default=[*CONSTANT, SCHEDULE], choices=[*CONSTANT, SCHEDULE])
+    parser.add_argument("--retrains", nargs="+", default=list(RETRAINS), choices=RETRAINS)
+    parser.add_argument("--trainings", nargs="+", default=list(TRAININGS), choices=TRAININGS, help="of dense networks")
+    parser.add_argument(
+        "--no-peers-own", dest="peers_own", action="store_false", help="no peers from their own training"
+    )
     parser.add_argument("--seeds", type=int, default=5, help="how many")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--limit", type=int, default=10_000, help="training images of Fashion-MNIST; 0: all")
-    parser.add_argument("--epochs", type=int, default=20, help="of the dense network")
+    parser.add_argument("--epochs", type=int, default=12, help="of the dense network")
     parser.add_argument("--retrain-epochs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
