@@ -243,7 +243,7 @@ def _sensitivity(table: Document) -> Html:
         for row in groups
     ]
     words = (
-        f"Accuracy on {table['examples']:,} test images when one group alone is cut, the weakest channels by "
+        f"Accuracy on {table['examples']:,} {table.get('measured_on', 'test')} images when one group alone is cut, the weakest channels by "
         f"{table['criterion']} first, batch norm recalibrated, nothing retrained. Uncut: "
     )
     left = ", ".join(f"{row['name']} ({row['reason']})" for row in whole)

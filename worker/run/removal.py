@@ -32,7 +32,7 @@ from worker.network import Network, assign_tensors
 from worker.precision import Precision
 from worker.pruning.importance import channel_scores
 from worker.pruning.latency_budget import confirm_time, removals_within_time
-from worker.pruning.loss_curves import loss_curves
+from worker.pruning.loss_curves import CutMonitor, Repair, loss_curves
 from worker.pruning.recalibration import recalibrate_batch_norm
 from worker.pruning.schedules import PruningRound
 from worker.pruning.surgery import shrink
@@ -51,7 +51,7 @@ class RemovalContext:
 
     `plain` gives batches of images and labels, the same at each call; `seed` is the job's; `dense_network` gives the
     trained network before the first compression; `images` is how many the training part has; `frozen` are the layers
-    that keep their statistics.
+    that keep their statistics; `repair` and `monitor` are for loss curves.
     """
 
     plain: Callable[[], Pairs]
@@ -61,6 +61,8 @@ class RemovalContext:
     dense_network: Callable[[], Network]
     images: int
     frozen: frozenset[str] = frozenset()
+    repair: Repair | None = None
+    monitor: CutMonitor | None = None
 
 
 def cut_weights(
@@ -93,6 +95,7 @@ def cut_channels(
 
     Raises:
         BudgetMissed: the budget is below what the floors allow, or what this machine can reach.
+        What the monitor of the context raises, between two cuts; the network is as it was.
     """
     classes = channel_classes(network.graph, start)
     scores = channel_scores(
@@ -109,6 +112,8 @@ def cut_channels(
             context.precision,
             images=context.images,
             frozen=context.frozen,
+            repair=context.repair,
+            monitor=context.monitor,
         )
 
     choose = partial(
