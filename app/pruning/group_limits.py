@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from app.network.cost import CostMeasure
 from app.network.graph import Graph
 from app.pruning.channel_classes import Classes, Group, channel_classes
-from app.pruning.channel_rules import IntArray
 from app.spec.prune import Prune, PruneOverride
 from app.validation.faults import counted
 
@@ -51,15 +50,16 @@ class GroupLimits:
         """Channels that the group has now."""
         return len(self.group.classes) * self.group.channels
 
-    def weakest(self, ascending: IntArray, part: float) -> IntArray:
+    def weakest(self, scores: Mapping[int, float], part: float) -> list[int]:
         """The classes that leave so that the part of the group that is gone is nearest to `part`; rather fewer than more.
 
         What `choose_removals` takes of this group for a `sparsity` of scope `layer`.
 
         Args:
-            ascending: The group's classes, the weakest first.
+            scores: By class: the lowest leave first.
             part: Of its width at the start, in [0, 1].
         """
+        ascending = sorted(self.group.classes.tolist(), key=lambda c: scores[c])
         width = len(ascending)
         wanted = round(part * self.width_at_start) - (self.width_at_start - width)
         first = width % self.together or self.together

@@ -16,7 +16,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -159,12 +158,10 @@ def _cuts_of(
     limits: GroupLimits, step: Prune, scores: Mapping[int, float], parts: Sequence[float]
 ) -> Iterator[tuple[float, list[int]]]:
     """(part of the group that is kept, classes without which it is), by smaller and smaller parts."""
-    classes = limits.group.classes
-    ascending = classes[np.argsort([scores[c] for c in classes.tolist()], kind="stable")]
     smallest = 1.0
     for kept in (*parts, 1 - step.max_sparsity):
-        dropped = limits.weakest(ascending, min(1 - kept, step.max_sparsity)).tolist()
-        left = 1 - len(dropped) / len(classes)
+        dropped = limits.weakest(scores, min(1 - kept, step.max_sparsity))
+        left = 1 - len(dropped) / len(limits.group.classes)
         if left < smallest:
             smallest = left
             yield left, dropped

@@ -96,9 +96,8 @@ def _row(
     job: Job, network: Network, classes: Classes, limits: GroupLimits, scores: dict[int, float], options: Sensitivity
 ) -> dict[str, Any]:
     group, points = limits.group, []
-    ascending = group.classes[np.argsort([scores[c] for c in group.classes.tolist()], kind="stable")]
     for kept in options.kept:
-        dropped = limits.weakest(ascending, 1 - kept).tolist()
+        dropped = limits.weakest(scores, 1 - kept)
         found = cost(shrink_graph(network.graph, dropped, classes))
         with masked_in_place(network, classes, dropped):
             after_cut = _accuracy(job, network, options)

@@ -63,7 +63,9 @@ def run_stages(job: Job) -> bool:
 def _run_stage(job: Job) -> None:
     reached, number = job.reached, job.reached.stage
     stage = job.stages[number]
-    resumed = reached.suspended is not None or bool(reached.record.curves or (stage.table and reached.record.sensitivity))
+    resumed = reached.suspended is not None or bool(
+        reached.record.curves or (stage.table and reached.record.sensitivity)
+    )
     job.monitor.enter(stage_name(number), message=_announcement(job, stage), resumed=resumed)
     if all(later.phase == "evaluating" and not later.table for later in job.stages[number:]):
         job.monitor.check_cancel_or_pause()
