@@ -209,7 +209,7 @@ def distance_sums(rows: FloatArray) -> FloatArray:
     """
     rows = rows + 0.0  # no row differs from another by the sign of a zero
     numbers: dict[bytes, int] = {}
-    row_of = np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in rows])
+    row_of: IntArray = np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in rows])
     _, firsts, counts = np.unique(row_of, return_index=True, return_counts=True)
     distinct = rows[firsts]
     centred = distinct - distinct.mean(axis=0)
@@ -228,7 +228,8 @@ def distance_sums(rows: FloatArray) -> FloatArray:
 
 def _products(left: FloatArray, right: FloatArray) -> FloatArray:
     """left @ right.T by torch, which keeps to the job's number of threads."""
-    return (torch.from_numpy(left) @ torch.from_numpy(right).T).numpy()
+    products: FloatArray = (torch.from_numpy(left) @ torch.from_numpy(right).T).numpy()
+    return products
 
 
 def _differences(rows: FloatArray, left: IntArray, right: IntArray) -> FloatArray:
