@@ -31,9 +31,9 @@ from worker.pruning.importance import LabelledBatches
 from worker.pruning.recalibration import recalibrate_batch_norm
 from worker.pruning.surgery import masked_in_place
 
-CURVE_PARTS = ((0.75, 0.5, 0.25), (0.5, 0.25), (0.5,), ())  # and the floor of the step; the first that is affordable
+CURVE_PARTS = ((0.75, 0.5, 0.25), (0.5, 0.25), (0.5,))  # and the floor of the step; the first that is affordable
 MOST_IMAGES = 512  # more did not change what is removed
-ENOUGH_IMAGES = 64  # before parts are left out
+ENOUGH_IMAGES = 64  # before points are left out; removed what 512 remove (deep_cnn on small pictures)
 FEWEST_IMAGES = 32
 FORWARDS = 2  # of each image and cut: to recalibrate, and to evaluate
 EPOCH_FORWARDS = 3  # what a training epoch costs for each image; a backward pass is two forward passes
@@ -81,8 +81,8 @@ def curve_effort(groups: int, images: int) -> CurveEffort:
     """The effort for so many groups and training images.
 
     All cuts together cost one epoch of training at most, and 100 evaluations of 512 images (of more groups one each).
-    To stay below, cuts get fewer images, then curves fewer points. At the end each group is cut to its floor only, with
-    32 images, whatever that costs.
+    To stay below, cuts get fewer images, then curves fewer points. At the end each group is cut to half and to its floor,
+    with 32 images, whatever that costs: the floor alone says too little.
     """
     sample = min(MOST_IMAGES, images)
     affordable = min(EPOCH_FORWARDS * max(images, SMALL_EPOCH), max(EVALUATIONS, groups) * MOST_IMAGES)

@@ -198,7 +198,7 @@ def test_all_cuts_cost_no_more_than_an_epoch_and_a_hundred_groups_a_hundred_eval
 ) -> None:
     effort = curve_effort(groups, images)
     cuts = effort.forwards(groups) - effort.images
-    least = 2 * groups * min(32, images)
+    least = 4 * groups * min(32, images)
     assert cuts <= max(3 * max(images, 2_000), least)
     assert cuts <= 512 * max(groups, 100)
     assert min(32, images) <= effort.images <= min(512, images)
@@ -209,7 +209,8 @@ def test_a_small_job_has_four_points_a_curve_and_a_deep_network_fewer() -> None:
     assert curve_effort(4, 5_000).images == 468
     assert curve_effort(100, 60_000).images == 64
     assert len(curve_effort(100, 60_000).parts) == 3
-    assert curve_effort(100, 5_000).parts == ()
+    assert curve_effort(100, 5_000).parts == (0.5,)
+    assert curve_effort(100, 5_000).images == 37
 
 
 def test_batches_are_equally_large_whatever_the_number_of_images() -> None:
