@@ -234,6 +234,9 @@ def warnings(spec: JobSpec, facts: DataFacts, graph: Graph) -> Iterator[Fault]:
     flips = [name for name in spec.training.augmentation if name.endswith("_flip")]
     if len(graph.input_shape) == 2 and flips:
         yield Fault("/training/augmentation", f"{flips[0]} lets 1-D examples run backwards")
+    if spec.sensitivity is not None and facts.training_images(spec.data)[1] == 0:
+        message = "no image is held out: the table is measured on training images, which flatter the network"
+        yield Fault("/data/validation", message)
     regularizations = [(i, step) for i, step in enumerate(spec.optimizations) if isinstance(step, Regularization)]
     for position, step in regularizations:
         yield from _regularization_warnings(spec, facts, graph, step, f"/optimizations/{position}")

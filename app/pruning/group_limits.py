@@ -52,6 +52,22 @@ class GroupLimits:
         """Channels that the group has now."""
         return len(self.group.classes) * self.group.channels
 
+    def weakest(self, scores: Mapping[int, float], part: float) -> list[int]:
+        """The classes that leave so that the part of the group that is gone is nearest to `part`; rather fewer than more.
+
+        What `choose_removals` takes of this group for a `sparsity` of scope `layer`.
+
+        Args:
+            scores: By class: the lowest leave first.
+            part: Of its width at the start, in [0, 1].
+        """
+        ascending = sorted(self.group.classes.tolist(), key=lambda c: scores[c])
+        width = len(ascending)
+        wanted = round(part * self.width_at_start) - (self.width_at_start - width)
+        first = width % self.together or self.together
+        ends = (0, *range(first, width - self.least + 1, self.together))
+        return ascending[: min(ends, key=lambda end: abs(end - wanted))]
+
 
 def group_limits(
     graph: Graph, classes: Classes, step: Prune, start: Graph, block: int = BLOCKS[0]
@@ -99,8 +115,13 @@ def hold_others(limits: Sequence[GroupLimits], only: int) -> list[GroupLimits]:
 
 def prunable_groups(graph: Graph, classes: Classes, step: Prune, *, shared: bool = False) -> list[Group]:
     """The groups from which `step` may take channels; `shared`: but for those whose part an override states."""
+    return [each.group for each in free_limits(graph, classes, step, shared=shared)]
+
+
+def free_limits(graph: Graph, classes: Classes, step: Prune, *, shared: bool = False) -> list[GroupLimits]:
+    """The limits of `prunable_groups`, before the first stage of the step."""
     limits = group_limits(graph, classes, step, graph)
-    return [each.group for each in limits if each.held is None and not (shared and each.sparsity is not None)]
+    return [each for each in limits if each.held is None and not (shared and each.sparsity is not None)]
 
 
 def why_kept(graph: Graph, classes: Classes, step: Prune, block: int = BLOCKS[0]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -78,7 +78,12 @@ class SensitivityTableSchema(Answer):
     """What each group of channels costs when it alone is cut; nothing is trained again."""
 
     criterion: str
-    examples: int = Field(description="Test images that were evaluated.")
+    measured_on: Literal["validation", "training", "test"] = Field(
+        "test",
+        description="The part of the data that was evaluated: validation, or training where that is empty. Tables of "
+        "earlier versions were measured on test images.",
+    )
+    examples: int = Field(description="Images that were evaluated.")
     accuracy: float = Field(description="Of the whole network, on these images.")
     groups: list[GroupRowSchema]
     whole: list[LayerSchema]

@@ -31,7 +31,8 @@ class Regularization(_OfTraining):
     """Terms of the loss, and decay in the optimizer, against overfitting: L = CE + l1 * sum |w| + l2 * sum w^2.
 
     Biases and normalisation parameters are left out unless `all`. `bn_l1` * sum |gamma| prepares `bn_scale` (Network
-    Slimming, arXiv 1708.06519).
+    Slimming, arXiv 1708.06519). `bn_l1` and `group_lasso` end with the last removal of channels: afterwards they would
+    go on making small what was chosen to stay.
     """
 
     type: Literal["regularization"] = "regularization"
@@ -45,12 +46,15 @@ class Regularization(_OfTraining):
     ] = None
     bn_l1: Annotated[
         float,
-        Field(ge=0, le=1, description="Coefficient of the sum of absolute batch-norm scales."),
+        Field(ge=0, le=1, description="Coefficient of the sum of absolute batch-norm scales, until channels are gone."),
     ] = 0.0
     group_lasso: Annotated[
         float,
         Field(
-            ge=0, le=1, description="Coefficient of the norms of channel groups: sum of sqrt(size) * |w of a class|_2."
+            ge=0,
+            le=1,
+            description="Coefficient of the norms of channel groups: sum of sqrt(size) * |w of a class|_2. Until channels "
+            "are gone.",
         ),
     ] = 0.0
     all: Annotated[bool, Field(description="l1 and l2 also over biases and normalisation parameters.")] = False
@@ -67,6 +71,10 @@ class Regularization(_OfTraining):
         if not (self.l1 or self.l2 or self.weight_decay or self.bn_l1 or self.group_lasso):
             raise fault("state at least one of: l1, l2, weight_decay, bn_l1, group_lasso, above 0")
         return self
+
+    def without_preparation(self) -> Self:
+        """The terms that do not only prepare a removal of channels."""
+        return self.model_copy(update={"bn_l1": 0.0, "group_lasso": 0.0})
 
 
 class InsertBatchNorm(_BeforeTraining):

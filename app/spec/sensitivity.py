@@ -1,5 +1,7 @@
 """What a job of kind `sensitivity` measures: for each group of channels the accuracy against the part kept.
 
+On the validation part: who picks widths by the table wants test images that had no say in it.
+
 The scope `sensitivity` of a prune step, which ranks channels by the loss, is another thing: `app/pruning/budget.py`.
 """
 
@@ -15,6 +17,7 @@ from app.validation.strict import Strict, Text, fault
 PARTS_KEPT = (0.9, 0.75, 0.5, 0.25, 0.1)
 FEWEST_KEPT = 1e-6
 ALMOST_ALL = 1 - FEWEST_KEPT
+TRAINING_IMAGES = 4096  # that are evaluated where none is held out
 
 
 class Sensitivity(Strict):
@@ -31,7 +34,13 @@ class Sensitivity(Strict):
     round_to: Annotated[int, Field(ge=1, le=1024, description="Widths are multiples of this.")] = 1
     exclude: Annotated[tuple[Text, ...], Field(max_length=10_000, description="Layers that are left alone.")] = ()
     images: Annotated[
-        int | None, Field(ge=1, le=2**31 - 1, description="Test images that are evaluated; default: all.")
+        int | None,
+        Field(
+            ge=1,
+            le=2**31 - 1,
+            description="Images of the validation part that are evaluated; default: all. Where that part is empty, training "
+            f"images; default: {TRAINING_IMAGES:,}. Never test images.",
+        ),
     ] = None
 
     @model_validator(mode="after")

@@ -243,9 +243,10 @@ def _sensitivity(table: Document) -> Html:
         )
         for row in groups
     ]
+    images = f"{table['examples']:,} {table.get('measured_on', 'test')} images"  # of test before a table said so
     words = (
-        f"Accuracy on {table['examples']:,} test images when one group alone is cut, the weakest channels by "
-        f"{table['criterion']} first, batch norm recalibrated, nothing retrained. Uncut: "
+        f"Accuracy on {images} when one group alone is cut, the weakest channels by {table['criterion']} first, "
+        "batch norm recalibrated, nothing retrained. Uncut: "
     )
     left = ", ".join(f"{row['name']} ({row['reason']})" for row in whole)
     return join(

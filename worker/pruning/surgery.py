@@ -2,6 +2,8 @@
 
     smaller = shrink(network, classes, dropped)      # new graph, new parameters: the optimizer is built anew
     ema = shrink_tensors(ema, classes, dropped)      # anything else that carries the parameters' names
+    with masked_in_place(network, classes, dropped): # to evaluate a cut that may not be made
+        ...
 
 A network without a class computes what the network computes in which everything of the class is zero: the producers'
 slices, scale and bias of the norms, *and the consumers' slices* (`masked_reference`). Zeroing filters alone is not
@@ -12,7 +14,8 @@ else.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -70,18 +73,40 @@ def shrink_tensors(tensors: Mapping[str, Tensor], classes: Classes, dropped: Col
     }
 
 
-@torch.no_grad()
 def masked_reference(network: Network, classes: Classes, dropped: Collection[int]) -> Network:
     """A copy of the network, of its shape, in which everything that belongs to the `dropped` classes is zero."""
-    kept = classes.kept(dropped).mask
     masked = copy.deepcopy(network)
-    parameters = dict(masked.named_parameters())
-    for axis in classes.axes:
+    _zero(masked, classes, dropped)
+    return masked
+
+
+@contextmanager
+def masked_in_place(network: Network, classes: Classes, dropped: Collection[int]) -> Iterator[None]:
+    """Make the network its own `masked_reference` for a while; at the end every tensor is as it was, bit for bit.
+
+    What else changes inside, such as statistics that are counted again or weights that are repaired, goes back too.
+    """
+    own = network.state_dict()
+    before = {name: tensor.clone() for name, tensor in own.items()}
+    try:
+        _zero(network, classes, dropped)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(before[name])
+
+
+@torch.no_grad()
+def _zero(network: Network, classes: Classes, dropped: Collection[int]) -> None:
+    kept = classes.kept(dropped).mask
+    parameters = dict(network.named_parameters())
+    touched = {axis for group in classes.groups if not kept[group.classes].all() for axis in group.axes}
+    for axis in (classes.axes[place] for place in sorted(touched)):
         key = f"{axis.layer}.{axis.tensor}"
         if key in parameters:  # running statistics stay: nothing depends on them after a scale and a bias of zero
             places = torch.from_numpy(np.flatnonzero(~kept[axis.slots.runs(1)])).to(parameters[key].device)
             parameters[key].index_fill_(axis.axis, places, 0.0)
-    return masked
 
 
 def _random_images(network: Network) -> Tensor:

@@ -17,7 +17,7 @@ from app.planning.phases import PhaseName
 from app.planning.plan import Plan
 from app.spec.job import Training
 from app.spec.optimizations import Compression, Distill, Regularization
-from app.spec.prune import Distillation
+from app.spec.prune import Distillation, Prune
 from app.spec.quantize import Quantize
 from app.spec.references import Reference, Source
 from worker.data.dataset import BatchLoader, Dataset, Split, Splits, derive_seed
@@ -130,10 +130,21 @@ class Job:
         """How it trains."""
         return self.plan.spec.training
 
-    @property
-    def regularizations(self) -> tuple[Regularization, ...]:
-        """All terms against overfitting; they apply to every training of the job."""
-        return tuple(part for part in self.plan.spec.optimizations if isinstance(part, Regularization))
+    def regularizations(self, stage: int) -> tuple[Regularization, ...]:
+        """The terms of the loss in the training of this stage.
+
+        Those that prepare a removal of channels are left out of a retraining that no such removal follows.
+        """
+        terms = tuple(part for part in self.plan.spec.optimizations if isinstance(part, Regularization))
+        if self.stages[stage].position is None or any(map(self._cuts_channels, self.stages[stage:])):
+            return terms
+        return tuple(part.without_preparation() for part in terms)
+
+    def _cuts_channels(self, stage: Stage) -> bool:
+        if stage.phase != "pruning":
+            return False
+        step = self.compression(stage)
+        return isinstance(step, Prune) and not step.zeros
 
     @property
     def distillation_of_training(self) -> Distillation | None:
@@ -232,6 +243,7 @@ class Job:
             frozen=self.plan.frozen,
             whole=whole,
             gradient_images=partial(self.images_at_a_time, backward=True),
+            monitor=self.monitor,
         )
 
     def images_at_a_time(self, *, backward: bool = False) -> int:

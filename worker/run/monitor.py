@@ -1,8 +1,9 @@
-"""The monitor of a job's trainings: it writes metrics and events, has checkpoints saved, and obeys wishes."""
+"""The monitor of a job's trainings and loss curves: it writes metrics and events, has checkpoints saved, and obeys wishes."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Protocol
 
 from app.errors import EspalierError
@@ -36,7 +37,7 @@ class Monitored(Protocol):
 
 
 class JobMonitor:
-    """The monitor of all trainings of one job: writes down what happens, and ends them when the user asks."""
+    """The monitor of all trainings and loss curves of one job: writes down what happens, ends them when the user asks."""
 
     def __init__(self, job: Monitored, *, began: float) -> None:
         """`began`, on the monotonic clock: from there on seconds are added to the job's."""
@@ -110,6 +111,20 @@ class JobMonitor:
         if wish is not None:
             self._job.checkpoints.wait_for_write()
             raise Interrupted(wish)
+
+    def rises(self) -> Mapping[tuple[int, float], float]:
+        """The loss curves of the removal under way: (index of a group, part kept) -> rise of the loss."""
+        return {(group, kept): rise for group, kept, rise in self._job.reached.record.curves}
+
+    def cut_measured(self, group: int, kept: float, rise: float, *, share: float) -> None:
+        """Note a cut and the progress, write a checkpoint if one is due, obey a wish. Raises Interrupted."""
+        reached = self._job.reached
+        reached.record.curves.append((group, kept, rise))
+        reached.passed += 1
+        self._job.journal.progress(self._job.tracker.progress(share))
+        if self._job.checkpoints.due:
+            self.checkpoint()
+        self.check_interrupts()
 
     def window(self, fit: Fit, window: Window) -> None:
         """Write the metrics of these steps, and the progress."""

@@ -17,6 +17,7 @@ from app.pruning.channel_classes import channel_classes
 from app.pruning.group_limits import prunable_groups
 from app.spec.job import JobSpec, parse_job, race_epochs
 from app.spec.optimizations import Compression
+from app.spec.prune import Prune
 from app.spec.quantize import Quantize
 from app.spec.references import Source, references_in
 from worker.checkpoint import spec_digest
@@ -24,11 +25,13 @@ from worker.data.dataset import Dataset, Splits, measure_preprocessing, split_da
 from worker.journal import Journal, Progress
 from worker.precision import choose_precision
 from worker.pruning import schedules
+from worker.pruning.loss_curves import curve_effort
 from worker.run.checkpoint_writer import CheckpointWriter
 from worker.run.job import QUANTIZING, Job, Stage, Task, stage_name
 from worker.run.progress import PhaseEstimate, ProgressTracker, forward_seconds, training_seconds
 from worker.run.references import read_sources
 from worker.run.removal import RECALIBRATION_IMAGES
+from worker.run.sensitivity import measured_split
 from worker.run.state import Origin
 
 PREPARING_S = 0.5
@@ -182,15 +185,29 @@ def _estimate_stage(number: int, stage: Stage, plan: Plan, splits: Splits) -> Ph
         return PhaseEstimate(stage.phase, seconds, 0.0, stage.epochs, steps, name=name)
     seconds_of_a_cut = forward_seconds(2 * test + RECALIBRATION_IMAGES, dense)
     if stage.phase == "pruning":
-        return PhaseEstimate("pruning", seconds_of_a_cut, 0.2, name=name)
+        curves = forward_seconds(_curve_forwards(stage, plan, images), dense)
+        return PhaseEstimate("pruning", seconds_of_a_cut + curves, 0.2, name=name)
     if stage.table:
-        return PhaseEstimate("evaluating", _cuts(plan) * seconds_of_a_cut, 0.1, name=name)
+        return PhaseEstimate("evaluating", _table_seconds(plan, splits), 0.1, name=name)
     return PhaseEstimate("evaluating", forward_seconds(test, macs), 0.1, name=name)
 
 
-def _cuts(plan: Plan) -> int:
-    """How many networks a table of sensitivities takes."""
+def _curve_forwards(stage: Stage, plan: Plan, images: int) -> int:
+    """How many images go through the network for the loss curves of a removal; 0 where it needs none."""
+    assert stage.position is not None
+    step = plan.spec.optimizations[stage.position]
+    if not isinstance(step, Prune) or step.scope != "sensitivity":
+        return 0
+    graph = plan.graphs[stage.position]
+    step = step.model_copy(update={"round_to": step.round_to or 1})
+    groups = len(prunable_groups(graph, channel_classes(graph), step, shared=True))
+    return curve_effort(groups, images).forwards(groups)
+
+
+def _table_seconds(plan: Plan, splits: Splits) -> float:
+    """What a table of sensitivities takes: each cut is evaluated twice and recalibrated once."""
     options, graph = plan.spec.sensitivity, plan.baseline
     assert options is not None
     groups = prunable_groups(graph, channel_classes(graph), options.step(options.kept[-1]))
-    return len(groups) * len(options.kept)
+    images = 2 * len(measured_split(splits, options)[1]) + RECALIBRATION_IMAGES
+    return len(groups) * len(options.kept) * forward_seconds(images, plan.baseline_cost.macs)

@@ -37,7 +37,8 @@ class StepRecord:
 class RunRecord:
     """The report so far: `seconds` of all attempts, scores of the dense network and of the latest one.
 
-    `sensitivity` has a row for each group of channels that a job of this kind has measured.
+    `sensitivity` has a row for each group of channels that a job of this kind has measured; `curves` has the cuts that
+    the removal under way has measured so far: index of the group, part kept, rise of the loss.
     """
 
     baseline: Scores | None = None
@@ -45,6 +46,7 @@ class RunRecord:
     steps: list[StepRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     sensitivity: list[dict[str, Any]] = field(default_factory=list)
+    curves: list[tuple[int, float, float]] = field(default_factory=list)
     seconds: float = 0.0
 
     def note(self, sentence: str) -> None:
@@ -60,6 +62,7 @@ class RunRecord:
             "steps": [_renamed(asdict(step), "outcomes", "fates") for step in self.steps],
             "notes": list(self.notes),
             "sensitivity": list(self.sensitivity),
+            "curves": [list(point) for point in self.curves],
             "seconds": self.seconds,
         }
 
@@ -73,6 +76,7 @@ class RunRecord:
             steps=[StepRecord(**_renamed(step, "fates", "outcomes")) for step in document["steps"]],
             notes=list(document["notes"]),
             sensitivity=list(document.get("sensitivity", ())),
+            curves=[(group, kept, rise) for group, kept, rise in document.get("curves", ())],
             seconds=document["seconds"],
         )
 

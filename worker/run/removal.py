@@ -32,7 +32,7 @@ from worker.network import Network, assign_tensors
 from worker.precision import Precision
 from worker.pruning.importance import channel_scores
 from worker.pruning.latency_budget import TimeCheck, check_time, removals_within_time
-from worker.pruning.loss_curves import loss_curves
+from worker.pruning.loss_curves import CutMonitor, Repair, loss_curves
 from worker.pruning.recalibration import recalibrate_batch_norm
 from worker.pruning.schedules import PruningRound
 from worker.pruning.surgery import shrink
@@ -54,7 +54,7 @@ class RemovalContext:
     same order at each call; `seed` is the job's; `dense_network` gives the trained network before the first
     compression; `images` is how many the training part has; `frozen` are the layers that keep their statistics.
     `whole` gives the same images in batches of one size, for sums over a batch, and `gradient_images` how many of one
-    a backward pass can take; None: those of `plain`, and all.
+    a backward pass can take; None: those of `plain`, and all. `repair` and `monitor` are for loss curves.
     """
 
     plain: Callable[[], Pairs]
@@ -66,6 +66,8 @@ class RemovalContext:
     frozen: frozenset[str] = frozenset()
     whole: Callable[[], Pairs] | None = None
     gradient_images: Callable[[], int] | None = None
+    repair: Repair | None = None
+    monitor: CutMonitor | None = None
 
     def scores(self, network: Network, classes: Classes, criterion: Criterion) -> dict[int, float]:
         """The importance of every class of the network's channels."""
@@ -122,6 +124,7 @@ def cut_channels(
 
     Raises:
         BudgetMissed: the budget is below what the floors allow, or what this machine can reach.
+        What the monitor of the context raises, between two cuts; the network is as it was.
     """
     rounds = rounds if step.scope == "sensitivity" else 1
     for number in range(1, rounds + 1):
@@ -146,6 +149,8 @@ def _cut_once(network: Network, step: Prune, fraction: float, context: RemovalCo
             context.precision,
             images=context.images,
             frozen=context.frozen,
+            repair=context.repair,
+            monitor=context.monitor,
         )
 
     def choose(counted: Prune, prices: Mapping[str, int] | None) -> Removals:

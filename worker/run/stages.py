@@ -76,7 +76,10 @@ def run_stages(job: Job) -> bool:
 def _run_stage(job: Job) -> None:
     reached, number = job.reached, job.reached.stage
     stage = job.stages[number]
-    job.monitor.enter(stage_name(number), message=_announcement(job, stage), resumed=reached.suspended is not None)
+    resumed = reached.suspended is not None or bool(
+        reached.record.curves or (stage.table and reached.record.sensitivity)
+    )
+    job.monitor.enter(stage_name(number), message=_announcement(job, stage), resumed=resumed)
     if all(later.phase == "evaluating" and not later.table for later in job.stages[number:]):
         job.monitor.check_cancel_or_pause()
     else:
@@ -204,7 +207,7 @@ def _compress(job: Job, stage: Stage) -> None:
     assert stage.removal is not None
     reached, step = job.reached, job.compression(stage)
     assert reached.record.latest is not None
-    if stage.removal.number == 1:
+    if all(record.position != stage.position for record in reached.record.steps):  # else a checkpoint has it
         reached.record.steps.append(
             StepRecord(
                 position=stage.position,
@@ -296,7 +299,7 @@ def _recipe(job: Job, stage: Stage, steps_per_epoch: int) -> Recipe:
             rate=learning_rate(job.training),
             training=job.training,
             seed=seed,
-            regularizations=job.regularizations,
+            regularizations=job.regularizations(job.reached.stage),
             distillation=job.distillation_of_training,
             frozen=job.plan.frozen,
             rate_factors=job.plan.rate_factors,
@@ -316,7 +319,7 @@ def _recipe(job: Job, stage: Stage, steps_per_epoch: int) -> Recipe:
         rate=_rate(job, stage),
         training=job.training,
         seed=seed,
-        regularizations=job.regularizations,
+        regularizations=job.regularizations(job.reached.stage),
         distillation=retraining(step, job.training).distillation,
         mask_updates=stage.removal.mask_updates(
             step.sparsity if isinstance(step, Prune) else None,
@@ -364,6 +367,8 @@ def _stop(job: Job) -> None:
     if fit is not None:
         fit.conclude()
         reached.masks, reached.fit = fit.masks, None
+    if reached.record.steps and not reached.record.steps[-1].rounds:
+        reached.record.steps.pop()  # its first removal was not reached
     if RACE_START in reached.kept:
         if stage.attempt == 0:  # nothing to compare it with yet
             reached.kept["race/0"] = snapshot(reached.network)

@@ -67,7 +67,7 @@ class Reached:
 
     @property
     def step(self) -> int:
-        """Optimizer steps and finished phases: rises with everything that is worth a checkpoint."""
+        """Optimizer steps, finished phases, rows and cuts: rises with everything that is worth a checkpoint."""
         return self.passed + (0 if self.fit is None else self.fit.position.step)
 
     def finish_stage(self) -> None:
@@ -76,6 +76,7 @@ class Reached:
         if self.fit is not None:
             self.masks = self.fit.masks
         self.fit = None
+        self.record.curves.clear()
         self.stage += 1
 
     def capture(self) -> tuple[Arrays, dict[str, Any]]:

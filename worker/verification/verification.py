@@ -40,6 +40,8 @@ OTHER_RUNTIME = 1e-4  # of the largest logit: onnxruntime adds up in another ord
 CLOSE_CALL = 1e-3  # of the largest logit: two classes nearer than this may change places
 MOST_ELEMENTS = 1 << 22  # of the largest activation of one batch: 16 MiB, near the caches
 LARGEST_BATCH = 128
+MOST_ELEMENTS_GPU = 1 << 26  # 256 MiB: a GPU has no caches to keep to, and small batches leave it idle
+LARGEST_BATCH_GPU = 512
 SLOWEST_MACS_PER_S = 2e8  # a machine that is slower than this counts as hung
 START_ALLOWANCE_S = 300.0  # import of torch from a cold disk on a busy machine
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # layout by number of axes, as in the clean process
@@ -155,10 +157,12 @@ class _CleanProcess:
         self.process.wait()
 
 
-def verification_batch_size(graph: Graph) -> int:
-    """Examples per batch, so that the largest activation of a batch stays within 16 MiB."""
+def verification_batch_size(graph: Graph, device: str = "cpu") -> int:
+    """Examples per batch, so that the largest activation of a batch stays within 16 MiB, on a GPU within 256 MiB."""
     largest = max(node.elements for node in graph.nodes)
-    return max(1, min(LARGEST_BATCH, MOST_ELEMENTS // largest))
+    if device == "cpu":
+        return max(1, min(LARGEST_BATCH, MOST_ELEMENTS // largest))
+    return max(1, min(LARGEST_BATCH_GPU, MOST_ELEMENTS_GPU // largest))
 
 
 def compute_logits(network: Network, images: NDArray[Any], preprocessing: Preprocessing) -> Logits:
@@ -173,7 +177,7 @@ def compute_logits(network: Network, images: NDArray[Any], preprocessing: Prepro
         rank = max((tensor.dim() for tensor in copy.parameters()), default=0)
         network = copy.to(memory_format=CHANNELS_LAST.get(rank, torch.contiguous_format))
     layout = CHANNELS_LAST.get(images.ndim, torch.contiguous_format)
-    batch = verification_batch_size(network.graph)
+    batch = verification_batch_size(network.graph, device.type)
     was_training = network.training
     network.eval()
     parts: list[Logits] = []

@@ -19,6 +19,13 @@ def test_a_plain_table_measures_five_parts_of_every_group() -> None:
     assert {row.layer: row.reason for row in found.layers}["linear2"] == "network output"
 
 
+def test_a_table_on_training_images_is_warned_of() -> None:
+    (warning,) = plan(kind="sensitivity", data={"dataset": "mnist", "validation": 0}).warnings
+    assert warning.pointer == "/data/validation"
+    assert "measured on training images" in warning.message
+    assert plan(kind="sensitivity").warnings == ()
+
+
 @pytest.mark.parametrize(
     ("parts", "pointer"),
     [

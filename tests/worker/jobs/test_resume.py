@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from worker.checkpoint import Arrays
 from worker.export.files import export_network
 from worker.journal import MemoryJournal, Progress, Wish
 from worker.network import build_network
+from worker.run import checkpoint_writer
 from worker.run.job import Task
 from worker.run.monitor import Interrupted
 from worker.run.state import Reached
@@ -217,6 +219,61 @@ def test_a_job_may_be_cut_again_and_again(data: Path, tmp_path: Path) -> None:
             break
     assert attempt > 3
     assert_same(whole, end(reached))
+
+
+def during_curves(journal: MemoryJournal, cuts: int, wish: Wish) -> Callable[[Progress | None], Wish | None]:
+    """Wishes this when so many cuts of the first removal have been measured."""
+    counted = 0
+
+    def wished(progress: Progress | None) -> Wish | None:
+        nonlocal counted
+        counted += progress is not None and progress.phase == "pruning"
+        return wish if counted > cuts else None  # the first look is before the removal
+
+    return wished
+
+
+def test_a_process_killed_inside_a_removal_goes_on_behind_the_last_cut_of_its_checkpoint(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_writer, "REST_FACTOR", 0)  # these cuts take less time than a checkpoint
+    spec = JOBS["channels"]
+    journal = MemoryJournal()
+    whole = end(train_alone(task_of(spec, data, tmp_path, checkpoint_interval_s=0.0), journal))
+    inside = [saved for saved in journal.checkpoints if saved.phase == "pruning"]
+    known = [len(json.loads(saved.state.read_text())["ledger"]["curves"]) for saved in inside]
+    assert max(known) >= 4
+    assert 0 in known, "a removal that is over leaves none"
+    for saved, cuts in list(zip(inside, known, strict=True))[::3]:
+        second = MemoryJournal()
+        resume = resume_folder(saved, tmp_path / f"from {saved.step}")
+        assert_same(whole, end(train_alone(task_of(spec, data, tmp_path, resume=resume), second)))
+        started = [event.data["phase"] for event in second.of_type("phase.started")]
+        assert started[1] == ("pruning" if cuts else "retraining")
+        fractions = [progress.fraction for progress in second.progresses]
+        assert fractions == sorted(fractions)
+
+
+@pytest.mark.parametrize("wish", ["cancel", "pause"])
+def test_a_removal_is_left_after_the_next_cut(wish: Wish, data: Path, tmp_path: Path) -> None:
+    journal = MemoryJournal()
+    journal.wishes = during_curves(journal, 2, wish)
+    with pytest.raises(Interrupted, match=wish):
+        train_alone(task_of(JOBS["channels"], data, tmp_path), journal)
+    assert not journal.of_type("prune.applied")
+    if wish == "pause":
+        document = json.loads(journal.checkpoints[-1].state.read_text())
+        assert len(document["ledger"]["curves"]) == 2
+
+
+def test_a_job_stopped_inside_its_first_removal_delivers_the_dense_network(data: Path, tmp_path: Path) -> None:
+    journal = MemoryJournal()
+    journal.wishes = during_curves(journal, 2, "stop")
+    reached = train_alone(task_of(JOBS["channels"], data, tmp_path), journal)
+    assert reached.record.steps == []
+    assert reached.network.graph["conv1"].shape[0] == 8
+    for name, tensor in reached.kept["baseline"].items():
+        assert torch.equal(reached.network.state_dict()[name], tensor)
 
 
 def test_checkpoints_inside_an_epoch_do_not_change_the_bits(data: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from app.spec.prune import CHANNEL_CRITERIA, PATTERN_CRITERIA, WEIGHT_CRITERIA, 
 from tests.support.networks.topologies import HEAD, PICTURE, TOPOLOGIES, Layers, conv, layer, topology, trained
 from worker.network import Network
 from worker.precision import choose_precision
-from worker.pruning.importance import CHANNEL_SCORES, WEIGHT_SCORES, channel_scores, weight_scores
+from worker.pruning.importance import CHANNEL_SCORES, WEIGHT_SCORES, channel_scores, distance_sums, weight_scores
 
 CHAIN: Layers = [conv(6, name="a"), layer("batch_norm", name="n"), layer("relu"), conv(4, name="b"), *HEAD]
 
@@ -140,6 +140,30 @@ def test_fpgm_ranks_a_duplicated_filter_below_the_others() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     assert found[1] == found[4]
     assert sorted(range(6), key=lambda c: found[c])[:2] in ([1, 4], [4, 1])
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-3, 1e-9], ids=["far", "near", "nearly equal"])
+@pytest.mark.parametrize("shape", [(1, 3), (2, 1), (40, 27), (700, 12)])
+def test_sums_of_distances_are_exact_however_near_the_rows_are(shape: tuple[int, int], spread: float) -> None:
+    generator = np.random.default_rng(0)
+    rows = 1 + spread * generator.normal(size=shape)
+    rows[len(rows) // 2 :] *= 1 + generator.normal(size=(len(rows) - len(rows) // 2, 1))
+    expected = np.sqrt(np.square(rows[:, None] - rows[None]).sum(axis=2)).sum(axis=1)
+    np.testing.assert_allclose(distance_sums(rows), expected, rtol=1e-12)
+
+
+def test_equal_rows_have_no_distance_and_equal_sums() -> None:
+    generator = np.random.default_rng(1)
+    rows = generator.normal(size=(600, 33))
+    rows[1::3] = rows[::3]
+    rows[7::50] = 0.0
+    rows[8::50] = -0.0
+    found = distance_sums(rows)
+    assert (found[1::3][~np.isin(np.arange(1, 600, 3) % 50, (7, 8))] > 0).all()
+    for row in np.unique(rows + 0.0, axis=0):
+        assert len(set(found[(rows == row).all(axis=1)])) == 1
+    assert not distance_sums(np.ones((50, 9)) / 3).any()
+    assert not distance_sums(np.zeros((3, 4))).any()
 
 
 def gate_derivative(network: Network, layer_name: str, channel: int, images: Tensor, labels: Tensor) -> float:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from app.network.cost import cost
 from app.pruning.budget import Curve
 from app.schemas.report import ReportSchema
-from tests.support.jobs.tiny import resume_folder, task_of, tiny_data, tiny_spec
+from tests.support.jobs.tiny import SYNTHETIC, resume_folder, task_of, tiny_data, tiny_spec
+from worker.evaluation import score
 from worker.journal import MemoryJournal, Progress, Wish
 from worker.pipeline import Delivered, Paused, run
+from worker.run.job import Job
+from worker.run.preparation import prepare
+from worker.run.stages import run_stages
+from worker.verification.verification import compute_logits
 
 KEPT = [0.75, 0.5, 0.25]
 
@@ -44,8 +51,8 @@ def test_every_group_has_a_row_and_every_part_a_cell(report: dict[str, Any]) -> 
     table = report["sensitivity"]
     assert [row["layers"] for row in table["groups"]] == [["conv1"], ["conv2"]]
     assert table["whole"] == [{"name": "linear1", "reason": "network output"}]
-    assert table["accuracy"] == report["baseline"]["accuracy"]
-    assert table["examples"] == 30
+    assert table["measured_on"] == "validation"
+    assert table["examples"] == 12  # a tenth of 120
     for row in table["groups"]:
         assert row["channels"] == 8
         assert [point["channels"] for point in row["points"]] == [6, 4, 2]
@@ -61,25 +68,46 @@ def test_the_report_is_as_the_api_describes_it(report: dict[str, Any]) -> None:
     assert described.sensitivity.model_extra == described.sensitivity.groups[0].points[0].model_extra == {}
 
 
+def prepared(spec: dict[str, Any], data: Path, scratch: Path) -> Job:
+    job = prepare(task_of(spec, data, scratch), MemoryJournal())
+    run_stages(job)
+    job.close()
+    return job
+
+
+@pytest.mark.parametrize("limits", [{}, {"validation": 0}], ids=["validation", "training"])
 @pytest.mark.parametrize(("layer", "others"), [("conv1", ["conv2"]), ("conv2", ["conv1"])])
 def test_a_cell_is_what_really_pruning_that_group_gives(
-    report: dict[str, Any], data: Path, tmp_path: Path, layer: str, others: list[str]
+    data: Path, tmp_path: Path, layer: str, others: list[str], limits: dict[str, Any]
 ) -> None:
-    (row,) = [row for row in report["sensitivity"]["groups"] if row["layers"] == [layer]]
-    step = {
-        "type": "prune",
-        "structure": "channels",
-        "sparsity": 0.5,
-        "round_to": 1,
-        "exclude": others,
-        "retrain": {"policy": "none"},
-    }
-    pruned = report_of(tiny_spec(step), data, tmp_path)
+    parts = {"data": {"synthetic": SYNTHETIC, **limits}}
+    table = prepared(table_spec() | parts, data, tmp_path)
+    (row,) = [row for row in table.reached.record.sensitivity if row["layers"] == [layer]]
+    step = {"type": "prune", "structure": "channels", "sparsity": 0.5, "round_to": 1, "exclude": others}
+    pruned = prepared(tiny_spec(step | {"retrain": {"policy": "none"}}) | parts, data, tmp_path)
+    network, part = pruned.reached.network, pruned.splits.validation if not limits else pruned.splits.train
     cell = row["points"][KEPT.index(0.5)]
-    assert pruned["final"]["macs"] == cell["macs"]
-    assert pruned["final"]["params"] == cell["params"]
-    assert pruned["steps"][0]["after_cut"] == cell["after_cut"]
-    assert pruned["final"]["accuracy"] == cell["after_recalibration"]
+    assert (cost(network.graph).macs, cost(network.graph).params) == (cell["macs"], cell["params"])
+    found = score(compute_logits(network, part.images, pruned.preprocessing), part.labels)
+    assert found.accuracy == cell["after_recalibration"]
+    assert cell["after_cut"] < 1
+
+
+def test_no_test_image_has_a_say_in_a_table(report: dict[str, Any], data: Path, tmp_path: Path) -> None:
+    blind = tmp_path / "blind"
+    shutil.copytree(data, blind)
+    images = np.load(blind / "test.images.npy")
+    np.save(blind / "test.images.npy", np.zeros_like(images))
+    found = report_of(table_spec(), blind, tmp_path)
+    assert found["baseline"]["accuracy"] < report["baseline"]["accuracy"]
+    assert found["sensitivity"] == report["sensitivity"]
+
+
+def test_without_a_validation_part_training_images_are_used_and_a_note_says_so(data: Path, tmp_path: Path) -> None:
+    report = report_of(table_spec() | {"data": {"synthetic": SYNTHETIC, "validation": 0}}, data, tmp_path)
+    table = report["sensitivity"]
+    assert (table["measured_on"], table["examples"]) == ("training", 120)
+    assert any(note.startswith("the table is measured on training images") for note in report["notes"])
 
 
 def test_the_network_itself_is_delivered_as_it_was_trained(report: dict[str, Any]) -> None:
@@ -87,7 +115,7 @@ def test_the_network_itself_is_delivered_as_it_was_trained(report: dict[str, Any
     assert report["final"]["accuracy"] == report["baseline"]["accuracy"]
 
 
-def test_a_part_of_the_test_images_can_do(data: Path, tmp_path: Path) -> None:
+def test_a_part_of_the_images_can_do(data: Path, tmp_path: Path) -> None:
     spec = table_spec(images=10, exclude=["conv1"], kept=[0.99, 0.5])  # 0.99 of 8 channels are all of them
     table = report_of(spec, data, tmp_path)["sensitivity"]
     assert table["examples"] == 10

@@ -20,13 +20,21 @@ from safetensors.torch import load_file, save_file
 from app.errors import VerificationFailed
 from app.network.architecture import Preprocessing
 from app.network.cost import SAFETENSORS_METADATA
+from app.network.presets.registry import preset_layers
 from app.spec.prune import Prune
+from tests.support.jobs.specs import graph_of
 from tests.support.networks.topologies import topology, trained
 from worker.export.files import export_network, file_sha256
 from worker.network import Network
 from worker.pruning.weight_masks import weight_masks
 from worker.verification import clean_process
-from worker.verification.verification import Verification, compare, compute_logits, verify_files
+from worker.verification.verification import (
+    Verification,
+    compare,
+    compute_logits,
+    verification_batch_size,
+    verify_files,
+)
 
 PREPROCESSING = Preprocessing(1 / 255, (0.5, 0.25, 0.125), (0.25, 0.5, 0.75))
 COUNT = 300  # more than one batch
@@ -278,3 +286,10 @@ def test_computing_logits_leaves_the_networks_mode_alone(network: Network, image
     ready = torch.from_numpy(PREPROCESSING.apply(images[:5]))
     with torch.no_grad():
         assert np.allclose(first, network(ready).numpy(), rtol=0, atol=1e-5)
+
+
+def test_a_gpu_is_given_batches_that_keep_it_busy_and_a_processor_what_fits_its_caches() -> None:
+    small = topology("chain")
+    assert (verification_batch_size(small), verification_batch_size(small, "cuda")) == (128, 512)
+    large = graph_of(preset_layers("resnet50", (3, 224, 224), 10), (3, 224, 224), 10)
+    assert (verification_batch_size(large), verification_batch_size(large, "cuda")) == (5, 83)

@@ -142,6 +142,7 @@ def test_a_table_of_sensitivities_has_a_row_for_each_group_and_a_column_for_each
     tied = ["conv2", "conv4", EVIL, "conv8", "conv10"]
     table = {
         "criterion": "l2",
+        "measured_on": "validation",
         "examples": 10_000,
         "accuracy": 0.93,
         "groups": [{"layers": layers, "channels": 8, "points": points} for layers in (["conv1"], tied)],
@@ -151,7 +152,7 @@ def test_a_table_of_sensitivities_has_a_row_for_each_group_and_a_column_for_each
     api.deliver(api.claim(job_id), report={"sensitivity": table, "notes": ["a note"]})
     page = _page(api, f"/jobs/{job_id}")
     for words in (
-        *["Accuracy on 10,000 test images", "by l2 first", "Uncut: 93.00 %", "Not cut: linear1 (network output)"],
+        *["Accuracy on 10,000 validation images", "by l2 first", "Uncut: 93.00 %", "Not cut: linear1 (network output)"],
         *["50 % kept", "0.1 % kept", "87.00 %", "12.34 %", f"conv2, conv4, {EVIL} and 2 more", "a note"],
     ):
         assert words in page.text, words
@@ -160,8 +161,11 @@ def test_a_table_of_sensitivities_has_a_row_for_each_group_and_a_column_for_each
         dict(sorted(cell.items())) for cell in page.found("td")
     ]
     early = api.submit(kind="sensitivity")["id"]
-    api.deliver(api.claim(early), early=True, report={"sensitivity": table | {"groups": [], "whole": []}})
-    assert "Uncut: 93.00 %" in _page(api, f"/jobs/{early}").text
+    old = {name: value for name, value in table.items() if name != "measured_on"} | {"groups": [], "whole": []}
+    api.deliver(api.claim(early), early=True, report={"sensitivity": old})
+    page = _page(api, f"/jobs/{early}")
+    assert "Uncut: 93.00 %" in page.text
+    assert "Accuracy on 10,000 test images" in page.text  # tables of earlier versions
 
 
 def test_the_page_of_a_job_follows_every_type_of_event():
