@@ -282,6 +282,18 @@ def retraining(step: Compression, training: Training) -> Retrain:
     return retrain.model_copy(update={"epochs": 0 if retrain.policy == "none" else usual})
 
 
+def reconstructs(step: Compression, retrain: Retrain) -> bool:
+    """Whether `step` fits the layers behind its removal: as it says, else where that was measured to win.
+
+    That is for channels and products, and for zeros where nothing is trained after them.
+    """
+    if step.reconstruct is not None:
+        return step.reconstruct
+    if not isinstance(step, Prune) or not step.zeros:
+        return True
+    return retrain.policy == "none" and step.may_reconstruct
+
+
 def completed(spec: JobSpec) -> JobSpec:
     """`spec` with the defaults filled in that depend on another part: warm-up, milestones, retraining. Idempotent."""
     training = spec.training
@@ -300,8 +312,9 @@ def completed(spec: JobSpec) -> JobSpec:
 
 def _completed_step(step: Compression, training: Training) -> Compression:
     retrain = retraining(step, training)
+    filled = {"retrain": retrain, "reconstruct": reconstructs(step, retrain)}
     if not isinstance(step, Prune):
-        return step.model_copy(update={"retrain": retrain})
+        return step.model_copy(update=filled)
     own: dict[str, Any] = {}
     if step.structure == "n:m":
         own["pattern"] = ":".join(map(str, step.kept_of))
@@ -310,7 +323,7 @@ def _completed_step(step: Compression, training: Training) -> Compression:
     schedule = step.schedule
     if schedule.name == "cubic" and schedule.epochs is None and retrain.epochs:
         schedule = schedule.model_copy(update={"epochs": max(1, round(0.7 * retrain.epochs))})
-    return step.model_copy(update={"retrain": retrain, "schedule": schedule, **own})
+    return step.model_copy(update={"schedule": schedule, **filled, **own})
 
 
 def parse_job(document: object) -> JobSpec:

@@ -16,7 +16,8 @@ class StepRecord:
     `start` is the network before its first removal (as `model.layers`), `sparsity_before` the part of what
     it prunes that earlier steps had pruned. `after` is None while the step is under way. `rounds` has one entry for each
     removal, with the accuracy on the test part right after the cut and after batch norm was recalibrated. `outcomes`
-    says what became of each layer in a step that replaces layers; checkpoints call it "fates".
+    says what became of each layer in a step that replaces layers; checkpoints call it "fates". `reconstructed` says which layers
+    the last round repaired, and why not the others.
     """
 
     position: int
@@ -27,6 +28,7 @@ class StepRecord:
     layers: list[dict[str, Any]] = field(default_factory=list)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reconstructed: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: float = 0.0
     complete: bool = False
 

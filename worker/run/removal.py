@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +34,9 @@ from worker.pruning.importance import channel_scores
 from worker.pruning.latency_budget import confirm_time, removals_within_time
 from worker.pruning.loss_curves import loss_curves
 from worker.pruning.recalibration import recalibrate_batch_norm
+from worker.pruning.reconstruction import Reconstruction, reconstruct
 from worker.pruning.schedules import PruningRound
-from worker.pruning.surgery import shrink
+from worker.pruning.surgery import kept_channels, shrink
 from worker.pruning.weight_masks import joined_masks
 from worker.training.losses import cross_entropy
 from worker.training.masks import Masks
@@ -63,6 +64,21 @@ class RemovalContext:
     frozen: frozenset[str] = frozenset()
 
 
+class Removed(NamedTuple):
+    """What a removal has left behind, for the repair: the network as it was before, and the numbers of the channels that are
+    left, by node, where one has lost any."""
+
+    target: Network
+    kept: Mapping[str, Tensor]
+
+
+class Narrowed(NamedTuple):
+    """A network without some channels; `kept` are the numbers of those that it has, by node, where it lost any."""
+
+    network: Network
+    kept: dict[str, Tensor]
+
+
 def cut_weights(
     network: Network,
     step: Prune,
@@ -88,8 +104,8 @@ def cut_weights(
 
 def cut_channels(
     network: Network, step: Prune, stage: PruningRound, context: RemovalContext, *, start: Graph
-) -> Network:
-    """The smaller network, placed as the larger one was. `start` is the graph before the step's first removal.
+) -> Narrowed:
+    """The smaller network, placed as the larger one was, and what is left of its channels. `start` is the graph before the step's first removal.
 
     Raises:
         BudgetMissed: the budget is below what the floors allow, or what this machine can reach.
@@ -133,7 +149,7 @@ def cut_channels(
         raise BudgetMissed(str(exc)) from exc
     smaller = shrink(network, classes, removals.dropped)
     context.precision.to_device(smaller)
-    return smaller
+    return Narrowed(smaller, kept_channels(classes, removals.dropped))
 
 
 def recalibrate(network: Network, context: RemovalContext) -> bool:
@@ -148,6 +164,25 @@ def recalibrate(network: Network, context: RemovalContext) -> bool:
                 return
 
     return recalibrate_batch_norm(network, images(), frozen=context.frozen) > 0
+
+
+def repair(
+    network: Network, removed: Removed, masks: Masks | None, context: RemovalContext, look: Callable[[], None]
+) -> Reconstruction:
+    """Fit the layers behind a removal to what the network computed before it (`worker/pruning/reconstruction.py`).
+
+    `look` is called before every layer.
+    """
+    return reconstruct(
+        network,
+        removed.target,
+        (images_NCx for images_NCx, _ in context.plain()),
+        kept=removed.kept,
+        masks=masks,
+        frozen=context.frozen,
+        seed=context.seed,
+        look=look,
+    )
 
 
 def check_budget(network: Network, step: Compression, context: RemovalContext) -> None:
