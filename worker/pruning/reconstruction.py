@@ -109,8 +109,8 @@ def reconstruct(
 ) -> Reconstruction:
     """Fit the layers of `network` to the outputs of `target`, in place; keep the fit where it brings the network nearer.
 
-    Weights keep shape, type and layout, zeros of the masks stay zeros, modes are as before. Layers whose outputs have not changed are
-    left alone. The same call gives the same bits.
+    Weights keep shape, type and layout, zeros of the masks stay zeros, modes are as before. Layers whose outputs have
+    not changed are left alone. The same call gives the same bits.
 
     Args:
         network: After the removal. A layer of it is fitted if `target` has one of its name.
@@ -385,8 +385,8 @@ class _Sweep:
             assign_weights(node, module, best)
             return outcome
         assert expand is not None
-        assign_weights(node, module, best.inner_SF[None])
-        assign_weights(expand, self.network.get_submodule(expand.home), best.outer_OS[None])
+        assign_weights(node, module, best.inner[None])
+        assign_weights(expand, self.network.get_submodule(expand.home), best.outer[None])
         self.outcomes[expand.home] = outcome
         self.paired.add(expand.home)
         return outcome
@@ -420,15 +420,15 @@ def expanded_by(graph: Graph, node: Node, target: Graph) -> Node | None:
 
 
 class _Product(NamedTuple):
-    """Two linear layers after each other, of which only the second may have a bias, as its last column."""
+    """Two linear layers after each other, S x F and O x S; only the second may have a bias, as its last column."""
 
-    inner_SF: Tensor
-    outer_OS: Tensor
+    inner: Tensor
+    outer: Tensor
 
     def weights(self) -> Tensor:
         """The one layer that computes the same: O x F, and the bias."""
-        rank = self.inner_SF.shape[0]
-        return torch.cat([self.outer_OS[:, :rank] @ self.inner_SF, self.outer_OS[:, rank:]], dim=1)
+        rank = self.inner.shape[0]
+        return torch.cat([self.outer[:, :rank] @ self.inner, self.outer[:, rank:]], dim=1)
 
 
 def best_product(equations: NormalEquations, weights_OF: Tensor, rank: int) -> _Product:

@@ -105,7 +105,9 @@ def cut_weights(
 def cut_channels(
     network: Network, step: Prune, stage: PruningRound, context: RemovalContext, *, start: Graph
 ) -> Narrowed:
-    """The smaller network, placed as the larger one was, and what is left of its channels. `start` is the graph before the step's first removal.
+    """The smaller network, placed as the larger one was, and what is left of its channels.
+
+    `start` is the graph before the step's first removal.
 
     Raises:
         BudgetMissed: the budget is below what the floors allow, or what this machine can reach.

@@ -72,6 +72,7 @@ def test_a_cell_is_what_really_pruning_that_group_gives(
         "sparsity": 0.5,
         "round_to": 1,
         "exclude": others,
+        "reconstruct": False,
         "retrain": {"policy": "none"},
     }
     pruned = report_of(tiny_spec(step), data, tmp_path)
