@@ -285,13 +285,12 @@ def retraining(step: Compression, training: Training) -> Retrain:
 def reconstructs(step: Compression, retrain: Retrain) -> bool:
     """Whether `step` fits the layers behind its removal: as it says, else where that was measured to win.
 
-    That is for channels and products, and for zeros where nothing is trained after them.
+    That is for channels and zeros, and for products where nothing is trained after them: trained again, they end as well
+    without it.
     """
     if step.reconstruct is not None:
         return step.reconstruct
-    if not isinstance(step, Prune) or not step.zeros:
-        return True
-    return retrain.policy == "none" and step.may_reconstruct
+    return step.may_reconstruct if isinstance(step, Prune) else retrain.policy == "none"
 
 
 def completed(spec: JobSpec) -> JobSpec:

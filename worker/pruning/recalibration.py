@@ -49,6 +49,18 @@ def recalibrate_batch_norm(network: Network, batches: Iterable[Tensor], *, froze
     return images_seen
 
 
+@torch.no_grad()
+def recount(norm: _BatchNorm, inputs: Iterable[Tensor]) -> None:
+    """Count the running statistics of one batch norm again over batches of its inputs, N x C x ...; it is in eval mode then."""
+    with _momenta_kept([norm]):
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+        for inputs_NCx in inputs:
+            norm(inputs_NCx)
+        norm.eval()
+
+
 @contextmanager
 def _momenta_kept(norms: Sequence[_BatchNorm]) -> Iterator[None]:
     """Set the momentum of each batch norm back to what it was at the end."""

@@ -5,9 +5,12 @@
 Layer by layer in the order of the graph, the weights become those that give the `target`'s outputs (of the channels that
 are left) on the inputs that the repaired network has there: the reconstruction of He et al., arXiv 1707.06168, section
 3.1 (ii), for whole networks, and under masks. Each fit is pulled towards the weights that the removal left, by the ridge
-that is best on images that the fit has not seen, and is taken only if it is better there than none. Everything runs in
-eval mode with the statistics of batch norm that the network had before, on images without labels. Batch norm is to be
-recalibrated once afterwards: a fit under statistics that are counted again later was measured to be worse than none.
+that is best on images that the fit has not seen, and is taken only if it is better there than none. Images need no labels.
+
+Least squares shrink what they cannot reach, so a batch norm counts its statistics again as soon as what is before it has
+been repaired: the layers behind it are fitted on what they will get. Where it keeps those of the network before until all
+layers are fitted, 95 % zeros stay at 25 % accuracy in place of 51 %, and channels are the same (mnist1d, audio_cnn, before any
+retraining); where it counts them before its own layer is fitted, the fit is worse than none.
 
 The target is the network right before this removal, not the one after the first training: its channels and statistics of
 batch norm are those that the cut network was sliced from, and between two removals the network has been trained.
@@ -25,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from app.network.blocks import WEIGHTED
 from app.network.graph import Graph
@@ -46,7 +50,7 @@ from worker.pruning.normal_equations import (
     support_cost,
     weights_of,
 )
-from worker.pruning.recalibration import recalibrate_batch_norm
+from worker.pruning.recalibration import recalibrate_batch_norm, recount
 from worker.training.masks import Masks
 
 RIDGES = (1e-2, 1e-1, 1.0)
@@ -109,8 +113,9 @@ def reconstruct(
 ) -> Reconstruction:
     """Fit the layers of `network` to the outputs of `target`, in place; keep the fit where it brings the network nearer.
 
-    Weights keep shape, type and layout, zeros of the masks stay zeros, modes are as before. Layers whose outputs have
-    not changed are left alone. The same call gives the same bits.
+    Where it is kept, batch norms behind the first fit have counted their statistics again. Weights keep shape, type and
+    layout, zeros of the masks stay zeros, modes are as before. Layers whose outputs have not changed are left alone.
+    The same call gives the same bits.
 
     Args:
         network: After the removal. A layer of it is fitted if `target` has one of its name.
@@ -118,7 +123,7 @@ def reconstruct(
         batches: Of training images N x C x ..., without augmentation; only as many are read as are needed.
         kept: By node, which channels of the target's output the network still has; all where a node is not named.
         masks: Where they have a layer's weight, only weights that live are fitted.
-        frozen: Layers that stay as they are.
+        frozen: Layers that stay as they are, batch norms with their statistics.
         ridges: How strongly a fit may be pulled to the present weights, relative to the mean square of the layer's inputs.
         seed: Of the positions that are looked at where a layer has very many.
         look: Called before every layer; may raise to end it.
@@ -198,7 +203,8 @@ def _recalibrated_divergence(
     wanted: Sequence[Tensor],
     frozen: Collection[str],
 ) -> float:
-    recalibrate_batch_norm(network, fitted, frozen=frozen)
+    equal = (images_NCx for images_NCx in fitted if len(images_NCx) == len(fitted[0]))
+    recalibrate_batch_norm(network, equal, frozen=frozen)
     total, images = 0.0, 0
     for images_NCx, wanted_NK in zip(held_out, wanted, strict=True):
         found_NK = F.log_softmax(network(images_NCx).double(), dim=1)
@@ -214,6 +220,9 @@ def _finite(value: float | None) -> float | None:
 
 def _left(reason: str) -> Outcome:
     return {"reconstructed": False, "not_reconstructed": reason}
+
+
+_UNCHANGED = _left("its outputs are what they were")
 
 
 def _fitted(before: float, after: float) -> Outcome:
@@ -268,6 +277,8 @@ class _Sweep:
     """Of layers that are used at several places."""
     starts: dict[str, Tensor] = field(default_factory=dict)
     """Their weights before any fit."""
+    moved: bool = False
+    """Whether the walk has come to a layer whose outputs are others than before the removal."""
     paired: set[str] = field(default_factory=set)
     """The second layers of products whose two layers were found at once."""
     held: frozenset[str] = frozenset()
@@ -293,18 +304,34 @@ class _Sweep:
         batches = [*self.batches[0], *self.batches[1]]
         walk, target = _Walk(self.network, batches), _Walk(self.target, batches)
         generator = torch.Generator().manual_seed(self.seed)
-        graph = self.network.graph
+        graph, self.moved = self.network.graph, False
         for step in self.network.steps:
             node = graph[step.output]
             if node.type in WEIGHTED and node.home not in self.held:
                 self.look()
                 self.outcomes[node.home] = self._fit(node, walk, target, generator)
+            elif node.type == "batch_norm" and self.moved and node.home not in self.frozen:
+                self._recount(node, walk)
             walk.run(step)
+
+    def _recount(self, node: Node, walk: _Walk) -> None:
+        """Count a batch norm's statistics on what it gets by now; one that is used at several places keeps them."""
+        norm = self.network.get_submodule(node.home)
+        assert isinstance(norm, _BatchNorm)
+        if len(self.network.graph.places(node.home)) == 1:
+            whole = len(self.batches[0][0])
+            fitted = zip(walk.values, self.batches[0], strict=False)
+            recount(norm, (values[node.inputs[0]] for values, batch in fitted if len(batch) == whole))
 
     def _fit(self, node: Node, walk: _Walk, target: _Walk, generator: torch.Generator) -> Outcome:
         """Fit one layer to what the target has computed there."""
         if node.home in self.paired:
             return self.outcomes[node.home]
+        outcome = self._outcome(node, walk, target, generator)
+        self.moved = self.moved or outcome != _UNCHANGED
+        return outcome
+
+    def _outcome(self, node: Node, walk: _Walk, target: _Walk, generator: torch.Generator) -> Outcome:
         if node.home in self.frozen:
             return _left("frozen")
         expand = expanded_by(self.network.graph, node, self.target.graph)
@@ -366,7 +393,7 @@ class _Sweep:
         start = self._start(node, expand)
         before = 0.0 if equations is None else equations.judge.error(start)
         if equations is None or max(before, equations.fit.error(start)) < UNCHANGED:
-            return _left("its outputs are what they were")
+            return _UNCHANGED
         after, best = before, None
         for ridge in self.ridges:
             try:

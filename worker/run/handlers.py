@@ -193,7 +193,8 @@ class ProductHandler(CompressionHandler):
             )
         job.precision.to_device(network)
         reached.network = network
-        return Removed(whole, {}) if step.reconstruct and network is not whole else None
+        replaced = frozenset(name for name, outcome in record.outcomes.items() if "parts" in outcome)
+        return Removed(whole, {}, replaced) if step.reconstruct and replaced else None
 
     def layers(self, job: Job, step: LowRank | Separable, record: StepRecord) -> list[Row]:
         """What each layer was replaced by, or why it was not; a note where accuracy was lost."""

@@ -65,11 +65,15 @@ class RemovalContext:
 
 
 class Removed(NamedTuple):
-    """What a removal has left behind, for the repair: the network as it was before, and the numbers of the channels that are
-    left, by node, where one has lost any."""
+    """What a removal has left behind, for the repair.
+
+    The network as it was before; the numbers of the channels that are left, by node, where one has lost any; the layers that
+    products have replaced: they are new, even where the old ones were frozen.
+    """
 
     target: Network
     kept: Mapping[str, Tensor]
+    replaced: frozenset[str] = frozenset()
 
 
 class Narrowed(NamedTuple):
@@ -181,7 +185,7 @@ def repair(
         (images_NCx for images_NCx, _ in context.plain()),
         kept=removed.kept,
         masks=masks,
-        frozen=context.frozen,
+        frozen=context.frozen - removed.replaced,
         seed=context.seed,
         look=look,
     )

@@ -106,7 +106,7 @@ def test_a_channel_that_others_can_replace_is_replaced_exactly(name: str) -> Non
     assert distance(smaller, network) < 1e-4
 
 
-def test_a_channel_behind_batch_norm_is_replaced_with_the_statistics_of_the_network_before() -> None:
+def test_a_channel_behind_batch_norm_is_replaced_and_norms_before_the_cut_keep_their_statistics() -> None:
     network = network_of([conv(4, name="cut"), layer("batch_norm", name="norm"), layer("relu"), conv(5), *HEAD])
     repeat_channel(network, "cut", 0, 3)
     with torch.no_grad():  # so that the channel is twice the other behind the norm too
