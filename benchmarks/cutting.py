@@ -68,7 +68,9 @@ def measure_here(name: str, size: int, criterion: str, scope: str) -> Row:
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     Path("/proc/self/clear_refs").write_text("5")  # the highest resident memory counts from here
     began = time.process_time()
-    smaller = cut_channels(network, settled, prune_stages(settled, plan.spec.training)[0], context, start=plan.baseline)
+    smaller = cut_channels(
+        network, settled, prune_stages(settled, plan.spec.training)[0], context, start=plan.baseline
+    ).network
     total = time.process_time() - began
     peak = _highest() - before_network
     kept = sum(node.macs for node in smaller.graph.nodes) / plan.baseline_cost.macs

@@ -51,21 +51,29 @@ class Network(nn.Module):
 
     def forward(self, images_NCx: Tensor) -> Tensor:
         """The output of the last node for a batch."""
-        modules = self._modules
         values = {INPUT: images_NCx}
-        for output, chain, inputs, frees, _ in self._steps:
-            first = modules[chain[0]]
-            assert first is not None
-            value = first(*[values[name] for name in inputs])
-            for name in chain[1:]:
-                module = modules[name]
-                assert module is not None
-                value = module(value)
-            for name in frees:
-                del values[name]
-            values[output] = value
-        result: Tensor = values[self.graph.output]
-        return result
+        for step in self._steps:
+            self.run_step(step, values)
+        return values[self.graph.output]
+
+    def run_step(self, step: ForwardStep, values: dict[str, Tensor]) -> None:
+        """Compute one line of the forward pass: add its output to `values`, and forget what nobody needs after it."""
+        modules = self._modules
+        first = modules[step.chain[0]]
+        assert first is not None
+        value = first(*[values[name] for name in step.inputs])
+        for name in step.chain[1:]:
+            module = modules[name]
+            assert module is not None
+            value = module(value)
+        for name in step.frees:
+            del values[name]
+        values[step.output] = value
+
+    @property
+    def steps(self) -> tuple[ForwardStep, ...]:
+        """The lines of the forward pass in order."""
+        return self._steps
 
 
 def calls_of(network: Network, name: str) -> tuple[str, ...]:

@@ -337,6 +337,17 @@ def race_epochs(step: Compression, training: Training) -> int:
     return (retrain.epochs or 0) // RACE_PART
 
 
+def reconstructs(step: Compression, retrain: Retrain) -> bool:
+    """Whether `step` fits the layers behind its removal: as it says, else where that was measured to win.
+
+    That is for channels and zeros, and for products where nothing is trained after them: trained again, they end as well
+    without it.
+    """
+    if step.reconstruct is not None:
+        return step.reconstruct
+    return step.may_reconstruct if isinstance(step, Prune) else retrain.policy == "none"
+
+
 def completed(spec: JobSpec) -> JobSpec:
     """`spec` with the defaults filled in that depend on another part: warm-up, milestones, retraining. Idempotent."""
     training = spec.training
@@ -355,8 +366,9 @@ def completed(spec: JobSpec) -> JobSpec:
 
 def _completed_step(step: Compression, training: Training) -> Compression:
     retrain = retraining(step, training)
+    filled = {"retrain": retrain, "reconstruct": reconstructs(step, retrain)}
     if not isinstance(step, Prune):
-        return step.model_copy(update={"retrain": retrain})
+        return step.model_copy(update=filled)
     own: dict[str, Any] = {}
     if step.structure == "n:m":
         own["pattern"] = ":".join(map(str, step.kept_of))
@@ -365,7 +377,7 @@ def _completed_step(step: Compression, training: Training) -> Compression:
     schedule = step.schedule
     if schedule.name == "cubic" and schedule.epochs is None and retrain.epochs:
         schedule = schedule.model_copy(update={"epochs": max(1, round(0.7 * retrain.epochs))})
-    return step.model_copy(update={"retrain": retrain, "schedule": schedule, **own})
+    return step.model_copy(update={"schedule": schedule, **filled, **own})
 
 
 def parse_job(document: object) -> JobSpec:

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from app.spec.prune import Budget, Retrain
+from app.spec.prune import RECONSTRUCT, Budget, Retrain
 from app.spec.step import JobStep
 from app.validation.strict import Count, Names, Text, fault
 
@@ -40,6 +40,7 @@ class LowRank(_Replacing):
     layers: Annotated[Names | None, Field(description="Only these layers.")] = None
     exclude: Annotated[tuple[Text, ...], Field(max_length=10_000, description="Layers that are left alone.")] = ()
     round_to: Annotated[int, Field(ge=1, le=1024, description="Ranks by energy and budget are multiples of this.")] = 8
+    reconstruct: Annotated[bool | None, RECONSTRUCT] = None
     retrain: Annotated[Retrain | None, Field(description="Default: a third of the training epochs, policy auto.")] = (
         None
     )
@@ -76,6 +77,7 @@ class Separable(_Replacing):
     type: Literal["separable"] = "separable"
     layers: Annotated[Names | None, Field(description="Only these convolutions.")] = None
     exclude: Annotated[tuple[Text, ...], Field(max_length=10_000, description="Layers that are left alone.")] = ()
+    reconstruct: Annotated[bool | None, RECONSTRUCT] = None
     retrain: Annotated[Retrain | None, Field(description="Default: a third of the training epochs, policy auto.")] = (
         None
     )

@@ -80,6 +80,13 @@ class Distillation(Strict):
         return self
 
 
+RECONSTRUCT = Field(
+    description="Fit the layers behind the removal to what they gave before it, by least squares on training images without "
+    "labels, before any retraining. Default: where it was measured to win: true for prune unless a schedule is cubic or a policy "
+    "weight_rewind, for low_rank and separable only with policy none."
+)
+
+
 class Retrain(Strict):
     """Training after the removal, with the training's batches and optimizer.
 
@@ -295,6 +302,7 @@ class Prune(JobStep):
     retrain: Annotated[Retrain | None, Field(description="Default: a third of the training epochs, policy auto.")] = (
         None
     )
+    reconstruct: Annotated[bool | None, RECONSTRUCT] = None
     exclude: Annotated[tuple[Text, ...], Field(max_length=10_000, description="Layers that are left alone.")] = ()
     overrides: dict[Text, PruneOverride] = Field(
         default_factory=dict, max_length=10_000, description="Layer name -> what is different for it."
@@ -360,6 +368,20 @@ class Prune(JobStep):
     def block_shape(self) -> tuple[int, int]:
         """Output and input channels of one block of structure blocks."""
         return self.block or (4, 4)
+
+    @model_validator(mode="after")
+    def _can_be_reconstructed(self) -> Self:
+        if self.reconstruct and not self.may_reconstruct:
+            gradual = "a cubic schedule removes while it trains"
+            why = gradual if self.schedule.name == "cubic" else "weight_rewind goes back to weights of an earlier epoch"
+            raise fault(f"{why}, so there is nothing to fit: leave it out", field="reconstruct", value=True)
+        return self
+
+    @property
+    def may_reconstruct(self) -> bool:
+        """Whether the layers behind a removal can be fitted to what they gave before it."""
+        rewinds = self.retrain is not None and self.retrain.policy == "weight_rewind"
+        return self.schedule.name != "cubic" and not rewinds
 
     @model_validator(mode="after")
     def _one_amount(self) -> Self:

@@ -62,6 +62,17 @@ def recalibrate_batch_norm(
     return images_seen
 
 
+@torch.no_grad()
+def recount(norm: _BatchNorm, inputs: Iterable[Tensor]) -> None:
+    """Count the running statistics of one batch norm again over batches of its inputs, N x C x ...; it is in eval mode then."""
+    with _merging([norm]):
+        norm.reset_running_stats()
+        norm.train()
+        for inputs_NCx in inputs:
+            norm(inputs_NCx)
+        norm.eval()
+
+
 class _Moments:
     """Mean and variance of each channel over all batches so far, merged in float64."""
 

@@ -54,6 +54,13 @@ def shrink(network: Network, classes: Classes, dropped: Collection[int]) -> Netw
     return smaller
 
 
+def kept_channels(classes: Classes, dropped: Collection[int]) -> dict[str, Tensor]:
+    """By node, for those that lose channels of their output: the numbers of those that stay, ascending."""
+    kept = classes.kept(dropped).mask
+    found = {name: kept[slots.runs(1)] for name, slots in classes.slots.items()}
+    return {name: torch.from_numpy(np.flatnonzero(mask)) for name, mask in found.items() if not mask.all()}
+
+
 def shrink_tensors(tensors: Mapping[str, Tensor], classes: Classes, dropped: Collection[int]) -> dict[str, Tensor]:
     """Copies of tensors that are named as the network's, without the indices of the `dropped` classes.
 

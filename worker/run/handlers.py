@@ -6,6 +6,7 @@ their terms from the job. Handlers of compressions also remove.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from worker.compression.low_rank import loss_note, replace_trained_layers, repla
 from worker.pruning.schedules import PruningRound, rewind_epoch
 from worker.run.job import Job
 from worker.run.record import StepRecord
-from worker.run.removal import cut_channels, cut_weights, layer_rows
+from worker.run.removal import Removed, cut_channels, cut_weights, layer_rows
 from worker.run.report import Measures, Row, measures_of_cost
 
 
@@ -99,8 +100,11 @@ class CompressionHandler(OptimizationHandler):
         """The beginning of the sentence after a removal."""
 
     @abstractmethod
-    def remove(self, job: Job, step: Any, removal: PruningRound, record: StepRecord) -> None:
-        """Remove what this round removes: weights, channels or ranks. The job's network or masks are others then."""
+    def remove(self, job: Job, step: Any, removal: PruningRound, record: StepRecord) -> Removed | None:
+        """Remove what this round removes: weights, channels or ranks. The job's network or masks are others then.
+
+        What it gives back says how to repair the network; None: the step does not ask for it.
+        """
 
     @abstractmethod
     def layers(self, job: Job, step: Any, record: StepRecord) -> list[Row]:
@@ -144,19 +148,21 @@ class PruneHandler(CompressionHandler):
         """What was pruned."""
         return f"{step.structure} pruned"
 
-    def remove(self, job: Job, step: Prune, removal: PruningRound, record: StepRecord) -> None:
+    def remove(self, job: Job, step: Prune, removal: PruningRound, record: StepRecord) -> Removed | None:
         """Set the job's masks, or make its network narrower."""
         reached = job.reached
         if not step.zeros:
-            start = graph_at_start(job, record)
-            reached.network = cut_channels(reached.network, step, removal, job.removal_context, start=start)
-            return
+            whole, start = reached.network, graph_at_start(job, record)
+            reached.network, kept = cut_channels(whole, step, removal, job.removal_context, start=start)
+            return Removed(whole, kept) if step.reconstruct else None
+        whole = copy.deepcopy(reached.network) if step.reconstruct else reached.network
         rewind, before = _weights_to_rewind(job, step), 0 if reached.masks is None else reached.masks.zeros()
         reached.masks = cut_weights(reached.network, step, removal, reached.masks, job.removal_context, rewind)
         if removal.ramp is None and reached.masks.zeros() == before:
             reached.record.note(
                 f"/optimizations/{record.position}: no further weight became zero; the rows of its layers say why"
             )
+        return Removed(whole, {}) if step.reconstruct else None
 
     def layers(self, job: Job, step: Prune, record: StepRecord) -> list[Row]:
         """Each convolution and linear layer before and after, or why it was left alone."""
@@ -178,16 +184,18 @@ class ProductHandler(CompressionHandler):
         """Which of the two was applied."""
         return f"{step.type} applied"
 
-    def remove(self, job: Job, step: LowRank | Separable, removal: PruningRound, record: StepRecord) -> None:
+    def remove(self, job: Job, step: LowRank | Separable, removal: PruningRound, record: StepRecord) -> Removed | None:
         """Replace the job's network by one with products; note what became of each layer."""
-        reached = job.reached
-        network, record.outcomes = replace_trained_layers(reached.network, step, baseline=job.removal_context.baseline)
-        if network is reached.network:
+        reached, whole = job.reached, job.reached.network
+        network, record.outcomes = replace_trained_layers(whole, step, baseline=job.removal_context.baseline)
+        if network is whole:
             reached.record.note(
                 f"/optimizations/{record.position}: no layer was replaced; the rows of its layers say why"
             )
         job.precision.to_device(network)
         reached.network = network
+        replaced = frozenset(name for name, outcome in record.outcomes.items() if "parts" in outcome)
+        return Removed(whole, {}, replaced) if step.reconstruct and replaced else None
 
     def layers(self, job: Job, step: LowRank | Separable, record: StepRecord) -> list[Row]:
         """What each layer was replaced by, or why it was not; a note where accuracy was lost."""

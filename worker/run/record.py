@@ -17,7 +17,8 @@ class StepRecord:
     it prunes that earlier steps had pruned. `after` is None while the step is under way. `rounds` has one entry for each
     removal, with the accuracy on the test part right after the cut and after batch norm was recalibrated. `outcomes`
     says what became of each layer in a step that replaces layers; checkpoints call it "fates". `met` says of a budget of
-    latency whether it is met, as far as measuring tells; None of other steps.
+    latency whether it is met, as far as measuring tells; None of other steps. `reconstructed` says
+    which layers the last round repaired, and why not the others.
     """
 
     position: int
@@ -28,6 +29,7 @@ class StepRecord:
     layers: list[dict[str, Any]] = field(default_factory=list)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reconstructed: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: float = 0.0
     complete: bool = False
     met: bool | None = None

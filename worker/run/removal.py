@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +34,9 @@ from worker.pruning.importance import channel_scores
 from worker.pruning.latency_budget import TimeCheck, check_time, removals_within_time
 from worker.pruning.loss_curves import CutMonitor, Repair, loss_curves
 from worker.pruning.recalibration import recalibrate_batch_norm
+from worker.pruning.reconstruction import Reconstruction, reconstruct
 from worker.pruning.schedules import PruningRound
-from worker.pruning.surgery import shrink
+from worker.pruning.surgery import kept_channels, shrink
 from worker.pruning.weight_masks import joined_masks
 from worker.training.losses import cross_entropy
 from worker.training.masks import Masks
@@ -84,6 +85,25 @@ class RemovalContext:
         )
 
 
+class Removed(NamedTuple):
+    """What a removal has left behind, for the repair.
+
+    The network as it was before; the numbers of the channels that are left, by node, where one has lost any; the layers that
+    products have replaced: they are new, even where the old ones were frozen.
+    """
+
+    target: Network
+    kept: Mapping[str, Tensor]
+    replaced: frozenset[str] = frozenset()
+
+
+class Narrowed(NamedTuple):
+    """A network without some channels; `kept` are the numbers of those that it has, by node, where it lost any."""
+
+    network: Network
+    kept: dict[str, Tensor]
+
+
 def cut_weights(
     network: Network,
     step: Prune,
@@ -115,8 +135,10 @@ def cut_channels(
     *,
     start: Graph,
     rounds: int = ROUNDS_OF_MEASURING,
-) -> Network:
-    """The smaller network, placed as the larger one was. `start` is the graph before the step's first removal.
+) -> Narrowed:
+    """The smaller network, placed as the larger one was, and what is left of its channels.
+
+    `start` is the graph before the step's first removal.
 
     Where the loss decides what leaves, it is measured in so many `rounds`, each on what the one before has left and each
     keeping the same part of the cost: curves of one group at a time do not know what the other cuts change
@@ -127,15 +149,22 @@ def cut_channels(
         What the monitor of the context raises, between two cuts; the network is as it was.
     """
     rounds = rounds if step.scope == "sensitivity" else 1
-    for number in range(1, rounds + 1):
-        network = _cut_once(network, step, stage.part(number, rounds), context, start)
-        if number < rounds:
-            recalibrate(network, context)
-    return network
+    narrowed = _cut_once(network, step, stage.part(1, rounds), context, start)
+    for number in range(2, rounds + 1):
+        recalibrate(narrowed.network, context)
+        again = _cut_once(narrowed.network, step, stage.part(number, rounds), context, start)
+        narrowed = Narrowed(again.network, _kept_of_both(narrowed.kept, again.kept))
+    return narrowed
 
 
-def _cut_once(network: Network, step: Prune, fraction: float, context: RemovalContext, start: Graph) -> Network:
-    """The network that is left after the part `fraction` of the way."""
+def _kept_of_both(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The numbers in the first network of the channels that two removals have left, by node."""
+    both = {name: numbers[second[name]] if name in second else numbers for name, numbers in first.items()}
+    return {name: numbers for name, numbers in second.items() if name not in first} | both
+
+
+def _cut_once(network: Network, step: Prune, fraction: float, context: RemovalContext, start: Graph) -> Narrowed:
+    """What is left after the part `fraction` of the way."""
     classes = channel_classes(network.graph, start)
     scores = context.scores(network, classes, step.criterion)
     losses = None
@@ -184,7 +213,7 @@ def _cut_once(network: Network, step: Prune, fraction: float, context: RemovalCo
         raise BudgetMissed(str(exc)) from exc
     smaller = shrink(network, classes, removals.dropped)
     context.precision.to_device(smaller)
-    return smaller
+    return Narrowed(smaller, kept_channels(classes, removals.dropped))
 
 
 def recalibrate(network: Network, context: RemovalContext) -> bool:
@@ -199,6 +228,25 @@ def recalibrate(network: Network, context: RemovalContext) -> bool:
                 return
 
     return recalibrate_batch_norm(network, images(), frozen=context.frozen, precision=context.precision) > 0
+
+
+def repair(
+    network: Network, removed: Removed, masks: Masks | None, context: RemovalContext, look: Callable[[], None]
+) -> Reconstruction:
+    """Fit the layers behind a removal to what the network computed before it (`worker/pruning/reconstruction.py`).
+
+    `look` is called before every layer.
+    """
+    return reconstruct(
+        network,
+        removed.target,
+        (images_NCx for images_NCx, _ in context.plain()),
+        kept=removed.kept,
+        masks=masks,
+        frozen=context.frozen - removed.replaced,
+        seed=context.seed,
+        look=look,
+    )
 
 
 def check_budget(network: Network, step: Compression, context: RemovalContext) -> TimeCheck | None:

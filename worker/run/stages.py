@@ -21,8 +21,8 @@ from worker.run.handlers import compression_handler
 from worker.run.job import Job, Stage, halved_batches, stage_name
 from worker.run.monitor import Interrupted
 from worker.run.record import StepRecord
-from worker.run.removal import check_budget, recalibrate
-from worker.run.report import measures
+from worker.run.removal import check_budget, recalibrate, repair
+from worker.run.report import Row, measures
 from worker.run.sensitivity import tabulate
 from worker.training.learning_rate import LearningRate, learning_rate
 from worker.training.loop import Fit, NonFiniteLoss, Recipe
@@ -219,8 +219,13 @@ def _compress(job: Job, stage: Stage) -> None:
     record, handler = reached.record.steps[-1], compression_handler(step)
     message, data = handler.planned(step)
     job.journal.event("prune.planned", message, **data, round=stage.removal.number, rounds=stage.removal.count)
-    handler.remove(job, step, stage.removal, record)
+    removed = handler.remove(job, step, stage.removal, record)
     after_cut = job.score(reached.network)
+    reconstruction = None
+    if removed is not None:
+        look = job.monitor.check_cancel_or_pause
+        reconstruction = repair(reached.network, removed, reached.masks, job.removal_context, look)
+        record.reconstructed = dict(reconstruction.layers)
     recalibrated = recalibrate(reached.network, job.removal_context)
     reached.record.latest = job.score(reached.network) if recalibrated else after_cut
     found = measures(reached.network, reached.record.latest)
@@ -228,6 +233,7 @@ def _compress(job: Job, stage: Stage) -> None:
         {
             "round": stage.removal.number,
             "after_cut": after_cut.accuracy,
+            "reconstruction": None if reconstruction is None else reconstruction.document(),
             "after_recalibration": reached.record.latest.accuracy,
             "params": found["params"],
             "nonzero_params": found["nonzero_params"],
@@ -350,8 +356,16 @@ def _close_record(job: Job, step: Compression, *, complete: bool) -> None:
     record = reached.record.steps[-1]
     job.monitor.add_elapsed()
     record.after = measures(reached.network, reached.record.latest)
-    record.layers = compression_handler(step).layers(job, step, record)
+    rows = compression_handler(step).layers(job, step, record)
+    record.layers = [row | _reconstruction_of(row, record) for row in rows]
     record.complete = complete
+
+
+def _reconstruction_of(row: Row, record: StepRecord) -> Row:
+    """What a reconstruction did to the layer of this row; nothing where the step has none."""
+    if not record.reconstructed or "shares" in row:
+        return {}
+    return record.reconstructed.get(row["name"], {})
 
 
 # --- leaving and coming back -----------------------------------------------------------------------------------------

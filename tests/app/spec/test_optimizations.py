@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import pytest
 
+from app.spec.low_rank import LowRank, Separable
 from app.spec.optimizations import REWRITES
 from app.spec.prune import CHANNEL_CRITERIA, CRITERIA, Budget, Criterion, Prune
 from tests.support.jobs.specs import document, job, refused
@@ -35,6 +36,28 @@ def test_the_documented_defaults_of_pruning() -> None:
     assert distilled is not None
     assert distilled.distillation is not None
     assert (distilled.distillation.alpha, distilled.distillation.temperature) == (0.7, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("step", "reconstructed"),
+    [
+        ({"type": "prune", "budget": {"macs": 0.5}}, True),
+        ({"type": "prune", "sparsity": 0.9}, True),
+        ({"type": "prune", "pattern": "2:4", "retrain": {"policy": "none"}}, True),
+        ({"type": "prune", "sparsity": 0.9, "schedule": {"name": "cubic"}}, False),
+        ({"type": "prune", "sparsity": 0.9, "retrain": {"policy": "weight_rewind"}}, False),
+        ({"type": "prune", "sparsity": 0.9, "reconstruct": False}, False),
+        ({"type": "low_rank", "rank": 4}, False),
+        ({"type": "low_rank", "rank": 4, "retrain": {"policy": "none"}}, True),
+        ({"type": "separable", "reconstruct": True}, True),
+    ],
+)
+def test_a_removal_is_repaired_by_default_where_that_was_measured_to_win(
+    step: dict[str, Any], reconstructed: bool
+) -> None:
+    (part,) = job(optimizations=[step]).optimizations
+    assert isinstance(part, Prune | LowRank | Separable)
+    assert part.reconstruct is reconstructed
 
 
 def test_a_budget_is_a_fraction_or_a_count() -> None:
@@ -100,6 +123,9 @@ def test_a_budget_is_a_fraction_or_a_count() -> None:
         ({"sparsity": 0.5, "criterion": "erk", "scope": "global"}, "/scope"),
         ({"sparsity": 0.5, "criterion": "lamp", "scope": "layer"}, "/scope"),
         ({"budget": {"macs": 0.5}, "criterion": "erk"}, "/criterion"),
+        ({"sparsity": 0.5, "reconstruct": True, "schedule": {"name": "cubic"}}, "/reconstruct"),
+        ({"sparsity": 0.5, "reconstruct": True, "retrain": {"policy": "weight_rewind"}}, "/reconstruct"),
+        ({"sparsity": 0.5, "reconstruct": 1}, "/reconstruct"),
     ],
 )
 def test_prune_steps_that_mean_nothing_are_refused_where_they_are_wrong(fields: dict[str, Any], pointer: str) -> None:

@@ -84,7 +84,7 @@ def test_rewinding_chooses_on_the_trained_weights_and_masks_the_early_ones() -> 
 def test_every_criterion_lands_within_the_budget(criterion: str) -> None:
     network = three_convolutions()
     step = step_of(budget={"macs": 0.4}, criterion=criterion, round_to=1)
-    smaller = cut_channels(network, step, ONCE, materials_for(network), start=network.graph)
+    smaller = cut_channels(network, step, ONCE, materials_for(network), start=network.graph).network
     check_budget(smaller, step, materials_for(network))
     assert cost(smaller.graph).macs > 0.3 * cost(network.graph).macs
 
@@ -146,7 +146,7 @@ def test_recalibration_sets_the_statistics_of_the_images_and_nothing_else() -> N
 def test_every_layer_that_was_left_alone_has_a_reason() -> None:
     network = three_convolutions()
     step = step_of(sparsity=0.5, structure="channels", round_to=1, exclude=("conv1",))
-    smaller = cut_channels(network, step, ONCE, materials_for(network), start=network.graph)
+    smaller = cut_channels(network, step, ONCE, materials_for(network), start=network.graph).network
     rows = {row["name"]: row for row in layer_rows(smaller, network.graph, step)}
     assert rows["conv1"]["reason"] == "excluded"
     assert rows["linear1"]["reason"] == "network output"

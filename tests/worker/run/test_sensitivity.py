@@ -84,6 +84,7 @@ def test_a_cell_is_what_really_pruning_that_group_gives(
     table = prepared(table_spec() | parts, data, tmp_path)
     (row,) = [row for row in table.reached.record.sensitivity if row["layers"] == [layer]]
     step = {"type": "prune", "structure": "channels", "sparsity": 0.5, "round_to": 1, "exclude": others}
+    step["reconstruct"] = False
     pruned = prepared(tiny_spec(step | {"retrain": {"policy": "none"}}) | parts, data, tmp_path)
     network, part = pruned.reached.network, pruned.splits.validation if not limits else pruned.splits.train
     cell = row["points"][KEPT.index(0.5)]

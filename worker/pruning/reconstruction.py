@@ -1,0 +1,482 @@
+"""Least-squares repair behind a cut: every layer that multiplies gives again what it gave before the removal.
+
+    found = reconstruct(network, target, batches, kept=kept, masks=masks, frozen=frozen, seed=seed)
+
+Layer by layer in the order of the graph, the weights become those that give the `target`'s outputs (of the channels that
+are left) on the inputs that the repaired network has there: the reconstruction of He et al., arXiv 1707.06168, section
+3.1 (ii), for whole networks, and under masks. Each fit is pulled towards the weights that the removal left, by the ridge
+that is best on images that the fit has not seen, and is taken only if it is better there than none. Images need no labels.
+
+Least squares shrink what they cannot reach, so a batch norm counts its statistics again as soon as what is before it has
+been repaired: the layers behind it are fitted on what they will get. Where it keeps those of the network before until all
+layers are fitted, 95 % zeros stay at 25 % accuracy in place of 51 %, and channels are the same (mnist1d, audio_cnn, before any
+retraining); where it counts them before its own layer is fitted, the fit is worse than none.
+
+The target is the network right before this removal, not the one after the first training: its channels and statistics of
+batch norm are those that the cut network was sliced from, and between two removals the network has been trained.
+
+Axes: N batch, C channels, x spatial, K classes; those of `normal_equations.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from app.network.blocks import WEIGHTED
+from app.network.graph import Graph
+from app.network.layers.convolutions import Conv, ConvTranspose, Linear
+from app.network.layers.names import INPUT
+from app.network.node import Node
+from app.pruning.weight_matrix import weight_matrix
+from worker.network import ForwardStep, Network, assign_tensors, snapshot
+from worker.pruning.eval_mode import eval_mode
+from worker.pruning.normal_equations import (
+    NormalEquations,
+    NoSolution,
+    assign_weights,
+    choose_positions,
+    feature_count,
+    input_rows,
+    mask_of,
+    output_rows,
+    support_cost,
+    weights_of,
+)
+from worker.pruning.recalibration import recalibrate_batch_norm, recount
+from worker.training.masks import Masks
+
+RIDGES = (1e-2, 1e-1, 1.0)
+MOST_IMAGES = 2560
+JUDGING_PART = 5
+"""One image of so many is not fitted on: it judges the fits."""
+LIVE_BYTES = 512 << 20
+"""What the outputs that both networks still need may take: a deep network on large pictures is fitted on fewer images."""
+MOST_ROWS = 60_000
+MOST_FEATURES = 4608
+"""3 x 3 kernels on 512 channels: a Gram matrix of 170 MB."""
+MOST_PRODUCTS = 30e9
+"""Of one layer, for its Gram matrix and again for the solutions under a mask: 1 to 2 s of a core (40 GFLOP/s in float64)."""
+UNCHANGED = 1e-9
+"""A relative squared error of a layer's outputs below this is rounding: the layer stays as it is."""
+
+Outcome = dict[str, Any]
+"""Of one layer: `reconstructed`; where it is true `output_error`, the relative squared errors of its outputs before and after
+the fit, on images that it has not seen; where it is false `not_reconstructed`, the reason."""
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What a reconstruction did: the outcome of each layer, and what the whole network gained.
+
+    `divergence_before` and `divergence_after` are the mean Kullback-Leibler divergences (nats) of the class probabilities
+    from those of the target, with batch norm recalibrated, on images that the fit has not seen; the weights with the smaller
+    one are kept (`kept`). Where no layer was fitted there are none.
+    """
+
+    layers: Mapping[str, Outcome]
+    images: int
+    divergence_before: float | None = None
+    divergence_after: float | None = None
+    kept: bool = False
+
+    def document(self) -> dict[str, Any]:
+        """As JSON values, without the layers."""
+        return {
+            "images": self.images,
+            "layers": sum(outcome["reconstructed"] for outcome in self.layers.values()),
+            "divergence_before": _finite(self.divergence_before),
+            "divergence_after": _finite(self.divergence_after),
+            "kept": self.kept,
+        }
+
+
+@torch.no_grad()
+def reconstruct(
+    network: Network,
+    target: Network,
+    batches: Iterable[Tensor],
+    *,
+    kept: Mapping[str, Tensor] | None = None,
+    masks: Masks | None = None,
+    frozen: Collection[str] = (),
+    ridges: Sequence[float] = RIDGES,
+    seed: int = 0,
+    look: Callable[[], None] = lambda: None,
+) -> Reconstruction:
+    """Fit the layers of `network` to the outputs of `target`, in place; keep the fit where it brings the network nearer.
+
+    Where it is kept, batch norms behind the first fit have counted their statistics again. Weights keep shape, type and
+    layout, zeros of the masks stay zeros, modes are as before. Layers whose outputs have not changed are left alone.
+    The same call gives the same bits.
+
+    Args:
+        network: After the removal. A layer of it is fitted if `target` has one of its name.
+        target: The network before the removal, on the same device.
+        batches: Of training images N x C x ..., without augmentation; only as many are read as are needed.
+        kept: By node, which channels of the target's output the network still has; all where a node is not named.
+        masks: Where they have a layer's weight, only weights that live are fitted.
+        frozen: Layers that stay as they are, batch norms with their statistics.
+        ridges: How strongly a fit may be pulled to the present weights, relative to the mean square of the layer's inputs.
+        seed: Of the positions that are looked at where a layer has very many.
+        look: Called before every layer; may raise to end it.
+    """
+    fitted, held_out = _divided(batches, images_within(target.graph, network.graph))
+    before = snapshot(network)
+    with eval_mode(network), eval_mode(target):
+        sweep = _Sweep(network, target, (fitted, held_out), kept or {}, masks, frozenset(frozen), ridges, seed, look)
+        outcomes = sweep.run()
+        images = sum(len(images_NCx) for images_NCx in fitted)
+        if not any(outcome["reconstructed"] for outcome in outcomes.values()):
+            return Reconstruction(outcomes, images)
+        wanted = [target(images_NCx) for images_NCx in held_out]
+        repaired = snapshot(network)
+        after_fit = _recalibrated_divergence(network, fitted, held_out, wanted, frozen)
+        assign_tensors(network, before)
+        before_fit = _recalibrated_divergence(network, fitted, held_out, wanted, frozen)
+        better = after_fit < before_fit or (math.isfinite(after_fit) and not math.isfinite(before_fit))
+        assign_tensors(network, repaired if better else before)
+    if not better:
+        reason = "the network was no nearer to the one before, on images that the fit had not seen"
+        outcomes = {name: _left(reason) if done["reconstructed"] else done for name, done in outcomes.items()}
+    return Reconstruction(outcomes, images, before_fit, after_fit, better)
+
+
+def images_within(*graphs: Graph, limit_bytes: int = LIVE_BYTES) -> int:
+    """How many images these networks can be walked through side by side, in float32: 1 to `MOST_IMAGES`."""
+    elements = sum(_live_elements(graph) for graph in graphs)
+    return max(1, min(MOST_IMAGES, limit_bytes // (4 * elements)))
+
+
+def _live_elements(graph: Graph) -> int:
+    """The most numbers of one example that a forward pass has to remember at a time."""
+    with torch.device("meta"):
+        steps = Network(graph).steps
+    sizes = {node.name: node.elements for node in graph.nodes} | {INPUT: math.prod(graph.input_shape)}
+    live = most = sizes[INPUT]
+    for step in steps:
+        live += sizes[step.output]
+        most = max(most, live)
+        live -= sum(sizes[name] for name in step.frees)
+    return most
+
+
+def _divided(batches: Iterable[Tensor], most: int) -> tuple[list[Tensor], list[Tensor]]:
+    """(images to fit on, images to judge on), `most` together; a single one serves for both."""
+    taken: list[Tensor] = []
+    count = 0
+    for images_NCx in batches:
+        taken.append(images_NCx)
+        count += len(images_NCx)
+        if count >= most:
+            break
+    if count == 0:
+        raise ValueError("a reconstruction needs at least one image")
+    if count == 1:
+        return taken, taken
+    count = max(2, min(count, most))
+    judging = -(-count // JUDGING_PART)
+    return list(_slice(taken, 0, count - judging)), list(_slice(taken, count - judging, count))
+
+
+def _slice(batches: Sequence[Tensor], start: int, stop: int) -> Iterable[Tensor]:
+    """The images from number `start` to `stop`, in the batches that they come in."""
+    first = 0
+    for images_NCx in batches:
+        part = images_NCx[max(0, start - first) : max(0, stop - first)]
+        if len(part):
+            yield part
+        first += len(images_NCx)
+
+
+def _recalibrated_divergence(
+    network: Network,
+    fitted: Sequence[Tensor],
+    held_out: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+    frozen: Collection[str],
+) -> float:
+    equal = (images_NCx for images_NCx in fitted if len(images_NCx) == len(fitted[0]))
+    recalibrate_batch_norm(network, equal, frozen=frozen)
+    total, images = 0.0, 0
+    for images_NCx, wanted_NK in zip(held_out, wanted, strict=True):
+        found_NK = F.log_softmax(network(images_NCx).double(), dim=1)
+        wanted_log_NK = F.log_softmax(wanted_NK.double(), dim=1)
+        total += float(F.kl_div(found_NK, wanted_log_NK, reduction="sum", log_target=True))
+        images += len(images_NCx)
+    return total / images
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _left(reason: str) -> Outcome:
+    return {"reconstructed": False, "not_reconstructed": reason}
+
+
+_UNCHANGED = _left("its outputs are what they were")
+
+
+def _fitted(before: float, after: float) -> Outcome:
+    return {"reconstructed": True, "output_error": [round(before, 6), round(after, 6)]}
+
+
+# --- the walk ---------------------------------------------------------------------------------------------------------
+
+
+class _Equations(NamedTuple):
+    """Of one layer, on the images to fit on and on those to judge on."""
+
+    fit: NormalEquations
+    judge: NormalEquations
+
+
+class _Walk:
+    """A forward pass over all batches at once, line by line."""
+
+    def __init__(self, network: Network, batches: Sequence[Tensor]) -> None:
+        self._network = network
+        self._steps = iter(network.steps)
+        self.values: list[dict[str, Tensor]] = [{INPUT: images_NCx} for images_NCx in batches]
+
+    def run(self, step: ForwardStep) -> None:
+        """Compute one line for every batch."""
+        for values in self.values:
+            self._network.run_step(step, values)
+
+    def run_until(self, name: str) -> None:
+        """Compute what is still missing, up to the output of node `name`."""
+        while name not in self.values[0]:
+            self.run(next(self._steps))
+
+
+@dataclass
+class _Sweep:
+    """All fits of one reconstruction."""
+
+    network: Network
+    target: Network
+    batches: tuple[Sequence[Tensor], Sequence[Tensor]]
+    """To fit on, and to judge on."""
+    kept: Mapping[str, Tensor]
+    masks: Masks | None
+    frozen: frozenset[str]
+    ridges: Sequence[float]
+    seed: int
+    look: Callable[[], None]
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    sums: dict[str, _Equations] = field(default_factory=dict)
+    """Of layers that are used at several places."""
+    starts: dict[str, Tensor] = field(default_factory=dict)
+    """Their weights before any fit."""
+    moved: bool = False
+    """Whether the walk has come to a layer whose outputs are others than before the removal."""
+    paired: set[str] = field(default_factory=set)
+    """The second layers of products whose two layers were found at once."""
+    held: frozenset[str] = frozenset()
+    """Layers that an earlier sweep has fitted for good."""
+
+    def run(self) -> dict[str, Outcome]:
+        """The outcome of every layer with weights.
+
+        A layer that is used at several places is fitted to all of them together as they are reached, so that what is between them
+        was fitted behind weights that have changed since: a second sweep fits the others once more.
+        """
+        original = snapshot(self.network)
+        self._walk()
+        if self.sums:
+            self.held = frozenset(self.sums)
+            shared = {name for name in original if name.rpartition(".")[0] in self.held}
+            now = snapshot(self.network)
+            assign_tensors(self.network, original | {name: now[name] for name in shared})
+            self._walk()
+        return self.outcomes
+
+    def _walk(self) -> None:
+        batches = [*self.batches[0], *self.batches[1]]
+        walk, target = _Walk(self.network, batches), _Walk(self.target, batches)
+        generator = torch.Generator().manual_seed(self.seed)
+        graph, self.moved = self.network.graph, False
+        for step in self.network.steps:
+            node = graph[step.output]
+            if node.type in WEIGHTED and node.home not in self.held:
+                self.look()
+                self.outcomes[node.home] = self._fit(node, walk, target, generator)
+            elif node.type == "batch_norm" and self.moved and node.home not in self.frozen:
+                self._recount(node, walk)
+            walk.run(step)
+
+    def _recount(self, node: Node, walk: _Walk) -> None:
+        """Count a batch norm's statistics on what it gets by now; one that is used at several places keeps them."""
+        norm = self.network.get_submodule(node.home)
+        assert isinstance(norm, _BatchNorm)
+        if len(self.network.graph.places(node.home)) == 1:
+            fitted = walk.values[: len(self.batches[0])]
+            recount(norm, (values[node.inputs[0]] for values in fitted))
+
+    def _fit(self, node: Node, walk: _Walk, target: _Walk, generator: torch.Generator) -> Outcome:
+        """Fit one layer to what the target has computed there."""
+        if node.home in self.paired:
+            return self.outcomes[node.home]
+        outcome = self._outcome(node, walk, target, generator)
+        self.moved = self.moved or outcome != _UNCHANGED
+        return outcome
+
+    def _outcome(self, node: Node, walk: _Walk, target: _Walk, generator: torch.Generator) -> Outcome:
+        if node.home in self.frozen:
+            return _left("frozen")
+        expand = expanded_by(self.network.graph, node, self.target.graph)
+        named = node if expand is None else expand
+        if named.name not in self.target.graph:
+            return _left("the layer before the removal had no such output")
+        features = feature_count(node)
+        if features > MOST_FEATURES:
+            return _left(f"{features} inputs of one output, more than {MOST_FEATURES}")
+        mask = self._mask(node)
+        if mask is not None and (cost := len(self.ridges) * support_cost(mask)) > MOST_PRODUCTS:
+            return _left(f"its equations take {cost:.0e} multiplications, more than {MOST_PRODUCTS:.0e}")
+        target.run_until(named.name)
+        return self._solve(node, expand, mask, self._equations(node, named, walk, target, generator))
+
+    def _mask(self, node: Node) -> Tensor | None:
+        key = f"{node.home}.weight"
+        if self.masks is None or key not in self.masks:
+            return None
+        return mask_of(node, self.network.get_submodule(node.home), self.masks[key])
+
+    def _start(self, node: Node, expand: Node | None) -> Tensor:
+        """The weights that a fit is pulled to: the layer's own, or those of a product of two."""
+        module = self.network.get_submodule(node.home)
+        if len(self.network.graph.places(node.home)) > 1:
+            return self.starts.setdefault(node.home, weights_of(node, module))
+        own = weights_of(node, module)
+        if expand is None:
+            return own
+        return _Product(own[0], weights_of(expand, self.network.get_submodule(expand.home))[0]).weights()[None]
+
+    def _equations(
+        self, node: Node, named: Node, walk: _Walk, target: _Walk, generator: torch.Generator
+    ) -> _Equations | None:
+        """The sums over all batches; None where the first already shows that nothing has changed."""
+        module, groups = self.network.get_submodule(named.home), weight_matrix(node).groups
+        shared = len(self.network.graph.places(node.home)) > 1
+        start = self._start(node, None if named is node else named)
+        bias, width = module.bias is not None, named.shape[0] // groups
+        fit, judge = (NormalEquations.of(node, bias=bias, outputs=width, device=start.device) for _ in range(2))
+        equations = _Equations(fit, judge)
+        if shared:
+            equations = self.sums.setdefault(node.home, equations)
+        fitted = len(self.batches[0])
+        images = sum(len(images_NCx) for images_NCx in self.batches[0])
+        most = max(1, rows_within(feature_count(node), groups) // images)
+        channels = self.kept.get(named.name)
+        for number, (values, wanted) in enumerate(zip(walk.values, target.values, strict=True)):
+            inputs_NCx, outputs_NCx = values[node.inputs[0]], wanted[named.name]
+            positions_NM = choose_positions(node, len(inputs_NCx), most, generator)
+            rows_GTO = output_rows(outputs_NCx, positions_NM, channels, groups)
+            equations[0 if number < fitted else 1].add(input_rows(node, inputs_NCx, positions_NM), rows_GTO)
+            if number == 0 and not shared and equations.fit.error(start) < UNCHANGED:
+                return None
+        return equations
+
+    def _solve(self, node: Node, expand: Node | None, mask: Tensor | None, equations: _Equations | None) -> Outcome:
+        """Give the layer (and the second one of a product) the best of the fits, if it is better than none."""
+        start = self._start(node, expand)
+        before = 0.0 if equations is None else equations.judge.error(start)
+        if equations is None or max(before, equations.fit.error(start)) < UNCHANGED:
+            return _UNCHANGED
+        after, best = before, None
+        for ridge in self.ridges:
+            try:
+                found = equations.fit.solve(start, ridge=ridge, mask_GOF=mask)
+            except NoSolution:
+                continue
+            product = None if expand is None else best_product(equations.fit, found[0], node.shape[0])
+            error = equations.judge.error(found if product is None else product.weights()[None])
+            if error < after:
+                after, best = error, found if product is None else product
+        if best is None:
+            return _left("no fit came nearer, on images that it had not seen")
+        outcome = _fitted(before, after)
+        module = self.network.get_submodule(node.home)
+        if isinstance(best, Tensor):
+            assign_weights(node, module, best)
+            return outcome
+        assert expand is not None
+        assign_weights(node, module, best.inner[None])
+        assign_weights(expand, self.network.get_submodule(expand.home), best.outer[None])
+        self.outcomes[expand.home] = outcome
+        self.paired.add(expand.home)
+        return outcome
+
+
+def rows_within(features: int, groups: int) -> int:
+    """How many rows a layer's equations are made of: as many as the time allows, but two for each feature at least."""
+    return min(MOST_ROWS, max(int(MOST_PRODUCTS / (groups * features**2)), 2 * features))
+
+
+# --- products ---------------------------------------------------------------------------------------------------------
+
+
+def expanded_by(graph: Graph, node: Node, target: Graph) -> Node | None:
+    """The 1 x 1 layer after `node` with which it replaces a layer of the `target`; None: there is none.
+
+    Both are then found at once (`best_product`).
+    """
+    readers = graph.consumers(node.name)
+    if node.name in target or len(readers) != 1 or readers[0].name not in target or readers[0].type not in WEIGHTED:
+        return None
+    outer = readers[0]
+    alone = len(graph.places(node.home)) == 1 == len(graph.places(outer.home))
+    plain = weight_matrix(outer).positions == 1 and weight_matrix(outer).groups == 1 == weight_matrix(node).groups
+    if not alone or not plain or "bias" in node.uses or outer.shape[1:] != node.shape[1:]:
+        return None
+    if isinstance(outer.layer, Conv | ConvTranspose) and max(outer.layer.strides(outer.axes)) > 1:
+        return None
+    assert isinstance(outer.layer, Conv | ConvTranspose | Linear)
+    return outer
+
+
+class _Product(NamedTuple):
+    """Two linear layers after each other, S x F and O x S; only the second may have a bias, as its last column."""
+
+    inner: Tensor
+    outer: Tensor
+
+    def weights(self) -> Tensor:
+        """The one layer that computes the same: O x F, and the bias."""
+        rank = self.inner.shape[0]
+        return torch.cat([self.outer[:, :rank] @ self.inner, self.outer[:, rank:]], dim=1)
+
+
+def best_product(equations: NormalEquations, weights_OF: Tensor, rank: int) -> _Product:
+    """Of all products of rank S the one whose outputs are nearest to those of W.
+
+    Reduced-rank regression: the outputs, not the weights, are projected on their strongest directions (Zhang et al., arXiv
+    1505.06798, section 3.1). Both factors are of one size: they train alike.
+    """
+    gram_FF, cross_FO = equations.gram[0], equations.cross[0]
+    features = gram_FF.shape[0] - (1 if equations.bias else 0)
+    plain_OF = weights_OF[:, :features]
+    centred_FF = gram_FF[:features, :features]
+    if equations.bias:
+        sums_F = gram_FF[-1, :features]
+        centred_FF = centred_FF - torch.outer(sums_F, sums_F) / equations.rows
+    vectors_OO = torch.linalg.eigh(plain_OF @ centred_FF @ plain_OF.T).eigenvectors  # eigenvalues rise
+    outer_OS = vectors_OO[:, -rank:].flip(1)
+    inner_SF = outer_OS.T @ plain_OF
+    sizes_S = torch.linalg.vector_norm(inner_SF, dim=1).sqrt()
+    sizes_S = torch.where(sizes_S > 0, sizes_S, torch.ones_like(sizes_S))
+    inner_SF, outer_OS = inner_SF / sizes_S[:, None], outer_OS * sizes_S
+    if not equations.bias:
+        return _Product(inner_SF, outer_OS)
+    bias_O = (cross_FO[-1] - outer_OS @ (inner_SF @ gram_FF[-1, :features])) / equations.rows
+    return _Product(inner_SF, torch.cat([outer_OS, bias_O[:, None]], dim=1))
