@@ -9,6 +9,7 @@ say (`group_limits.py`). All groups together have one order of blocks:
 - scope `layer`: by the part of its group that is gone with it, so that all groups keep the same fraction;
 - scope `sensitivity`: by the rise of the loss when the group alone is cut as far, as the worker has measured it in this
   very step (`Curve`; the job of kind sensitivity, which only draws such curves for its user, is `spec/sensitivity.py`);
+- scope `learned`: by score, which is the gate that the worker has learned for each class in this very step;
 - scope `global`: by score, each divided by the mean of its group, because raw sums grow with fan-in and with the number
   of tied layers (`taylor` is in units of the loss and `lamp` relative to its group already: they rank raw).
 
@@ -288,11 +289,12 @@ def _blocks_in_order(
         if each.sparsity is not None:
             forced += _nearest(channel_blocks, _wanted(each, sparsity_after(each.sparsity, fraction)))
             continue
-        if values is None or step.scope != "global":
+        if values is None or step.scope not in ("global", "learned"):
             curve = losses[group.index] if step.scope == "sensitivity" and losses is not None else None
             ranks = _ranks_by_share(parts, each, curve)
         else:
-            ranks = _ranks_by_score(parts, values, normalised=step.criterion not in COMPARABLE)
+            raw = step.scope == "learned" or step.criterion in COMPARABLE
+            ranks = _ranks_by_score(parts, values, normalised=not raw)
         ranked += [
             (rank, group.index, place, found)
             for place, (rank, found) in enumerate(zip(ranks, channel_blocks, strict=True))

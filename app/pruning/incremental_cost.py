@@ -32,6 +32,16 @@ class ChannelBlock:
     widths: tuple[tuple[int, int], ...]
 
 
+@dataclass(frozen=True)
+class CostProduct:
+    """A product of the widths of these numbers, and how often it counts in each cost."""
+
+    widths: tuple[int, ...]
+    macs: int
+    params: int
+    stored: int
+
+
 @dataclass
 class _Term:
     """A product of widths, and how often it counts in each cost."""
@@ -121,6 +131,14 @@ class IncrementalCost:
     def cost(self) -> Cost:
         """All costs as they are now."""
         return Cost(params=self.params, nonzero_params=self.params, macs=self.macs, bytes=self.bytes())
+
+    def products(self) -> list[CostProduct]:
+        """The products of widths of which each cost is the sum, as often as they say: for gates between 0 and 1."""
+        return [CostProduct(term.widths, term.macs, term.params, term.stored) for term in self._terms]
+
+    def slots_of_widths(self) -> list[Slots]:
+        """By the number of a width: the classes along it, those that left included."""
+        return [Slots(ids, repeat) for ids, repeat in zip(self._ids, self._repeats, strict=True)]
 
     def _number_widths(self, classes: Classes) -> list[int]:
         """For each axis of the classes the number of its width: axes along the same slots share one."""

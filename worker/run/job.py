@@ -190,6 +190,7 @@ class Job:
             self.dense_network,
             len(train),
             frozen=self.plan.frozen,
+            look=self.monitor.check_interrupts,
         )
 
     def score(self, network: Network) -> Scores:

@@ -17,10 +17,11 @@ from app.network.graph import Graph
 from app.network.node import Node
 from app.pruning.budget import (
     BudgetUnreachable,
+    allowed_cost,
     choose_removals,
     choose_removals_in_blocks,
 )
-from app.pruning.channel_classes import channel_classes
+from app.pruning.channel_classes import Classes, channel_classes
 from app.pruning.group_limits import why_kept
 from app.pruning.weight_matrix import why_dense
 from app.spec.low_rank import Separable
@@ -31,6 +32,7 @@ from worker.latency import Stopwatch
 from worker.network import Network, assign_tensors
 from worker.precision import Precision
 from worker.pruning.importance import channel_scores
+from worker.pruning.learned_gates import learned_gates
 from worker.pruning.latency_budget import confirm_time, removals_within_time
 from worker.pruning.loss_curves import loss_curves
 from worker.pruning.recalibration import recalibrate_batch_norm
@@ -51,7 +53,8 @@ class RemovalContext:
 
     `plain` gives batches of images and labels, the same at each call; `seed` is the job's; `dense_network` gives the
     trained network before the first compression; `images` is how many the training part has; `frozen` are the layers
-    that keep their statistics.
+    that keep their statistics. `look` is called every few hundred milliseconds of a long removal: it raises
+    Interrupted where the user asked the job to leave.
     """
 
     plain: Callable[[], Pairs]
@@ -61,6 +64,7 @@ class RemovalContext:
     dense_network: Callable[[], Network]
     images: int
     frozen: frozenset[str] = frozenset()
+    look: Callable[[], None] = lambda: None
 
 
 def cut_weights(
@@ -110,6 +114,8 @@ def cut_channels(
             images=context.images,
             frozen=context.frozen,
         )
+    if step.scope == "learned":
+        scores = _gates(network, classes, step, scores, stage, context, start)
 
     choose = partial(
         choose_removals, network.graph, classes, scores, start=start, baseline=context.baseline, losses=losses
@@ -134,6 +140,30 @@ def cut_channels(
     smaller = shrink(network, classes, removals.dropped)
     context.precision.to_device(smaller)
     return smaller
+
+
+def _gates(
+    network: Network,
+    classes: Classes,
+    step: Prune,
+    scores: Mapping[int, float],
+    stage: PruningRound,
+    context: RemovalContext,
+    start: Graph,
+) -> dict[int, float]:
+    """What scope `learned` ranks by, instead of the scores of the step's criterion, from which it starts."""
+    return learned_gates(
+        network,
+        classes,
+        step,
+        scores,
+        context.plain,
+        context.precision,
+        allowed=allowed_cost(step, context.baseline, stage.fraction),
+        images=context.images,
+        start=start,
+        look=context.look,
+    )
 
 
 def recalibrate(network: Network, context: RemovalContext) -> bool:
