@@ -262,12 +262,14 @@ def _shift(logits_C: Tensor, openings: _Openings, cost_of: GatedCost, target: fl
 def _along_the_surface(loss: Tensor, spent: Tensor, logits_C: Tensor) -> Tensor:
     """The derivative of the loss by the logits where a common shift holds the cost: no part of it is a common shift.
 
-    loss'(a - s(a)) with cost(a - s(a)) constant: dloss/da - dcost/da * (sum of dloss/da) / (sum of dcost/da).
+    With a shift s(a) that holds cost(a - s): dloss/da - price * dcost/da, price = (sum of dloss/da) / (sum of dcost/da).
+    Where the loss would fall with a smaller network too the bound does not bind, and the price is 0: what costs and does
+    nothing must not open.
     """
     (of_cost_C,) = torch.autograd.grad(spent, logits_C, retain_graph=True)
     (of_loss_C,) = torch.autograd.grad(loss, logits_C)
     total = of_cost_C.sum()
-    price = torch.where(total > 0, of_loss_C.sum() / total, torch.zeros_like(total))
+    price = torch.where(total > 0, of_loss_C.sum() / total, torch.zeros_like(total)).clamp(max=0.0)
     return of_loss_C - price * of_cost_C
 
 

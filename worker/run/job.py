@@ -190,7 +190,7 @@ class Job:
             self.dense_network,
             len(train),
             frozen=self.plan.frozen,
-            look=self.monitor.check_interrupts,
+            look=self.monitor.check_removal,
         )
 
     def score(self, network: Network) -> Scores:

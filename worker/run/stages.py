@@ -284,6 +284,8 @@ def _stop(job: Job) -> None:
         fit.conclude()
         reached.masks, reached.fit = fit.masks, None
     reached.kept.setdefault("baseline", snapshot(reached.network))
+    if reached.record.steps and not reached.record.steps[-1].rounds:
+        reached.record.steps.pop()  # its first removal was not finished
     reached.record.latest = job.score(reached.network)
     if reached.record.baseline is None:
         reached.record.baseline = reached.record.latest
