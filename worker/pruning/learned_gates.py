@@ -6,22 +6,24 @@ budget, and the gates are driven to 0 or 1. What is removed is then chosen by `a
 scores. Loss curves cut one group at a time; gates close in all groups at once, so that what the layers lose together counts.
 
 Differences from the paper. Ties cost nothing: a gate belongs to a class, wherever it appears. The cost is no penalty
-with a weight to tune but a bound that holds at every step (`_shift`): before each forward pass one number is subtracted
-from all logits, so that the exact cost of the gated network is what is allowed at that step. The derivative of the loss follows along
-this surface, which makes the multiplier of the constraint, loss per cost saved, an outcome.
+with a weight to tune but a bound that holds at every step: before each forward pass one number is subtracted from all
+logits, with which the exact cost of the gated network is what that step allows (`_shift`), and the gates move along
+this surface, so that the loss that a unit of cost is worth is an outcome (`_along_the_surface`).
 
 Where a gate acts. A network without a class is the network in which the slices of its consumers are zero: every way
 from a channel that may leave to the logits passes a weight that multiplies it (an axis of role "in"; channels for which
 this is not so are pinned). So the gate scales these slices and nothing else: it acts once on every such way, whatever
 norms, activations, joins and depthwise convolutions lie before, and at 0 and 1 the network is exactly the masked one.
 
-Axes: N batch, C classes, K classes of images.
+Axes: N batch, C channel classes by their numbers, x spatial, K classes of images. Logits, gates and the cost are float64
+on the CPU, where thirty costs in a row are cheap; gates follow the network to its device.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,9 +34,9 @@ from torch.func import functional_call
 from app.errors import Diverged
 from app.network.cost import FLOAT_BYTES, CostMeasure, cost
 from app.network.graph import Graph
-from app.pruning.budget import choose_removals
+from app.pruning.budget import Removals, choose_removals
 from app.pruning.channel_classes import Classes
-from app.pruning.group_limits import prunable_groups
+from app.pruning.group_limits import group_limits
 from app.pruning.incremental_cost import IncrementalCost
 from app.spec.prune import Budget, Prune
 from worker.network import Network
@@ -48,10 +50,11 @@ SMALLEST_BATCH = 16
 LARGEST_BATCH = 64
 RATE = 0.1  # of Adam, on logits whose spread within a group is 1 at the start
 MOMENTA = (0.9, 0.99)
+SMALLEST = 1e-20  # of a derivative that counts: a network that knows its training images has very small ones
 RAMP = 0.5  # part of the steps in which the cost falls from the whole network's to the budget
 WARM, COLD = 1.0, 0.1  # what logits are divided by, first and last
 HALVINGS = 30
-FURTHEST = 60.0  # of the shift, in temperatures: beyond it a gate is 0 or 1 in float64
+FURTHEST = 60.0  # of the shift, in temperatures: beyond it all gates are 0 or 1 in float64
 
 
 class GatedCost:
@@ -60,27 +63,26 @@ class GatedCost:
     With gates of 0 and 1 it is the integer that `IncrementalCost` counts, `bytes` without the header of the file.
     """
 
-    def __init__(self, graph: Graph, classes: Classes, measure: CostMeasure, device: torch.device) -> None:
+    def __init__(self, graph: Graph, classes: Classes, measure: CostMeasure) -> None:
         model = IncrementalCost(graph, classes)
         slots = model.slots_of_widths()
         self._count = len(slots)
-        self._ids = _indices([i for each in slots for i in each.ids.tolist()], device)
-        self._of = _indices([number for number, each in enumerate(slots) for _ in each.ids], device)
+        self._ids = torch.from_numpy(np.concatenate([each.ids for each in slots]))
+        self._of = torch.tensor([number for number, each in enumerate(slots) for _ in each.ids])
         repeats = [each.repeat for each in slots for _ in each.ids]
-        self._repeats = torch.tensor(repeats, dtype=torch.float64, device=device)
+        self._repeats = torch.tensor(repeats, dtype=torch.float64)
         factor = {"macs": "macs", "params": "params", "bytes": "stored"}[measure]
         products = [product for product in model.products() if getattr(product, factor)]
         most = max(len(product.widths) for product in products)
         padded = [[*product.widths, *[self._count] * (most - len(product.widths))] for product in products]
-        self._widths = torch.tensor(padded, dtype=torch.int64, device=device).reshape(len(products), most)
+        self._widths = torch.tensor(padded, dtype=torch.int64).reshape(len(products), most)
         unit = FLOAT_BYTES if measure == "bytes" else 1
-        self._factors = torch.tensor(
-            [float(unit * getattr(product, factor)) for product in products], dtype=torch.float64, device=device
-        )
+        factors = [float(unit * getattr(product, factor)) for product in products]
+        self._factors = torch.tensor(factors, dtype=torch.float64)
 
     def __call__(self, gates_C: Tensor) -> Tensor:
         """The cost with these gates, by class number, float64: a scalar."""
-        widths = torch.zeros(self._count, dtype=torch.float64, device=gates_C.device)
+        widths = torch.zeros(self._count, dtype=torch.float64)
         widths = widths.index_add(0, self._of, gates_C[self._ids] * self._repeats)
         widths = torch.cat([widths, widths.new_ones(1)])  # the last stands for no width
         return (widths[self._widths].prod(dim=1) * self._factors).sum()
@@ -98,7 +100,7 @@ class GatedNetwork:
                 weight = parameters[f"{axis.layer}.{axis.tensor}"]
                 shape = [1] * weight.dim()
                 shape[axis.axis] = -1
-                ids = torch.from_numpy(axis.slots.runs(1)).to(weight.device)
+                ids = torch.from_numpy(axis.slots.runs(1))
                 self._axes.setdefault(f"{axis.layer}.{axis.tensor}", []).append((ids, tuple(shape)))
         self._parameters = parameters
 
@@ -107,25 +109,25 @@ class GatedNetwork:
         scaled = dict(self._parameters)
         for name, axes in self._axes.items():
             for ids, shape in axes:
-                scaled[name] = scaled[name] * gates_C[ids].to(scaled[name].dtype).view(shape)
+                scaled[name] = scaled[name] * gates_C[ids].to(scaled[name]).view(shape)
         logits_NK: Tensor = functional_call(self._network, scaled, (images_NCx,))
         return logits_NK
 
 
 @dataclass(frozen=True)
 class _Openings:
-    """Which gates are learned, by class number, and which stand: `whole_C` is 1 where a class stays, else 0.
+    """Which gates are learned (`free`), and where the others stand: at 1 where a class stays, at 0 where it must go.
 
-    `floors` has for each group that may shrink its classes and how many of them stay at least.
+    Both are by class number. `floors` has for each group that may shrink its classes and how many of them stay at least.
     """
 
     free: Tensor
-    whole_C: Tensor
+    standing: Tensor
     floors: tuple[tuple[Tensor, int], ...]
 
     def gates(self, logits_C: Tensor, temperature: float) -> Tensor:
         """The gates of all classes. The strongest of each group, as many as its floor, stand open."""
-        gates_C = torch.where(self.free, torch.sigmoid(logits_C / temperature), self.whole_C)
+        gates_C = torch.where(self.free, torch.sigmoid(logits_C / temperature), self.standing)
         strongest = [ids[logits_C[ids].topk(least).indices] for ids, least in self.floors if least]
         return gates_C if not strongest else gates_C.index_fill(0, torch.cat(strongest), 1.0)
 
@@ -164,16 +166,16 @@ def learned_gates(
         BudgetUnreachable: The floors do not let the cost fall that far.
         Diverged: The loss of the gated network is not finite.
     """
-    assert step.budget is not None
-    assert step.budget.cost_measure is not None
-    device = precision.device
-    gated, cost_of = GatedNetwork(network, classes), GatedCost(network.graph, classes, step.budget.cost_measure, device)
-    openings = _openings(network.graph, classes, step, scores, start, allowed, device)
-    logits_C = _first_logits(network.graph, classes, step, scores, device).requires_grad_()
-    optimizer = torch.optim.Adam([logits_C], lr=RATE, betas=MOMENTA)
+    measure = step.budget.cost_measure if step.budget is not None else None
+    assert measure is not None, "gates are learned within a budget that can be counted"
+    step = step.model_copy(update={"round_to": step.round_to or 1, "scope": "layer"})  # whatever blocks will leave
+    openings = _openings(network.graph, classes, step, scores, start, {measure: allowed})
+    gated, cost_of = GatedNetwork(network, classes), GatedCost(network.graph, classes, measure)
+    whole = float(cost_of(openings.standing))
+    logits_C = _first_logits(openings, scores, classes.slot_count).requires_grad_()
+    optimizer = torch.optim.Adam([logits_C], lr=RATE, betas=MOMENTA, eps=SMALLEST)
     size = min(LARGEST_BATCH, max(SMALLEST_BATCH, images // STEPS))
     steps = min(STEPS, max(1, images // size))
-    whole = float(cost_of(openings.whole_C))
     with eval_mode(network):
         for number, (images_NCx, labels_N) in enumerate(itertools.islice(_small_batches(plain, size), steps), start=1):
             look()
@@ -182,15 +184,16 @@ def learned_gates(
             target = whole * min(1.0, allowed / whole) ** min(1.0, part / RAMP)
             _shift(logits_C, openings, cost_of, target, temperature)
             gates_C = openings.gates(logits_C, temperature)
-            with precision.autocast():
+            # float16 would lose small derivatives
+            with nullcontext() if precision.scales_gradients else precision.autocast():
                 logits_NK = gated(images_NCx, gates_C)
             loss = cross_entropy(logits_NK.float(), labels_N)
             if not bool(torch.isfinite(loss)):
                 raise Diverged("the loss of the network behind learned gates is not finite")
             logits_C.grad = _along_the_surface(loss, cost_of(gates_C), logits_C)
             optimizer.step()
-        _shift(logits_C, openings, cost_of, allowed, COLD)
-    found = openings.gates(logits_C.detach(), COLD).cpu().numpy()
+    _shift(logits_C, openings, cost_of, allowed, COLD)
+    found = openings.gates(logits_C.detach(), COLD).numpy()
     return {c: float(found[c]) for c in classes.all().tolist()}
 
 
@@ -200,46 +203,45 @@ def _openings(
     step: Prune,
     scores: Mapping[int, float],
     start: Graph,
-    allowed: int,
-    device: torch.device,
+    allowed: Mapping[CostMeasure, int],
 ) -> _Openings:
-    """Which gates are free, and which stand. Raises BudgetUnreachable."""
-    assert step.budget is not None
-    measure = step.budget.measure
-    finest = {"round_to": step.round_to or 1, "scope": "layer"}  # whatever blocks the removal will have
-    wanted = step.model_copy(update=finest | {"budget": Budget.model_validate({measure: max(2, allowed)})})
-    smallest = choose_removals(graph, classes, scores, wanted, start=start).floor_dropped
-    most = step.model_copy(update=finest | {"budget": Budget.model_validate({measure: 1.0})})
-    forced = choose_removals(graph, classes, scores, most, start=start, baseline=cost(graph)).dropped
-    whole = np.ones(classes.slot_count)
-    whole[list(forced)] = 0.0
-    free = np.zeros(classes.slot_count, dtype=np.bool_)
+    """Which gates are free, and where the others stand: what overrides take is closed. Raises BudgetUnreachable."""
+    ((measure, most),) = allowed.items()
+
+    def within(amount: float) -> Removals:
+        wanted = step.model_copy(update={"budget": Budget.model_validate({measure: amount})})
+        return choose_removals(graph, classes, scores, wanted, start=start, baseline=cost(graph))
+
+    smallest, forced = within(max(2, most)).floor_dropped, within(1.0).dropped
+    free, standing = np.zeros(classes.slot_count, dtype=np.bool_), np.ones(classes.slot_count)
+    standing[list(forced)] = 0.0
     floors = []
-    for group in prunable_groups(graph, classes, wanted, shared=True):
-        free[group.classes] = True
-        least = len(group.classes) - len(smallest.intersection(group.classes.tolist()))
-        floors.append((torch.from_numpy(group.classes).to(device), least))
-    return _Openings(torch.from_numpy(free).to(device), torch.from_numpy(whole).to(device), tuple(floors))
+    for each in group_limits(graph, classes, step, start):
+        if each.held is None and each.sparsity is None:
+            ids = each.group.classes
+            free[ids] = True
+            floors.append((torch.from_numpy(ids), len(ids) - len(smallest.intersection(ids.tolist()))))
+    return _Openings(torch.from_numpy(free), torch.from_numpy(standing), tuple(floors))
 
 
-def _first_logits(
-    graph: Graph, classes: Classes, step: Prune, scores: Mapping[int, float], device: torch.device
-) -> Tensor:
+def _first_logits(openings: _Openings, scores: Mapping[int, float], count: int) -> Tensor:
     """By class number: the scores of each group with mean 0 and standard deviation 1, so that all groups start alike."""
-    logits_C = np.zeros(classes.slot_count)
-    for group in prunable_groups(graph, classes, step.model_copy(update={"round_to": step.round_to or 1}), shared=True):
-        values = np.array([scores[c] for c in group.classes.tolist()], dtype=np.float64)
-        logits_C[group.classes] = (values - values.mean()) / max(float(values.std()), np.finfo(np.float64).tiny)
-    return torch.from_numpy(logits_C).to(device)
+    logits_C = torch.zeros(count, dtype=torch.float64)
+    for ids, _ in openings.floors:
+        values = torch.tensor([scores[c] for c in ids.tolist()], dtype=torch.float64)
+        spread = float(values.std(correction=0))
+        logits_C[ids] = (values - values.mean()) / (spread or 1.0)
+    return logits_C
 
 
 def _small_batches(plain: Callable[[], LabelledBatches], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of `size` images, the last of each larger one smaller; from the first one again where they end."""
+    """Batches of `size` images; what is left of a larger one is left out. From the first one again where they end."""
     while True:
         seen = 0
         for images_NCx, labels_N in plain():
             seen += len(labels_N)
-            yield from zip(images_NCx.split(size), labels_N.split(size), strict=True)
+            for first in range(0, max(1, len(labels_N) - size + 1), size):
+                yield images_NCx[first : first + size], labels_N[first : first + size]
         if seen == 0:
             return
 
@@ -271,7 +273,3 @@ def _along_the_surface(loss: Tensor, spent: Tensor, logits_C: Tensor) -> Tensor:
     total = of_cost_C.sum()
     price = torch.where(total > 0, of_loss_C.sum() / total, torch.zeros_like(total)).clamp(max=0.0)
     return of_loss_C - price * of_cost_C
-
-
-def _indices(values: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=device)

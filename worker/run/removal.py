@@ -32,8 +32,8 @@ from worker.latency import Stopwatch
 from worker.network import Network, assign_tensors
 from worker.precision import Precision
 from worker.pruning.importance import channel_scores
-from worker.pruning.learned_gates import learned_gates
 from worker.pruning.latency_budget import confirm_time, removals_within_time
+from worker.pruning.learned_gates import learned_gates
 from worker.pruning.loss_curves import loss_curves
 from worker.pruning.recalibration import recalibrate_batch_norm
 from worker.pruning.schedules import PruningRound

@@ -23,7 +23,7 @@ from tests.support.jobs.blobs import BlobBatches, graph_of
 from tests.support.jobs.tiny import resume_folder, task_of, tiny_data, tiny_spec
 from tests.support.networks.dags import random_drop, random_graph
 from tests.support.networks.known import network_named
-from tests.support.networks.topologies import CLASSES, TOPOLOGIES, pictures, trained
+from tests.support.networks.topologies import TOPOLOGIES, pictures, trained
 from tests.support.networks.traps import TRAPS
 from worker.journal import MemoryJournal, Progress, Wish
 from worker.network import Network, build_network, snapshot
@@ -32,12 +32,10 @@ from worker.precision import choose_precision
 from worker.pruning.importance import channel_scores
 from worker.pruning.learned_gates import GatedCost, GatedNetwork, learned_gates
 from worker.pruning.surgery import masked_reference
-from worker.training.loop import Fit, Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
 EXACT = 1e-10
-CPU = torch.device("cpu")
 PRECISION = choose_precision(Training(), "cpu", spatial_axes=2)
 LEARNED = {"type": "prune", "scope": "learned", "retrain": {"policy": "none"}}
 
@@ -59,7 +57,7 @@ def test_the_cost_of_gates_of_0_and_1_is_what_the_smaller_network_costs(seed: in
     classes = channel_classes(graph)
     dropped = random_drop(classes, share, seed)
     smaller, gates_C = shrink_graph(graph, dropped, classes), gates_without(classes, dropped)
-    found = {measure: float(GatedCost(graph, classes, measure, CPU)(gates_C)) for measure in ("macs", "params", "bytes")}
+    found = {measure: float(GatedCost(graph, classes, measure)(gates_C)) for measure in ("macs", "params", "bytes")}
     stored = sum(int(np.prod(tensor.shape)) for tensor in smaller.tensors().values())
     assert found["macs"] == cost(smaller).macs
     assert found["params"] == cost(smaller).params
@@ -70,7 +68,7 @@ def test_the_cost_of_gates_of_0_and_1_is_what_the_smaller_network_costs(seed: in
 def test_the_derivative_of_the_cost_is_that_of_the_products(name: str) -> None:
     graph = network_named(name)
     classes = channel_classes(graph)
-    cost_of = GatedCost(graph, classes, "macs", CPU)
+    cost_of = GatedCost(graph, classes, "macs")
     gates_C = torch.rand(classes.slot_count, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert torch.autograd.gradcheck(cost_of, (gates_C.requires_grad_(),))
 
@@ -110,7 +108,7 @@ def plain() -> Iterator[tuple[Tensor, Tensor]]:
     return BlobBatches(96, batch_size=32).epoch(0)
 
 
-def learnt(widths: tuple[int, ...] = (8, 8, 8), *, epochs: int = 6) -> Network:
+def learnt(widths: tuple[int, ...] = (8, 8, 8), *, epochs: int = 6, rate: float = 0.05) -> Network:
     """A network of convolutions of these widths that tells blobs apart, in training mode."""
     layers: list[dict[str, Any]] = []
     for width in widths:
@@ -118,7 +116,7 @@ def learnt(widths: tuple[int, ...] = (8, 8, 8), *, epochs: int = 6) -> Network:
         layers += [{"type": "relu"}]
     layers += [{"type": "flatten"}, {"type": "linear", "out_features": 3}]
     network = build_network(graph_of(layers), seed=0)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9)
     for epoch in range(epochs):
         for images_NCHW, labels_N in BlobBatches(96, batch_size=16).epoch(epoch):
             optimizer.zero_grad()
@@ -162,7 +160,7 @@ def test_the_gates_land_on_the_budget_and_are_nearly_0_or_1(measure: str, kept: 
     for c, gate in gates.items():
         open_C[c] = gate
     header = dense.bytes - FLOAT_BYTES * sum(int(np.prod(t.shape)) for t in network.graph.tensors().values())
-    spent = float(GatedCost(network.graph, classes, step.budget.measure, CPU)(open_C))  # type: ignore[union-attr,arg-type]
+    spent = float(GatedCost(network.graph, classes, step.budget.measure)(open_C))  # type: ignore[union-attr,arg-type]
     assert spent == pytest.approx(allowed, rel=1e-3, abs=header if measure == "bytes" else 0)
 
 
@@ -178,23 +176,19 @@ def test_the_same_network_and_images_give_the_same_bits_and_the_network_stays_as
     assert all(parameter.grad is None or parameter.requires_grad for parameter in network.parameters())
 
 
-def test_a_group_that_does_nothing_is_closed_first_whatever_its_scores_are() -> None:
-    network = learnt(epochs=2)
+def test_channels_that_do_nothing_are_closed_first_whatever_their_scores_are() -> None:
+    network = learnt(epochs=1, rate=0.005)  # it still errs: gates learn from a loss
+    norm, conv = network.get_submodule("batch_norm2"), network.get_submodule("conv2")
+    assert isinstance(norm, torch.nn.BatchNorm2d)
+    assert isinstance(conv, torch.nn.Conv2d)
     with torch.no_grad():  # half of the second layer's channels are dead, with the largest weights of all
-        norm, conv = network.get_submodule("batch_norm2"), network.get_submodule("conv2")
-        norm.weight[:4], norm.bias[:4] = 0.0, -1.0  # type: ignore[index,operator]
-        conv.weight[:4] *= 100.0  # type: ignore[index,operator]
-    step = step_of(budget={"macs": 0.7})
+        norm.weight[:4], norm.bias[:4] = 0.0, -1.0
+        conv.weight[:4] *= 100.0
     classes = channel_classes(network.graph)
-    removals = choose_removals(network.graph, classes, gates_of(network, step), step)
-    (second,) = [group for group in classes.groups if classes.layers_of(group) == ("conv2",)]
-    assert set(second.classes[:4].tolist()) <= set(removals.dropped) | strongest(network, second.classes.tolist())
-
-
-def strongest(network: Network, classes: list[int]) -> set[int]:
-    """The class of the largest score: a floor of one channel keeps it, whatever it does."""
-    scores = channel_scores(network, channel_classes(network.graph), "l2", seed=0)
-    return {max(classes, key=lambda c: scores[c])}
+    (second,) = [group.classes.tolist() for group in classes.groups if classes.layers_of(group) == ("conv2",)]
+    gates = gates_of(network, step_of(budget={"macs": 0.7}))
+    dead, alive = [sorted(gates[c] for c in half) for half in (second[:4], second[4:])]
+    assert dead[2] < 0.5 < alive[0]  # one stays: the floor keeps that of the largest score
 
 
 def test_floors_and_overrides_hold() -> None:
@@ -283,7 +277,9 @@ def test_a_job_paused_while_gates_are_learned_ends_as_if_it_had_not_been(data: P
     assert isinstance(whole, Delivered)
     assert isinstance(again, Delivered)
     assert len(again.report["steps"][0]["rounds"]) == 1
-    digests = [{a.name: a.path.read_bytes() for a in o.artifacts if a.name == "pruned.safetensors"} for o in (whole, again)]
+    digests = [
+        {a.name: a.path.read_bytes() for a in o.artifacts if a.name == "pruned.safetensors"} for o in (whole, again)
+    ]
     assert digests[0] == digests[1]
 
 
