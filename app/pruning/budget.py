@@ -10,6 +10,7 @@ say (`group_limits.py`, `channel_blocks.py`). What leaves first of all groups (`
 - scope `sensitivity`: by the rise of the loss for what is saved in the measure that the budget bounds. The rise is that of
   the group alone, as the worker has measured it in this very step (`Curve`; the job of kind sensitivity, which only draws
   such curves for its user, is `spec/sensitivity.py`); the saving is counted again whenever other widths have moved;
+- scope `learned`: by score, which is the gate that the worker has learned for each class in this very step;
 - scope `global`: by score, each divided by the mean of its group, because raw sums grow with fan-in and with the number
   of tied layers (`taylor` is in units of the loss and `lamp` relative to its group already: they rank raw).
 
@@ -317,7 +318,9 @@ class _Ranking:
     curves: Mapping[int, Curve] | None
 
     def order(self, groups: Sequence[GroupBlocks]) -> BlockOrder:
-        """Blocks by score in scope `global`, else by the part of their group."""
+        """Blocks by score in the scopes `global` and `learned`, else by the part of their group."""
+        if self.scored and self.step.scope == "learned":
+            return order_by_score(groups, normalised=False)
         if self.scored and self.step.scope == "global":
             return order_by_score(groups, normalised=self.step.criterion not in COMPARABLE)
         return order_by_share(groups)

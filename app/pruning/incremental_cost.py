@@ -38,7 +38,8 @@ class IncrementalCost:
 
     def __init__(self, graph: Graph, classes: Classes, prices: Mapping[str, int] | None = None) -> None:
         self._full: list[int] = []
-        self._slots: list[Slots] = []
+        self.slots: list[Slots] = []
+        """by the number of a width: the classes along it, those that are gone included"""
         self._width_of_axis = self._number_widths(classes)
         self.touched: list[list[tuple[int, int]]] = [[] for _ in classes.groups]
         """for each group: (number of a width, how many of its channels one class has)"""
@@ -102,7 +103,7 @@ class IncrementalCost:
                 if key not in numbers:
                     numbers[key] = len(self._full)
                     self._full.append(slots.width)
-                    self._slots.append(slots)
+                    self.slots.append(slots)
                 known[id(slots)] = numbers[key]
             of_axis.append(known[id(slots)])
         return of_axis
@@ -112,7 +113,7 @@ class IncrementalCost:
         for group in classes.groups:
             group_of[group.classes] = group.index
         found: list[tuple[int, int, int]] = []
-        for width, slots in enumerate(self._slots):
+        for width, slots in enumerate(self.slots):
             ids, counts = np.unique(slots.ids, return_counts=True)
             groups, first = np.unique(group_of[ids], return_index=True)
             for group, count in zip(groups.tolist(), (counts[first] * slots.repeat).tolist(), strict=True):

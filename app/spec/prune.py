@@ -16,7 +16,7 @@ Criterion = Literal["l1", "l2", "taylor", "bn_scale", "fpgm", "lamp", "activatio
 NEED_GRADIENTS: frozenset[Criterion] = frozenset({"taylor"})
 """Criteria that are computed from gradients of the loss."""
 ChannelCriterion = Literal["l1", "l2", "taylor", "bn_scale", "fpgm", "lamp", "activation", "random"]
-RankingScope = Literal["global", "layer", "sensitivity"]
+RankingScope = Literal["global", "layer", "sensitivity", "learned"]
 Policy = Literal["auto", "lr_rewind", "fine_tune", "weight_rewind", "none"]
 BudgetMeasure = CostMeasure | Literal["latency_ms"]
 BUDGET_MEASURES: tuple[BudgetMeasure, ...] = (*get_args(CostMeasure), "latency_ms")
@@ -295,7 +295,8 @@ class Prune(JobStep):
     criterion: Annotated[Criterion, Field(description="How the worth of a weight or channel is measured.")] = "l2"
     scope: RankingScope = Field(
         description="Rank over all layers (default for weights), the same part of each (default for a sparsity of "
-        "channels), or first where the loss on training images rises least (sensitivity; default for a budget).",
+        "channels), first where the loss on training images rises least (sensitivity; default for a budget), or by gates "
+        "on all channels, learned within the budget while the weights stand still (learned; arXiv 2111.09635).",
         default_factory=_scope,
     )
     schedule: PruneSchedule = PruneSchedule()
@@ -420,8 +421,8 @@ class Prune(JobStep):
             raise fault("a pattern holds in every layer: scope layer", field="scope", value=self.scope)
 
     def _check_zeros(self) -> None:
-        if self.scope == "sensitivity":
-            raise fault("sensitivity ranks groups of channels: structure channels", field="scope", value=self.scope)
+        if self.scope in ("sensitivity", "learned"):
+            raise fault(f"{self.scope} ranks groups of channels: structure channels", field="scope", value=self.scope)
         if self.budget is not None:
             raise fault(
                 "a budget needs structure channels: zeros change neither MACs nor parameters nor bytes; state sparsity",
@@ -447,8 +448,15 @@ class Prune(JobStep):
             )
 
     def _check_channels(self) -> None:
-        if self.scope == "sensitivity" and self.budget is None:
-            raise fault("sensitivity shares out a budget: state one", field="scope", value=self.scope)
+        if self.scope in ("sensitivity", "learned") and self.budget is None:
+            raise fault(f"{self.scope} shares out a budget: state one", field="scope", value=self.scope)
+        if self.scope == "learned" and self.budget is not None and self.budget.cost_measure is None:
+            raise fault(
+                "gates are learned within a cost that can be counted: a budget of macs, params or bytes; a latency is "
+                "shared out by scope sensitivity",
+                field="scope",
+                value=self.scope,
+            )
         if self.threshold is not None:
             raise fault(
                 "a threshold is for structure weights; for channels state a budget or sparsity",

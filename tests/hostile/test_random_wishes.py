@@ -88,7 +88,7 @@ def prune(draw: random.Random) -> dict[str, Any]:
     fields = draw.choices(amounts, (5, 5, 2, 2, 1))[0] | {
         "structure": (0.2, ("weights", "channels", "n:m", "blocks")),
         "criterion": (0.3, CRITERIA),
-        "scope": (0.3, ("global", "layer", "sensitivity")),
+        "scope": (0.3, ("global", "layer", "sensitivity", "learned")),
         "schedule": (0.2, SCHEDULES),
         "retrain": (0.4, retrain),
         "exclude": (0.2, some),

@@ -244,6 +244,7 @@ class Job:
             whole=whole,
             gradient_images=partial(self.images_at_a_time, backward=True),
             monitor=self.monitor,
+            look=self.monitor.check_removal,
         )
 
     def images_at_a_time(self, *, backward: bool = False) -> int:

@@ -75,6 +75,17 @@ class JobMonitor:
         if wish is not None:
             raise Interrupted(wish)
 
+    def check_removal(self) -> None:
+        """Obey a wish in the middle of a removal: the last checkpoint is of its start, so none is written.
+
+        Raises:
+            Interrupted: cancel, pause or stop.
+        """
+        wish = self._job.journal.wish()
+        if wish is not None:
+            self._job.checkpoints.wait_for_write()
+            raise Interrupted(wish)
+
     def check_cancel_or_pause(self) -> None:
         """Obey a wish when all training is over: only cancel and pause mean anything then. Raises Interrupted."""
         wish = self._job.journal.wish()

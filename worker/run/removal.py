@@ -17,6 +17,7 @@ from app.network.node import Node
 from app.pruning.budget import (
     BudgetUnreachable,
     Removals,
+    allowed_cost,
     choose_removals,
     choose_removals_in_blocks,
 )
@@ -32,6 +33,7 @@ from worker.network import Network, assign_tensors
 from worker.precision import Precision
 from worker.pruning.importance import channel_scores
 from worker.pruning.latency_budget import TimeCheck, check_time, removals_within_time
+from worker.pruning.learned_gates import learned_gates
 from worker.pruning.loss_curves import CutMonitor, Repair, loss_curves
 from worker.pruning.recalibration import recalibrate_batch_norm
 from worker.pruning.reconstruction import Reconstruction, reconstruct
@@ -55,7 +57,8 @@ class RemovalContext:
     same order at each call; `seed` is the job's; `dense_network` gives the trained network before the first
     compression; `images` is how many the training part has; `frozen` are the layers that keep their statistics.
     `whole` gives the same images in batches of one size, for sums over a batch, and `gradient_images` how many of one
-    a backward pass can take; None: those of `plain`, and all. `repair` and `monitor` are for loss curves.
+    a backward pass can take; None: those of `plain`, and all. `repair` and `monitor` are for loss curves. `look` is called
+    every few hundred milliseconds of a long removal: it raises Interrupted where the user asked the job to leave.
     """
 
     plain: Callable[[], Pairs]
@@ -69,6 +72,7 @@ class RemovalContext:
     gradient_images: Callable[[], int] | None = None
     repair: Repair | None = None
     monitor: CutMonitor | None = None
+    look: Callable[[], None] = lambda: None
 
     def scores(self, network: Network, classes: Classes, criterion: Criterion) -> dict[int, float]:
         """The importance of every class of the network's channels."""
@@ -194,6 +198,9 @@ def _cut_once(network: Network, step: Prune, fraction: float, context: RemovalCo
             prices=prices,
         )
 
+    if step.scope == "learned":
+        scores = _gates(network, classes, step, scores, fraction, context, start)
+
     try:
         if step.budget is not None and step.budget.latency_ms is not None:
             stopwatch = Stopwatch(context.dense_network())
@@ -214,6 +221,30 @@ def _cut_once(network: Network, step: Prune, fraction: float, context: RemovalCo
     smaller = shrink(network, classes, removals.dropped)
     context.precision.to_device(smaller)
     return Narrowed(smaller, kept_channels(classes, removals.dropped))
+
+
+def _gates(
+    network: Network,
+    classes: Classes,
+    step: Prune,
+    scores: Mapping[int, float],
+    fraction: float,
+    context: RemovalContext,
+    start: Graph,
+) -> dict[int, float]:
+    """What scope `learned` ranks by, instead of the scores of the step's criterion, from which it starts."""
+    return learned_gates(
+        network,
+        classes,
+        step,
+        scores,
+        context.plain,
+        context.precision,
+        allowed=allowed_cost(step, context.baseline, fraction, cost(start)),
+        images=context.images,
+        start=start,
+        look=context.look,
+    )
 
 
 def recalibrate(network: Network, context: RemovalContext) -> bool:

@@ -388,6 +388,8 @@ def _stop(job: Job) -> None:
             reached.kept["race/0"] = snapshot(reached.network)
         _go_on_with_the_best(job, stage)
     reached.kept.setdefault("baseline", snapshot(reached.network))
+    if reached.record.steps and not reached.record.steps[-1].rounds:
+        reached.record.steps.pop()  # its first removal was not finished
     reached.record.latest = job.score(reached.network)
     if reached.record.baseline is None:
         reached.record.baseline = reached.record.latest

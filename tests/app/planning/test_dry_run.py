@@ -73,6 +73,9 @@ def test_rounds_are_gone_through_as_the_worker_does(preset: str) -> None:
 def test_rankings_over_all_groups_and_many_rounds_are_estimates() -> None:
     assert not rows(pruned(budget={"macs": 0.5}))["conv1"][3]
     assert not rows(pruned(budget={"macs": 0.5}, scope="global"))["conv1"][3]
+    learned, shares = (pruned(budget={"macs": 0.5}, scope=scope) for scope in ("learned", "sensitivity"))
+    assert not rows(learned)["conv1"][3]
+    assert learned.planned_cost == shares.planned_cost
     many = pruned(budget={"macs": 0.5}, scope="layer", schedule={"name": "iterative", "steps": 500})
     assert not rows(many)["conv1"][3]
     assert many.planned_cost.macs <= many.baseline_cost.macs // 2

@@ -152,6 +152,16 @@ def test_the_global_scope_takes_the_weakest_wherever_they_are() -> None:
     assert (result["a"].shape[0], result["b"].shape[0]) == (8, 4)
 
 
+def test_learned_gates_rank_all_groups_as_they_are() -> None:
+    graph = graph_of([conv(8, name="a"), conv(8, name="b"), *HEAD])
+    classes = channel_classes(graph)
+    gates = dict.fromkeys(classes.all().tolist(), 0.6)
+    gates |= dict.fromkeys(classes.slots["b"].ids.tolist(), 0.5)  # divided by its mean each gate would be 1
+    result = smaller(graph, choose_removals(graph, classes, gates, prune(budget={"macs": 0.7}, scope="learned")))
+    assert result["a"].shape[0] == 8
+    assert result["b"].shape[0] < 8
+
+
 def test_the_global_scope_does_not_see_the_scale_of_a_group_unless_it_is_taylors() -> None:
     graph = preset("deep_cnn", 0.25)
     classes = channel_classes(graph)

@@ -23,6 +23,7 @@ def test_structure_and_scope_follow_from_how_much_is_said() -> None:
     assert (prune(threshold=0.1).structure, prune(threshold=0.1).scope) == ("weights", "global")
     assert (prune(budget={"macs": 0.5}).structure, prune(budget={"macs": 0.5}).scope) == ("channels", "sensitivity")
     assert prune(sparsity=0.5, structure="channels").scope == "layer"
+    assert prune(budget={"bytes": 0.5}, scope="learned").structure == "channels"
     assert prune(sparsity=0.5, scope="layer").scope == "layer"
 
 
@@ -126,6 +127,9 @@ def test_a_budget_is_a_fraction_or_a_count() -> None:
         ({"sparsity": 0.5, "reconstruct": True, "schedule": {"name": "cubic"}}, "/reconstruct"),
         ({"sparsity": 0.5, "reconstruct": True, "retrain": {"policy": "weight_rewind"}}, "/reconstruct"),
         ({"sparsity": 0.5, "reconstruct": 1}, "/reconstruct"),
+        ({"sparsity": 0.5, "scope": "learned"}, "/scope"),
+        ({"sparsity": 0.5, "structure": "channels", "scope": "learned"}, "/scope"),
+        ({"budget": {"latency_ms": 0.5}, "scope": "learned"}, "/scope"),
     ],
 )
 def test_prune_steps_that_mean_nothing_are_refused_where_they_are_wrong(fields: dict[str, Any], pointer: str) -> None:

@@ -120,6 +120,13 @@ REFUSED: dict[str, tuple[Parts, str, str]] = {
         "state one",
     ),
     "groups of weights": (prune(scope="sensitivity", sparsity=0.5), f"{OPT}/scope", "structure channels"),
+    "gates on weights": (prune(scope="learned", sparsity=0.5), f"{OPT}/scope", "structure channels"),
+    "gates of no budget": (
+        prune(structure="channels", scope="learned", sparsity=0.5),
+        f"{OPT}/scope",
+        "learned shares out a budget: state one",
+    ),
+    "gates of time": (prune(scope="learned", budget={"latency_ms": 0.5}), f"{OPT}/scope", "scope sensitivity"),
     "no time": (prune(budget={"latency_ms": 0}), f"{OPT}/budget/latency_ms", "above 0"),
     "two budgets": (prune(budget={"latency_ms": 0.5, "macs": 0.5}), f"{OPT}/budget", "exactly one of"),
     "no budget": (prune(budget={"absolute": True}), f"{OPT}/budget", "exactly one of"),
@@ -375,6 +382,23 @@ ACCEPTED: dict[str, tuple[Parts, tuple[str, ...]]] = {
     ),
     "sensitivity beside a part of its own": (
         steps(cut(scope="sensitivity", budget={"macs": 0.5}, overrides={"conv1": {"sparsity": 0}})),
+        (),
+    ),
+    "gates beside a part of its own": (
+        steps(cut(scope="learned", budget={"params": 0.5}, overrides={"conv1": {"sparsity": 0}})),
+        (),
+    ),
+    "gates on shared layers in two rounds, by gradients": (
+        steps(
+            cut(
+                scope="learned",
+                budget={"bytes": 0.7},
+                criterion="taylor",
+                schedule={"name": "iterative", "steps": 2},
+                retrain={"epochs": 2},
+            )
+        )
+        | SHARED,
         (),
     ),
     "sensitivity of less than a block": (
