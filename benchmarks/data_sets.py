@@ -20,7 +20,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,8 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "emoji-vendors": (3, 32, 32),
     "letters": (1, 28, 28),
     "mnist1d": (1, 40),
+    "clothes-choice": (1, 28, 28),
+    "mnist1d-choice": (1, 40),
     "synthetic": (1, 28, 28),
 }
 CLASSES = dict.fromkeys(SHAPES, 10) | {"emoji": 9, "emoji-choice": 9, "emoji-vendors": 9}
@@ -240,12 +242,34 @@ def mnist1d() -> dict[str, Images]:
     """4,000 + 1,000 signals of 40 values in 10 classes (Greydanus, arXiv 2011.14439), drawn by the package mnist1d."""
     from mnist1d.data import get_dataset_args, make_dataset
 
-    made = make_dataset(get_dataset_args())
+    return _signals(make_dataset(get_dataset_args()))
+
+
+def _signals(made: dict[str, Any]) -> dict[str, Images]:
     parts = {"x_train": made["x"], "x_test": made["x_test"]}
     labels = {"y_train": made["y"], "y_test": made["y_test"]}
     return {name: values.astype(np.float32) for name, values in parts.items()} | {
         name: np.asarray(values, dtype=np.int64) for name, values in labels.items()
     }
+
+
+def mnist1d_choice() -> dict[str, Images]:
+    """The same from another seed: signals to choose by, so that those of `mnist1d` are only measured on."""
+    from mnist1d.data import get_dataset_args, make_dataset
+
+    options = get_dataset_args()
+    options.seed += 1
+    return _signals(make_dataset(options))
+
+
+def clothes_choice() -> dict[str, Images]:
+    """5,000 + 5,000 of Fashion-MNIST's training images, to choose by: its test images are only measured on."""
+    folder = ensure_builtin("fashion-mnist", load_settings())
+    images = np.load(folder / "train.images.npy", mmap_mode="r")
+    labels = np.load(folder / "train.labels.npy")
+    drawn = np.random.default_rng(0).permutation(len(labels))[:10_000]
+    train, test = np.sort(drawn[:5000]), np.sort(drawn[5000:])
+    return {"x_train": images[train], "y_train": labels[train], "x_test": images[test], "y_test": labels[test]}
 
 
 ARCHIVES: dict[str, Callable[[], dict[str, Images]]] = {
@@ -254,6 +278,8 @@ ARCHIVES: dict[str, Callable[[], dict[str, Images]]] = {
     "emoji-vendors": emoji_vendors,
     "letters": letters,
     "mnist1d": mnist1d,
+    "clothes-choice": clothes_choice,
+    "mnist1d-choice": mnist1d_choice,
 }
 HELD_OUT = frozenset({"letters"})
 """Sets that nothing may be tuned by."""

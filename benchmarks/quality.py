@@ -55,6 +55,8 @@ AUGMENTATION = {
     "emoji": ["random_crop"],
     "emoji-vendors": ["random_crop", "horizontal_flip"],
     "letters": ["random_crop"],
+    "clothes-choice": ["random_crop", "horizontal_flip"],
+    "emoji-choice": ["random_crop", "horizontal_flip"],
 }
 MODELS = {
     "fashion-mnist": ("deep_cnn", "mobilenet_v1 x 0.25"),
@@ -62,6 +64,9 @@ MODELS = {
     "emoji-vendors": ("deep_cnn", "resnet20"),
     "letters": ("deep_cnn", "resnet20"),
     "mnist1d": ("audio_cnn",),
+    "clothes-choice": ("deep_cnn",),
+    "emoji-choice": ("deep_cnn",),
+    "mnist1d-choice": ("audio_cnn",),
     "synthetic": ("deep_cnn",),
 }
 MODELS_OF_A_GPU = ("deep_cnn", "resnet20", "resnet20_projection", "mobilenet_v1 x 0.25")
