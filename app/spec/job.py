@@ -340,12 +340,14 @@ def race_epochs(step: Compression, training: Training) -> int:
 def reconstructs(step: Compression, retrain: Retrain) -> bool:
     """Whether `step` fits the layers behind its removal: as it says, else where that was measured to win.
 
-    That is for channels and zeros, and for products where nothing is trained after them: trained again, they end as well
-    without it.
+    That is for channels, and for everything where nothing is trained after it. Zeros and products that train again end
+    as well or better without: a fit to few weights makes them large, and training has to undo that.
     """
     if step.reconstruct is not None:
         return step.reconstruct
-    return step.may_reconstruct if isinstance(step, Prune) else retrain.policy == "none"
+    if not isinstance(step, Prune):
+        return retrain.policy == "none"
+    return step.may_reconstruct and (not step.zeros or retrain.policy == "none")
 
 
 def completed(spec: JobSpec) -> JobSpec:

@@ -82,8 +82,8 @@ class Distillation(Strict):
 
 RECONSTRUCT = Field(
     description="Fit the layers behind the removal to what they gave before it, by least squares on training images without "
-    "labels, before any retraining. Default: where it was measured to win: true for prune unless a schedule is cubic or a policy "
-    "weight_rewind, for low_rank and separable only with policy none."
+    "labels, before any retraining. Default: where it was measured to win: true for channels, and for all others with policy "
+    "none."
 )
 
 

@@ -43,7 +43,8 @@ def test_the_documented_defaults_of_pruning() -> None:
     ("step", "reconstructed"),
     [
         ({"type": "prune", "budget": {"macs": 0.5}}, True),
-        ({"type": "prune", "sparsity": 0.9}, True),
+        ({"type": "prune", "sparsity": 0.9}, False),
+        ({"type": "prune", "budget": {"macs": 0.5}, "retrain": {"policy": "none"}}, True),
         ({"type": "prune", "pattern": "2:4", "retrain": {"policy": "none"}}, True),
         ({"type": "prune", "sparsity": 0.9, "schedule": {"name": "cubic"}}, False),
         ({"type": "prune", "sparsity": 0.9, "retrain": {"policy": "weight_rewind"}}, False),
