@@ -33,7 +33,7 @@ from worker.pruning.surgery import masked_in_place
 
 CURVE_PARTS = ((0.75, 0.5, 0.25), (0.5, 0.25), (0.5,))  # and the floor of the step; the first that is affordable
 MOST_IMAGES = 512  # more did not change what is removed
-ENOUGH_IMAGES = 64  # before points are left out; removed what 512 remove (deep_cnn on small pictures)
+ENOUGH_IMAGES = 64  # before points are left out: what these remove was within noise of what 512 do
 FEWEST_IMAGES = 32
 FORWARDS = 2  # of each image and cut: to recalibrate, and to evaluate
 EPOCH_FORWARDS = 3  # what a training epoch costs for each image; a backward pass is two forward passes
@@ -58,7 +58,7 @@ class Unmonitored:
     """A monitor that notes nothing."""
 
     def rises(self) -> Mapping[tuple[int, float], float]:
-        """Nothing."""
+        """No cut is known."""
         return {}
 
     def cut_measured(self, group: int, kept: float, rise: float, *, share: float) -> None:
