@@ -28,7 +28,7 @@ SPEC_VERSIONS = (1,)
 MOST_OPTIMIZATIONS = 24
 MOST_PATTERNS = 256
 MOST_STARS = 8  # in one pattern: each is a search
-RACE_PART = 4  # one of so many epochs of a retraining is for the race of its rates
+RACE_PART = 8  # one of so many epochs of a retraining is for the race of its rates
 USUAL_RETRAINING = 3  # epochs, where there is no training to take a third of
 
 WITH_MOMENTUM = ("sgd", "muon")
@@ -327,8 +327,8 @@ def retraining(step: Compression, training: Training) -> Retrain:
 def race_epochs(step: Compression, training: Training) -> int:
     """Epochs of a retraining in which rates are compared, all tries together; the rest is for the best of them.
 
-    A quarter of them with policy auto, 0 where they are fewer than 4, where the rate is stated, and where the sparsity
-    rises while training: a try would see another network than the rest.
+    One of eight with policy auto; in shorter retrainings a race costs more than it finds. None where the rate is stated,
+    and where the sparsity rises while training: a try would see another network than the rest.
     """
     retrain = retraining(step, training)
     rising = isinstance(step, Prune) and step.schedule.name == "cubic"

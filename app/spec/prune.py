@@ -90,9 +90,9 @@ RECONSTRUCT = Field(
 class Retrain(Strict):
     """Training after the removal, with the training's batches and optimizer.
 
-    `auto`: the rate falls in a line to 0. Where it starts is found by a race, in a retraining of 4 epochs or more: a
-    quarter of the epochs goes to short tries, and the best goes on; `lr` states it instead. `lr_rewind` runs the last epochs
-    of the training's schedule again (Renda et al., arXiv 2003.02389).
+    `auto`: the rate falls in a line from the training's highest to 0. In a retraining of 8 epochs or more a race finds
+    where it starts: one epoch of eight goes to short tries of several rates, and the best goes on; `lr` states it instead.
+    `lr_rewind` runs the last epochs of the training's schedule again (Renda et al., arXiv 2003.02389).
     """
 
     policy: Annotated[

@@ -76,7 +76,7 @@ JOBS: dict[str, dict[str, Any]] = {
     ),
     # three rates are tried, judged by validation images; Muon, and each image flipped in every other epoch
     "race": tiny_spec(
-        {"type": "prune", "budget": {"macs": 0.5}, "round_to": 1, "retrain": {"epochs": 4}},
+        {"type": "prune", "budget": {"macs": 0.5}, "round_to": 1, "retrain": {"epochs": 8}},
         data={"synthetic": SYNTHETIC, "validation": 0.3},
         training={"optimizer": {"name": "muon"}, "augmentation": ["random_crop_zeros", "alternating_flip"]},
     ),

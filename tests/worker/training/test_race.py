@@ -18,7 +18,7 @@ from worker.run.job import Stage
 from worker.run.state import Reached
 from worker.training.race import race_parts, winner
 
-RETRAIN = {"type": "prune", "budget": {"macs": 0.5}, "round_to": 1, "retrain": {"epochs": 5}}
+RETRAIN = {"type": "prune", "budget": {"macs": 0.5}, "round_to": 1, "retrain": {"epochs": 9}}
 
 
 def losses(mean: float, *, noise: float = 1.0, seed: int = 0) -> torch.Tensor:
@@ -63,17 +63,17 @@ def test_a_race_and_the_rest_take_the_epochs_that_were_asked_for(tmp_path: Path)
     job = prepared(tiny_spec(RETRAIN), tmp_path, MemoryJournal())
     retrainings = [stage for stage in job.stages if stage.phase == "retraining"]
     assert [stage.attempt for stage in retrainings] == [0, 1, 2, None]
-    assert sum(stage.epochs * stage.share for stage in retrainings) == pytest.approx(5)
+    assert sum(stage.epochs * stage.share for stage in retrainings) == pytest.approx(9)
     job.close()
 
 
 @pytest.mark.parametrize(
     "retrain",
     [
-        {"epochs": 3},
-        {"epochs": 8, "lr": 0.01},
-        {"epochs": 8, "policy": "lr_rewind"},
-        {"epochs": 8, "policy": "fine_tune"},
+        {"epochs": 7},
+        {"epochs": 9, "lr": 0.01},
+        {"epochs": 9, "policy": "lr_rewind"},
+        {"epochs": 9, "policy": "fine_tune"},
     ],
     ids=["too short", "rate stated", "lr_rewind", "fine_tune"],
 )
@@ -85,7 +85,7 @@ def test_there_is_no_race_where_there_is_nothing_to_choose(tmp_path: Path, retra
 
 
 def test_a_sparsity_that_rises_while_training_has_no_race(tmp_path: Path) -> None:
-    step = {"type": "prune", "sparsity": 0.8, "schedule": {"name": "cubic"}, "retrain": {"epochs": 8}}
+    step = {"type": "prune", "sparsity": 0.8, "schedule": {"name": "cubic"}, "retrain": {"epochs": 9}}
     job = prepared(tiny_spec(step), tmp_path, MemoryJournal())
     assert [stage for stage in job.stages if stage.phase == "retraining"] == [
         Stage("retraining", 0, job.stages[-2].removal, epochs=8)
