@@ -196,19 +196,20 @@ class Bench:
 
     def dense(self, setting: Setting) -> Dense:
         """The setting's trained network: from the disk, or trained now."""
-        text = json.dumps([setting.spec([]), torch.__version__, self.threads], sort_keys=True)
-        path = self.cache / "benchmarks" / "dense" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
-        about = path.with_suffix(".json")
-        if not about.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory() as scratch:
-                job = self.prepare(setting, [], Path(scratch))
+        with tempfile.TemporaryDirectory() as scratch:
+            job = self.prepare(setting, [], Path(scratch))
+            text = json.dumps([job.plan.spec.document(), torch.__version__, self.threads], sort_keys=True)
+            name = hashlib.sha256(text.encode()).hexdigest()[:24]
+            path = self.cache / "benchmarks" / "dense" / f"{name}.safetensors"
+            about = path.with_suffix(".json")
+            if not about.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
                 stages.run_stages(job)
-                job.close()
-            baseline = job.reached.record.baseline
-            assert baseline is not None
-            save_file({name: tensor.contiguous().cpu() for name, tensor in snapshot(job.reached.network).items()}, path)
-            about.write_text(json.dumps(baseline.document()))
+                baseline, network = job.reached.record.baseline, snapshot(job.reached.network)
+                assert baseline is not None
+                save_file({key: tensor.contiguous().cpu() for key, tensor in network.items()}, path)
+                about.write_text(json.dumps(baseline.document()))
+            job.close()
         return Dense(load_file(path), Scores.from_document(json.loads(about.read_text())))
 
     def measure(self, setting: Setting, dense: Dense, cell: Cell) -> Row:
