@@ -77,16 +77,15 @@ ONE_CHANGE: dict[str, dict[str, dict[str, Any]]] = {
         "cutout": {"augmentation": ["random_crop", "horizontal_flip", "cutout"]},
     },
     "loss": {
-        "plain labels": {"label_smoothing": 0},
+        "label smoothing 0.1": {"label_smoothing": 0.1},
         "label smoothing 0.2": {"label_smoothing": 0.2},
         "average 0.9": {"ema_decay": 0.9},
         "average 0.99": {"ema_decay": 0.99},
-        "average 0.995": {"ema_decay": 0.995},
     },
     "decay": {
-        "none": {"optimizer": "muon", "weight_decay": 0.0},
-        "1e-3": {"optimizer": "muon", "weight_decay": 1e-3},
-        "2e-3": {"optimizer": "muon", "weight_decay": 2e-3},
+        "none": {"weight_decay": 0.0},
+        "1e-3": {"weight_decay": 1e-3},
+        "2e-3": {"weight_decay": 2e-3},
     },
 }
 PARTS = ("optimizers", *ONE_CHANGE)

@@ -1,4 +1,4 @@
-"""The recipe of a training that states none: optimizer, batch by the number of steps there will be, label smoothing.
+"""The recipe of a training that states none: optimizer and batch by the number of steps there will be.
 
 Found by the grid of `benchmarks/recipes.py`; the figures are in docs/benchmarks.md.
 """
@@ -12,24 +12,22 @@ from app.spec.model import JobModel
 
 USUAL_BATCH = 128
 SMALL_BATCH = 64
-SMOOTHING = 0.1
 FEW_STEPS = 3000  # of the usual batch, over all epochs of the training: below it smaller batches win
 
 
 def with_recipe(spec: JobSpec, images: int) -> JobSpec:
-    """`spec` with the batch size, optimizer and label smoothing that its training did not state.
+    """`spec` with the batch size and the optimizer that its training did not state; `images` are trained on.
 
-    `images` are trained on. A few thousand in batches of 128 are few steps, and then half the batch and Muon are
-    points better than SGD, in the same time on a CPU. A network that comes trained keeps SGD, whose steps are as small
-    as its gradients, and plain labels. A batch is never larger than the training part.
+    A few thousand images in batches of 128 are few steps, and then half the batch and Muon are several points better
+    than SGD, in the same time on a CPU. A network that comes trained keeps SGD, whose steps are as small as its
+    gradients. A batch is never larger than the training part.
     """
     training = spec.training
     update: dict[str, Any] = {}
     if "batch_size" not in training.model_fields_set and images >= 1:
         update["batch_size"] = min(images, _usual_batch(training, images))
-    if not _comes_trained(spec):
-        usual = {"optimizer": Optimizer(name="muon"), "label_smoothing": SMOOTHING}
-        update |= {name: value for name, value in usual.items() if name not in training.model_fields_set}
+    if "optimizer" not in training.model_fields_set and not _comes_trained(spec):
+        update["optimizer"] = Optimizer(name="muon")
     return spec.model_copy(update={"training": training.model_copy(update=update)}) if update else spec
 
 

@@ -211,9 +211,7 @@ class Training(Strict):
         AfterValidator(_without_repetition),
         AfterValidator(_one_of_a_kind),
     ] = ()
-    label_smoothing: Annotated[
-        float, Field(ge=0, lt=1, description="Default: 0.1; 0 for a network that comes trained.")
-    ] = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     ema_decay: Annotated[
         float | None, Field(gt=0, lt=1, description="Decay of the running average of the weights that is evaluated.")
     ] = None

@@ -160,8 +160,7 @@ def test_a_batch_size_that_is_not_stated_is_no_larger_than_the_training_part() -
 
 def test_few_steps_get_small_batches_and_muon_and_many_the_usual_batch() -> None:
     few = plan(data={"dataset": "x", "limit": 5000}).spec.training
-    assert (few.batch_size, few.optimizer, few.label_smoothing) == (64, Optimizer(name="muon"), 0.1)
-    assert plan(training={"label_smoothing": 0}).spec.training.label_smoothing == 0
+    assert (few.batch_size, few.optimizer) == (64, Optimizer(name="muon"))
     many = plan(training={"epochs": 100}).spec.training
     assert (many.batch_size, many.optimizer.name) == (128, "muon")
     stated = plan(training={"optimizer": {"name": "sgd"}}).spec.training.optimizer
@@ -170,7 +169,7 @@ def test_few_steps_get_small_batches_and_muon_and_many_the_usual_batch() -> None
 
 def test_a_network_that_comes_trained_keeps_sgd() -> None:
     made = planned(GREY, {"job-first-pruned": source_of()}, model={"job": "first"})
-    assert (made.spec.training.optimizer.name, made.spec.training.label_smoothing) == ("sgd", 0)
+    assert made.spec.training.optimizer.name == "sgd"
 
 
 def test_a_rewrite_that_changes_a_layers_type_is_told_as_such() -> None:

@@ -88,7 +88,7 @@ def test_a_sparsity_that_rises_while_training_has_no_race(tmp_path: Path) -> Non
     step = {"type": "prune", "sparsity": 0.8, "schedule": {"name": "cubic"}, "retrain": {"epochs": 9}}
     job = prepared(tiny_spec(step), tmp_path, MemoryJournal())
     assert [stage for stage in job.stages if stage.phase == "retraining"] == [
-        Stage("retraining", 0, job.stages[-2].removal, epochs=9)
+        Stage("retraining", 0, job.stages[-2].removal, epochs=8)
     ]
     job.close()
 
