@@ -83,9 +83,9 @@ ONE_CHANGE: dict[str, dict[str, dict[str, Any]]] = {
         "average 0.99": {"ema_decay": 0.99},
     },
     "decay": {
-        "none": {"weight_decay": 0.0},
-        "1e-3": {"weight_decay": 1e-3},
-        "2e-3": {"weight_decay": 2e-3},
+        "none": {"optimizer": "muon", "weight_decay": 0.0},
+        "1e-3": {"optimizer": "muon", "weight_decay": 1e-3},
+        "2e-3": {"optimizer": "muon", "weight_decay": 2e-3},
     },
 }
 PARTS = ("optimizers", *ONE_CHANGE)

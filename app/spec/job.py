@@ -372,6 +372,8 @@ def _completed_step(step: Compression, training: Training) -> Compression:
     if not isinstance(step, Prune):
         return step.model_copy(update=filled)
     own: dict[str, Any] = {}
+    if "criterion" not in step.model_fields_set:
+        own["criterion"] = step.usual_criterion
     if step.structure == "n:m":
         own["pattern"] = ":".join(map(str, step.kept_of))
     elif step.structure == "blocks":

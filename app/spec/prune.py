@@ -292,7 +292,13 @@ class Prune(JobStep):
         description="weights: zeros, same shape; channels: a smaller network, the default with a budget.",
         default_factory=_structure,
     )
-    criterion: Annotated[Criterion, Field(description="How the worth of a weight or channel is measured.")] = "l2"
+    criterion: Annotated[
+        Criterion,
+        Field(
+            description="How the worth of a weight or channel is measured. Default: l2; lamp for a sparsity of single "
+            "weights of all layers together."
+        ),
+    ] = "l2"
     scope: RankingScope = Field(
         description="Rank over all layers (default for weights), the same part of each (default for a sparsity of "
         "channels), first where the loss on training images rises least (sensitivity; default for a budget), or by gates "
@@ -359,6 +365,16 @@ class Prune(JobStep):
     def zeros(self) -> bool:
         """Whether it sets weights to zero; else the network gets smaller."""
         return self.structure != "channels"
+
+    @property
+    def usual_criterion(self) -> Criterion:
+        """The criterion where none is stated.
+
+        Magnitudes of different layers do not compare: at 95 % zeros a whole layer may go, and a network with it. `lamp`
+        weighs each against its own layer.
+        """
+        everywhere = self.structure == "weights" and self.scope == "global" and self.sparsity is not None
+        return "lamp" if everywhere else "l2"
 
     @property
     def kept_of(self) -> tuple[int, int]:
