@@ -21,6 +21,7 @@ from app.spec.prune import Distillation, Prune
 from app.spec.quantize import Quantize
 from app.spec.references import Reference, Source
 from worker.data.dataset import BatchLoader, Dataset, Split, Splits, derive_seed
+from worker.data.race_images import RaceImages, race_images
 from worker.evaluation import Scores, score
 from worker.journal import Journal
 from worker.network import Network, assign_tensors, build_network
@@ -34,7 +35,6 @@ from worker.run.removal import RECALIBRATION_IMAGES, RemovalContext
 from worker.run.state import Origin, Reached
 from worker.training.distillation import Teacher
 from worker.training.micro_batches import split_batch
-from worker.training.race import RaceParts, race_parts
 from worker.verification.verification import compute_logits
 
 
@@ -197,9 +197,9 @@ class Job:
         )
 
     @cached_property
-    def race(self) -> RaceParts:
+    def race(self) -> RaceImages:
         """What rates of a retraining are tried on, and compared by."""
-        return race_parts(self.splits, self.training.seed)
+        return race_images(self.splits, self.training.seed)
 
     @property
     def race_batches(self) -> BatchLoader:

@@ -12,11 +12,12 @@ import torch
 from app.spec.data import DataSpec
 from tests.support.jobs.tiny import SHAPE, prepared, task_of, tiny_data, tiny_spec, train_alone
 from worker.data.dataset import Dataset, split_dataset
+from worker.data.race_images import race_images
 from worker.journal import MemoryJournal
 from worker.pruning import schedules
 from worker.run.job import Stage
 from worker.run.state import Reached
-from worker.training.race import race_parts, winner
+from worker.training.race import winner
 
 RETRAIN = {"type": "prune", "budget": {"macs": 0.5}, "round_to": 1, "retrain": {"epochs": 9}}
 
@@ -48,7 +49,7 @@ def test_a_loss_that_is_no_number_never_wins() -> None:
 def test_tries_never_see_the_images_that_judge_them(tmp_path: Path, validation: float, borrowed: bool) -> None:
     dataset = Dataset.open(tiny_data(tmp_path, {"classes": 3, "train": 600, "test": 30, "seed": 0}), SHAPE)
     splits = split_dataset(dataset, DataSpec(dataset="x", validation=validation), 0)
-    parts = race_parts(splits, 0)
+    parts = race_images(splits, 0)
     assert parts.borrowed == borrowed
     assert parts.whole == len(splits.train)
     assert len(parts.held_out) == (120 if borrowed else len(splits.validation))
@@ -56,7 +57,7 @@ def test_tries_never_see_the_images_that_judge_them(tmp_path: Path, validation: 
     assert not tried & {image.tobytes() for image in parts.held_out.images}
     assert not tried & {image.tobytes() for image in splits.test.images}
     assert len(parts.images(0.25)) == round(0.25 * len(splits.train))
-    assert np.array_equal(parts.images(0.25).labels, race_parts(splits, 0).images(0.25).labels)
+    assert np.array_equal(parts.images(0.25).labels, race_images(splits, 0).images(0.25).labels)
 
 
 def test_a_race_and_the_rest_take_the_epochs_that_were_asked_for(tmp_path: Path) -> None:
@@ -88,7 +89,7 @@ def test_a_sparsity_that_rises_while_training_has_no_race(tmp_path: Path) -> Non
     step = {"type": "prune", "sparsity": 0.8, "schedule": {"name": "cubic"}, "retrain": {"epochs": 9}}
     job = prepared(tiny_spec(step), tmp_path, MemoryJournal())
     assert [stage for stage in job.stages if stage.phase == "retraining"] == [
-        Stage("retraining", 0, job.stages[-2].removal, epochs=8)
+        Stage("retraining", 0, job.stages[-2].removal, epochs=9)
     ]
     job.close()
 
