@@ -18,11 +18,9 @@ from app.spec.sensitivity import TRAINING_IMAGES, Sensitivity
 from worker.data.dataset import Split, Splits
 from worker.evaluation import score
 from worker.network import Network
-from worker.pruning.importance import channel_scores
 from worker.pruning.surgery import masked_in_place
 from worker.run.job import Job
 from worker.run.removal import recalibrate
-from worker.training.losses import cross_entropy
 from worker.verification.verification import compute_logits
 
 Part = Literal["validation", "training"]
@@ -43,14 +41,7 @@ def tabulate(job: Job) -> None:
     network = reached.network
     classes = channel_classes(network.graph)
     groups = free_limits(network.graph, classes, options.step(options.kept[-1]))
-    scores = channel_scores(
-        network,
-        classes,
-        options.criterion,
-        seed=job.training.seed,
-        batches=job.removal_context.plain(),
-        loss=cross_entropy,
-    )
+    scores = job.removal_context.scores(network, classes, options.criterion)
     measured_on, _ = measured_split(job.splits, options)
     if measured_on == "training":
         reached.record.note("the table is measured on training images, which flatter the network: no image is held out")
