@@ -105,6 +105,7 @@ VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "random": (("weights", "channels"), {"criterion": "random"}),
     "fine_tune": (("weights", "channels"), {"retrain": {"policy": "fine_tune"}}),
     "none": (("weights", "channels"), {"retrain": {"policy": "none", "epochs": 0}}),
+    "none_sensitivity": (("channels",), {"scope": "sensitivity", "retrain": {"policy": "none", "epochs": 0}}),
 }
 CONSTANT = {"constant 0.1": 0.1, "constant 0.01": 0.01}  # of the highest rate of SGD
 LINE = "line to 0"  # from the highest rate of SGD

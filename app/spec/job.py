@@ -374,6 +374,8 @@ def _completed_step(step: Compression, training: Training) -> Compression:
     own: dict[str, Any] = {}
     if "criterion" not in step.model_fields_set:
         own["criterion"] = step.usual_criterion
+    if "scope" not in step.model_fields_set and retrain.policy == "none" and step.may_learn_gates:
+        own["scope"] = "learned"
     if step.structure == "n:m":
         own["pattern"] = ":".join(map(str, step.kept_of))
     elif step.structure == "blocks":

@@ -301,8 +301,9 @@ class Prune(JobStep):
     ] = "l2"
     scope: RankingScope = Field(
         description="Rank over all layers (default for weights), the same part of each (default for a sparsity of "
-        "channels), first where the loss on training images rises least (sensitivity; default for a budget), or by gates "
-        "on all channels, learned within the budget while the weights stand still (learned; arXiv 2111.09635).",
+        "channels), first where the loss on training images rises least for what is saved (sensitivity; default for a "
+        "budget), or by gates on all channels, learned within the budget while the weights stand still (learned, arXiv "
+        "2111.09635; default for a budget of macs, params or bytes with policy none).",
         default_factory=_scope,
     )
     schedule: PruneSchedule = PruneSchedule()
@@ -375,6 +376,11 @@ class Prune(JobStep):
         """
         everywhere = self.structure == "weights" and self.scope == "global" and self.sparsity is not None
         return "lamp" if everywhere else "l2"
+
+    @property
+    def may_learn_gates(self) -> bool:
+        """Whether scope `learned` can share the budget: channels within a cost that can be counted."""
+        return self.structure == "channels" and self.budget is not None and self.budget.cost_measure is not None
 
     @property
     def kept_of(self) -> tuple[int, int]:
@@ -466,7 +472,7 @@ class Prune(JobStep):
     def _check_channels(self) -> None:
         if self.scope in ("sensitivity", "learned") and self.budget is None:
             raise fault(f"{self.scope} shares out a budget: state one", field="scope", value=self.scope)
-        if self.scope == "learned" and self.budget is not None and self.budget.cost_measure is None:
+        if self.scope == "learned" and not self.may_learn_gates:
             raise fault(
                 "gates are learned within a cost that can be counted: a budget of macs, params or bytes; a latency is "
                 "shared out by scope sensitivity",

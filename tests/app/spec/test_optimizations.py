@@ -39,6 +39,35 @@ def test_the_documented_defaults_of_pruning() -> None:
     assert (distilled.distillation.alpha, distilled.distillation.temperature) == (0.7, 4.0)
 
 
+def test_gates_are_learned_by_default_where_nothing_is_trained_after_them() -> None:
+    none = {"policy": "none"}
+    for step, scope in (
+        ({"budget": {"macs": 0.5}}, "sensitivity"),
+        ({"budget": {"macs": 0.5}, "retrain": none}, "learned"),
+        ({"budget": {"macs": 0.5}, "retrain": none, "scope": "layer"}, "layer"),
+        ({"budget": {"latency_ms": 0.5}, "retrain": none}, "sensitivity"),
+        ({"sparsity": 0.5, "structure": "channels", "retrain": none}, "layer"),
+    ):
+        (part,) = job(optimizations=[{"type": "prune", **step}]).optimizations
+        assert isinstance(part, Prune)
+        assert part.scope == scope
+
+
+def test_the_usual_criterion_of_single_weights_of_all_layers_is_lamp() -> None:
+    for step, criterion in (
+        ({"sparsity": 0.9}, "lamp"),
+        ({"sparsity": 0.9, "scope": "layer"}, "l2"),
+        ({"sparsity": 0.9, "criterion": "l1"}, "l1"),
+        ({"threshold": 0.01}, "l2"),
+        ({"pattern": "2:4"}, "l2"),
+        ({"sparsity": 0.5, "block": [4, 4]}, "l2"),
+        ({"budget": {"macs": 0.5}}, "l2"),
+    ):
+        (part,) = job(optimizations=[{"type": "prune", **step}]).optimizations
+        assert isinstance(part, Prune)
+        assert part.criterion == criterion
+
+
 @pytest.mark.parametrize(
     ("step", "reconstructed"),
     [
