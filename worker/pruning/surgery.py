@@ -108,10 +108,11 @@ def masked_in_place(network: Network, classes: Classes, dropped: Collection[int]
 def _zero(network: Network, classes: Classes, dropped: Collection[int]) -> None:
     kept = classes.kept(dropped).mask
     parameters = dict(network.named_parameters())
-    touched = {axis for group in classes.groups if not kept[group.classes].all() for axis in group.axes}
-    for axis in (classes.axes[place] for place in sorted(touched)):
+    for axis in classes.axes:
         key = f"{axis.layer}.{axis.tensor}"
-        if key in parameters:  # running statistics stay: nothing depends on them after a scale and a bias of zero
+        if (
+            key in parameters and not kept[axis.slots.ids].all()
+        ):  # running statistics stay: nothing depends on them after a scale and a bias of zero
             places = torch.from_numpy(np.flatnonzero(~kept[axis.slots.runs(1)])).to(parameters[key].device)
             parameters[key].index_fill_(axis.axis, places, 0.0)
 
