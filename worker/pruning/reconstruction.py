@@ -32,7 +32,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from app.network.blocks import WEIGHTED
 from app.network.graph import Graph
-from app.network.layers.convolutions import Conv, ConvTranspose, Linear
 from app.network.layers.names import INPUT
 from app.network.node import Node
 from app.pruning.weight_matrix import weight_matrix
@@ -50,6 +49,7 @@ from worker.pruning.normal_equations import (
     support_cost,
     weights_of,
 )
+from worker.pruning.product_fit import Product, best_product, expanded_by
 from worker.pruning.recalibration import recalibrate_batch_norm, recount
 from worker.training.masks import Masks
 
@@ -360,7 +360,7 @@ class _Sweep:
         own = weights_of(node, module)
         if expand is None:
             return own
-        return _Product(own[0], weights_of(expand, self.network.get_submodule(expand.home))[0]).weights()[None]
+        return Product(own[0], weights_of(expand, self.network.get_submodule(expand.home))[0]).weights()[None]
 
     def _equations(
         self, node: Node, named: Node, walk: _Walk, target: _Walk, generator: torch.Generator
@@ -421,62 +421,3 @@ class _Sweep:
 def rows_within(features: int, groups: int) -> int:
     """How many rows a layer's equations are made of: as many as the time allows, but two for each feature at least."""
     return min(MOST_ROWS, max(int(MOST_PRODUCTS / (groups * features**2)), 2 * features))
-
-
-# --- products ---------------------------------------------------------------------------------------------------------
-
-
-def expanded_by(graph: Graph, node: Node, target: Graph) -> Node | None:
-    """The 1 x 1 layer after `node` with which it replaces a layer of the `target`; None: there is none.
-
-    Both are then found at once (`best_product`).
-    """
-    readers = graph.consumers(node.name)
-    if node.name in target or len(readers) != 1 or readers[0].name not in target or readers[0].type not in WEIGHTED:
-        return None
-    outer = readers[0]
-    alone = len(graph.places(node.home)) == 1 == len(graph.places(outer.home))
-    plain = weight_matrix(outer).positions == 1 and weight_matrix(outer).groups == 1 == weight_matrix(node).groups
-    if not alone or not plain or "bias" in node.uses or outer.shape[1:] != node.shape[1:]:
-        return None
-    if isinstance(outer.layer, Conv | ConvTranspose) and max(outer.layer.strides(outer.axes)) > 1:
-        return None
-    assert isinstance(outer.layer, Conv | ConvTranspose | Linear)
-    return outer
-
-
-class _Product(NamedTuple):
-    """Two linear layers after each other, S x F and O x S; only the second may have a bias, as its last column."""
-
-    inner: Tensor
-    outer: Tensor
-
-    def weights(self) -> Tensor:
-        """The one layer that computes the same: O x F, and the bias."""
-        rank = self.inner.shape[0]
-        return torch.cat([self.outer[:, :rank] @ self.inner, self.outer[:, rank:]], dim=1)
-
-
-def best_product(equations: NormalEquations, weights_OF: Tensor, rank: int) -> _Product:
-    """Of all products of rank S the one whose outputs are nearest to those of W.
-
-    Reduced-rank regression: the outputs, not the weights, are projected on their strongest directions (Zhang et al., arXiv
-    1505.06798, section 3.1). Both factors are of one size: they train alike.
-    """
-    gram_FF, cross_FO = equations.gram[0], equations.cross[0]
-    features = gram_FF.shape[0] - (1 if equations.bias else 0)
-    plain_OF = weights_OF[:, :features]
-    centred_FF = gram_FF[:features, :features]
-    if equations.bias:
-        sums_F = gram_FF[-1, :features]
-        centred_FF = centred_FF - torch.outer(sums_F, sums_F) / equations.rows
-    vectors_OO = torch.linalg.eigh(plain_OF @ centred_FF @ plain_OF.T).eigenvectors  # eigenvalues rise
-    outer_OS = vectors_OO[:, -rank:].flip(1)
-    inner_SF = outer_OS.T @ plain_OF
-    sizes_S = torch.linalg.vector_norm(inner_SF, dim=1).sqrt()
-    sizes_S = torch.where(sizes_S > 0, sizes_S, torch.ones_like(sizes_S))
-    inner_SF, outer_OS = inner_SF / sizes_S[:, None], outer_OS * sizes_S
-    if not equations.bias:
-        return _Product(inner_SF, outer_OS)
-    bias_O = (cross_FO[-1] - outer_OS @ (inner_SF @ gram_FF[-1, :features])) / equations.rows
-    return _Product(inner_SF, torch.cat([outer_OS, bias_O[:, None]], dim=1))
