@@ -19,8 +19,8 @@ from app.database.engine import Database
 from app.database.tables import TERMINAL, ArtifactRow, JobRow, JobSourceRow, WeightsRow
 from app.errors import Fault, InUse, InvalidSpec, InvalidWeights, ObjectNotFound, SourceUnavailable
 from app.spec.job import JobSpec
-from app.spec.prune import NetworkName
 from app.spec.references import Kind, Reference, Source, every_reference, references_in
+from app.spec.retrain import NetworkName
 from app.storage import Storage
 from app.validation.safetensors_header import NAMES, TensorEntry, read_entries
 

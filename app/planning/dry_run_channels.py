@@ -19,7 +19,8 @@ from app.planning.unreached_budget import unreachable_fault, why_within
 from app.pruning.budget import BudgetUnreachable, Removals, choose_block, choose_removals
 from app.pruning.channel_classes import Classes, TooManyChannels, channel_classes, shrink_graph
 from app.pruning.group_limits import prunable_groups, why_kept
-from app.spec.prune import Budget, Prune
+from app.spec.budget import Budget
+from app.spec.prune import Prune
 from app.spec.sensitivity import Sensitivity
 
 MOST_SIMULATED = 30_000  # channels over the rounds of an iterative schedule; with more only the last is worked out

@@ -7,8 +7,9 @@ import math
 from app.errors import Fault
 from app.network.cost import Cost
 from app.pruning.budget import BudgetUnreachable
+from app.spec.budget import Budget
 from app.spec.low_rank import LowRank
-from app.spec.prune import Budget, Prune
+from app.spec.prune import Prune
 
 
 def unreachable_fault(step: Prune | LowRank, exc: BudgetUnreachable, pointer: str) -> Fault:

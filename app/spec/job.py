@@ -18,8 +18,9 @@ from app.errors import Fault, InvalidSpec
 from app.spec.data import DataSpec
 from app.spec.model import JobModel, ModelSpec
 from app.spec.optimizations import Compression, Distill, Optimization
-from app.spec.prune import Epochs, LearningRate, Prune, Retrain
+from app.spec.prune import Prune
 from app.spec.quantize import Quantize
+from app.spec.retrain import Epochs, LearningRate, Retrain
 from app.spec.sensitivity import Sensitivity
 from app.validation.faults import bulk_fault, faults_of
 from app.validation.strict import LABELS, LARGEST_INT, LabelKey, LabelValue, Strict, Text, fault

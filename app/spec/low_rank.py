@@ -6,7 +6,8 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from app.spec.prune import RECONSTRUCT, Budget, Retrain
+from app.spec.budget import Budget
+from app.spec.retrain import RECONSTRUCT, Retrain
 from app.spec.step import JobStep
 from app.validation.strict import Count, Names, Text, fault
 

@@ -17,7 +17,7 @@ from pydantic.functional_validators import AfterValidator
 from app.network.layers.containers import MOST_LAYERS
 from app.network.layers.registry import AnyLayer
 from app.network.presets.registry import PRESETS
-from app.spec.prune import NetworkName
+from app.spec.retrain import NetworkName
 from app.validation.strict import JobId, Shape, Strict, Text, fault
 
 MOST_CHANNELS = 65_536

@@ -7,8 +7,9 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import Discriminator, Field, model_validator
 
 from app.spec.low_rank import LowRank, Separable
-from app.spec.prune import Distillation, NetworkName, Prune
+from app.spec.prune import Prune
 from app.spec.quantize import Quantize
+from app.spec.retrain import Distillation, NetworkName
 from app.spec.step import JobStep
 from app.validation.strict import JobId, Names, fault
 

@@ -7,9 +7,10 @@ from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
-from app.network.cost import CostMeasure
+from app.spec.budget import Budget
+from app.spec.retrain import RECONSTRUCT, Epochs, Retrain
 from app.spec.step import JobStep
-from app.validation.strict import Count, JobId, Strict, Text, fault
+from app.validation.strict import Count, Strict, Text, fault
 
 Structure = Literal["weights", "channels", "n:m", "blocks"]
 Criterion = Literal["l1", "l2", "taylor", "bn_scale", "fpgm", "lamp", "activation", "erk", "random"]
@@ -17,15 +18,7 @@ NEED_GRADIENTS: frozenset[Criterion] = frozenset({"taylor"})
 """Criteria that are computed from gradients of the loss."""
 ChannelCriterion = Literal["l1", "l2", "taylor", "bn_scale", "fpgm", "lamp", "activation", "random"]
 RankingScope = Literal["global", "layer", "sensitivity", "learned"]
-Policy = Literal["auto", "lr_rewind", "fine_tune", "weight_rewind", "none"]
-BudgetMeasure = CostMeasure | Literal["latency_ms"]
-BUDGET_MEASURES: tuple[BudgetMeasure, ...] = (*get_args(CostMeasure), "latency_ms")
-NetworkName = Literal["pruned", "baseline"]
-"""Which of the two networks of a finished job."""
-Epochs = Annotated[int, Field(ge=1, le=1_000_000)]
 Open01 = Annotated[float, Field(gt=0, lt=1)]
-Amount = Annotated[int, Field(gt=0, le=2**53)] | Annotated[float, Field(gt=0, le=2**53)]
-LearningRate = Annotated[float, Field(ge=1e-9, le=100)]
 
 WEIGHT_CRITERIA: tuple[Criterion, ...] = ("l1", "l2", "lamp", "erk", "random")
 PATTERN_CRITERIA: tuple[Criterion, ...] = ("l1", "l2", "random")
@@ -62,81 +55,6 @@ SparsityPattern = Annotated[
 Side = Annotated[int, Field(ge=1, le=1024)]
 
 
-class Distillation(Strict):
-    """Learn from a trained network, the teacher: (1 - alpha) * CE + alpha * T^2 * KL (Hinton et al., arXiv 1503.02531)."""
-
-    alpha: Annotated[float, Field(gt=0, le=1, description="Weight of the teacher's term.")] = 0.7
-    temperature: Annotated[float, Field(ge=1, le=100, description="Temperature T of both softmaxes.")] = 4.0
-    teacher: Annotated[
-        JobId | None,
-        Field(description="A finished job whose network is the teacher; default: this job's own dense network."),
-    ] = None
-    artifact: Annotated[NetworkName, Field(description="Which network of that job.")] = "baseline"
-
-    @model_validator(mode="after")
-    def _artifact_has_a_job(self) -> Self:
-        if self.teacher is None and "artifact" in self.model_fields_set and self.artifact != "baseline":
-            raise fault("belongs to a teacher from another job: state teacher", field="artifact", value=self.artifact)
-        return self
-
-
-RECONSTRUCT = Field(
-    description="Fit the layers behind the removal to what they gave before it, by least squares on training images without "
-    "labels, before any retraining. Default: where it was measured to win: true for channels, and for all others with policy "
-    "none."
-)
-
-
-class Retrain(Strict):
-    """Training after the removal, with the training's batches and optimizer.
-
-    `auto`: the rate falls in a line from the training's highest to 0. In a retraining of 8 epochs or more a race finds
-    where it starts: one epoch of eight goes to short tries of several rates, and the best goes on; `lr` states it instead.
-    `lr_rewind` runs the last epochs of the training's schedule again (Renda et al., arXiv 2003.02389).
-    """
-
-    policy: Annotated[
-        Policy,
-        Field(
-            description="auto, lr_rewind, fine_tune, weight_rewind (masks only), or none: batch norm is recalibrated "
-            "only."
-        ),
-    ] = "auto"
-    epochs: Annotated[
-        int | None,
-        Field(
-            ge=0,
-            le=1_000_000,
-            description="Epochs; default: a third of the training epochs, at least 1; 0 with policy none.",
-        ),
-    ] = None
-    lr: Annotated[
-        LearningRate | None, Field(description="Highest rate of retraining; default: what the policy says.")
-    ] = None
-    distillation: Distillation | None = None
-
-    @model_validator(mode="after")
-    def _epochs_fit_policy(self) -> Self:
-        if self.policy == "none":
-            if self.epochs:
-                raise fault(
-                    "policy none does not retrain: leave epochs out, or choose auto",
-                    field="epochs",
-                    limit=0,
-                    value=self.epochs,
-                )
-            if self.distillation is not None:
-                raise fault("policy none does not retrain, so there is nothing to distil", field="distillation")
-        elif self.epochs == 0:
-            raise fault(
-                f"policy {self.policy} needs at least one epoch; recalibration only is policy none",
-                field="epochs",
-                limit=1,
-                value=0,
-            )
-        return self
-
-
 class PruneSchedule(Strict):
     """When how much is removed: at once, in rounds with retraining, or along a cubic (Zhu & Gupta, arXiv 1710.01878)."""
 
@@ -161,65 +79,6 @@ class PruneSchedule(Strict):
         if self.name != "cubic" and self.epochs is not None:
             raise fault(f"a {self.name} schedule has no epochs: they belong to cubic", field="epochs")
         return self
-
-
-class Budget(Strict):
-    """How much of one cost may be left: a fraction kept (0 < f <= 1, of the baseline) or an integer above 1."""
-
-    macs: Annotated[Amount | None, Field(description="Multiply-accumulates of one input.")] = None
-    params: Annotated[Amount | None, Field(description="Trainable elements.")] = None
-    bytes: Annotated[Amount | None, Field(description="Size of pruned.safetensors.")] = None
-    latency_ms: Annotated[
-        float | None,
-        Field(
-            gt=0,
-            le=1e6,
-            description="Median time of one image in ONNX Runtime, one thread, on the worker; up to 1: fraction kept.",
-        ),
-    ] = None
-    absolute: Annotated[bool, Field(description="latency_ms is in milliseconds even where it is 1 or less.")] = False
-
-    @model_validator(mode="after")
-    def _one_bound(self) -> Self:
-        given = [(name, value) for name in BUDGET_MEASURES if (value := getattr(self, name)) is not None]
-        if len(given) != 1:
-            raise fault("state exactly one of: macs, params, bytes, latency_ms")
-        name, value = given[0]
-        if self.absolute and name != "latency_ms":
-            raise fault(
-                "a fraction is up to 1 and a number of units above it: absolute is for latency_ms", field="absolute"
-            )
-        if name != "latency_ms" and value > 1 and not isinstance(value, int):
-            raise fault(
-                "a budget is a fraction kept (0 < f <= 1) or an integer above 1", field=name, limit=1, value=value
-            )
-        return self
-
-    @property
-    def measure(self) -> BudgetMeasure:
-        """Which cost is bounded."""
-        return next(name for name in BUDGET_MEASURES if getattr(self, name) is not None)
-
-    @property
-    def cost_measure(self) -> CostMeasure | None:
-        """The same, where it can be counted in a network; None: a latency, which only a worker can measure."""
-        return None if self.measure == "latency_ms" else self.measure
-
-    @property
-    def amount(self) -> float:
-        """The bound as it was stated: a fraction kept up to 1, else a number of units."""
-        stated: float = getattr(self, self.measure)
-        return stated
-
-    def allowed(self, dense: int) -> int:
-        """The largest cost allowed, where the baseline's is `dense`: a fraction is rounded down."""
-        assert self.cost_measure is not None, "a latency is measured, not counted"
-        return int(self.amount * dense) if self.amount <= 1 else int(self.amount)
-
-    def allowed_ms(self, dense_ms: float) -> float:
-        """The longest time allowed, in milliseconds, where the baseline takes `dense_ms`."""
-        assert self.latency_ms is not None
-        return self.latency_ms if self.absolute or self.latency_ms > 1 else self.latency_ms * dense_ms
 
 
 class PruneOverride(Strict):

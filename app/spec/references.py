@@ -19,7 +19,7 @@ from app.network.layers.shapes import Shape
 from app.spec.job import JobSpec
 from app.spec.model import JobModel
 from app.spec.optimizations import Compression, Distill
-from app.spec.prune import NetworkName
+from app.spec.retrain import NetworkName
 
 Kind = Literal["job", "weights"]
 

@@ -16,6 +16,7 @@ from app.network.cost import cost
 from app.network.graph import build_graph
 from app.network.layers.registry import read_layers
 from app.network.presets.registry import preset_layers
+from app.spec.job import parse_job
 from tests.support.checkout import ROOT
 from worker.export.pytorch_source import model_source
 from worker.network import build_network
@@ -27,6 +28,7 @@ import document  # noqa: E402
 import peers  # noqa: E402
 import quality  # noqa: E402
 import quality_tables  # noqa: E402
+import recipes  # noqa: E402
 import records  # noqa: E402
 
 sys.path.remove(str(FOLDER))
@@ -45,29 +47,58 @@ def row(method: str, retrain: str, accuracy: float, **fields: Any) -> dict[str, 
     return usual | cell | {"dense": 0.9, "accuracy": accuracy, "macs": 0.25} | fields
 
 
-def goal(rows: list[dict[str, Any]]) -> str:
-    line = quality_tables.against_peers(rows).splitlines()[2]
+def goal(*rows: dict[str, Any]) -> str:
+    line = quality_tables.against_peers(rows).splitlines()[4]
     return line.split(" | ")[-2]
 
 
-def test_a_goal_is_met_only_with_half_a_point_over_a_constant_rate_at_small_budgets() -> None:
-    ours = row("espalier default", "own", 0.800)
+def seeds_of(method: str, retrain: str, *accuracies: float, **fields: Any) -> list[dict[str, Any]]:
+    return [row(method, retrain, value, seed=seed, **fields) for seed, value in enumerate(accuracies)]
+
+
+def test_at_a_quarter_of_the_macs_the_lead_is_more_than_its_standard_error() -> None:
+    ours = seeds_of("espalier default", "own", 0.80, 0.84)
     peer = "Torch-Pruning local"
-    assert goal([ours, row(peer, "constant 0.1", 0.794)]) == "met"
-    assert goal([ours, row(peer, "constant 0.1", 0.797)]) == "constant: 0.20 short"
+    assert goal(*ours, *seeds_of(peer, "line to 0", 0.79, 0.82)) == "met", "1.5 points, error 0.5"
+    assert goal(*ours, *seeds_of(peer, "line to 0", 0.80, 0.82)) == "met", "1 point, error 1"
+    assert goal(*ours, *seeds_of(peer, "line to 0", 0.81, 0.82)) == "1.00 short", "0.5 points, error 1.5"
     half = {"amount": 0.5}
-    assert goal([ours | half, row(peer, "constant 0.1", 0.797) | half]) == "met"
-    assert goal([ours | half, row(peer, "constant 0.1", 0.801) | half]) == "constant: 0.10 short"
-    assert goal([ours, row(peer, quality_tables.SCHEDULE, 0.812)]) == "schedule: 0.20 short"
+    assert (
+        goal(*seeds_of("espalier default", "own", 0.80, **half), *seeds_of(peer, "constant 0.1", 0.80, **half)) == "met"
+    )
 
 
-def test_the_better_peer_counts_and_seeds_are_compared_with_themselves() -> None:
-    rows = [row("espalier default", "own", value, seed=seed) for seed, value in enumerate((0.70, 0.80))]
-    rows += [row("Torch-Pruning global", "constant 0.1", value, seed=seed) for seed, value in enumerate((0.69, 0.78))]
-    rows += [row("Torch-Pruning local", "constant 0.1", value, seed=seed) for seed, value in enumerate((0.60, 0.79))]
-    line = quality_tables.against_peers(rows).splitlines()[2]
+def test_at_the_smallest_budgets_the_lead_is_a_point() -> None:
+    for structure, amount, peer in (("channels", 0.12, "Torch-Pruning local"), ("weights", 0.95, "torch.prune global")):
+        point = {"structure": structure, "amount": amount}
+        ours = row("espalier default", "own", 0.800, **point)
+        assert goal(ours, row(peer, "line to 0", 0.790, **point)) == "met"
+        assert goal(ours, row(peer, "line to 0", 0.795, **point)) == "0.50 short"
+
+
+def test_the_best_cell_of_the_peers_counts_and_seeds_are_compared_with_themselves() -> None:
+    rows = seeds_of("espalier default", "own", 0.70, 0.80)
+    rows += seeds_of("Torch-Pruning global", "constant 0.1", 0.69, 0.78)
+    rows += seeds_of("Torch-Pruning local", "our schedule", 0.60, 0.79)
+    line = quality_tables.against_peers(rows).splitlines()[4]
     assert "| 73.50 ± 6.36 | Torch-Pruning global, constant 0.1 |" in line
     assert "| +1.50 ± 0.71 |" in line
+
+
+def test_peers_from_their_own_training_and_dense_networks_have_tables_of_their_own() -> None:
+    theirs = {"training": quality_tables.PEERS_TRAINING}
+    dense = {"structure": "dense", "amount": 1.0}
+    rows = [
+        row("espalier default", "own", 0.80),
+        row("Torch-Pruning local", "line to 0", 0.70, **theirs),
+        row("training default", "none", 0.90, **dense),
+        row("control", "our schedule", 0.92, **dense),
+        row("training SGD, one cycle", "none", 0.91, **dense, **theirs),
+    ]
+    assert "Torch-Pruning" not in quality_tables.against_peers(rows[:1])
+    assert "| 70.00 | Torch-Pruning local, line to 0 | +10.00 |" in quality_tables.against_peers_own(rows)
+    line = quality_tables.dense_networks(rows).splitlines()[4]
+    assert line == "| d | m | 90.00 | 92.00 | 91.00 | SGD, one cycle | -1.00 | 1.00 short | 1 |"
 
 
 def test_a_half_written_line_does_not_hide_the_others(tmp_path: Path) -> None:
@@ -99,9 +130,8 @@ def test_every_variant_is_a_step_that_a_job_may_have() -> None:
     setting = quality.Setting("synthetic", "deep_cnn", None, 2, 1, 0)
     for name, (structures, _) in quality.VARIANTS.items():
         for structure in structures:
-            quality.Prune.model_validate(
-                quality._step(setting, quality.Cell(structure, 0.5, f"espalier {name}", "own"))
-            )
+            step = quality._step(setting, quality.Cell(structure, 0.5, f"espalier {name}", "own"))
+            parse_job(setting.spec([step]))
 
 
 def test_ours_and_a_peer_start_from_one_network_and_a_second_run_does_not_train_it_again(
@@ -127,8 +157,9 @@ def test_every_data_set_has_a_shape_a_number_of_classes_and_models() -> None:
     assert len(data_sets.LETTERS) == data_sets.CLASSES["letters"]
 
 
-def test_nothing_that_is_held_out_is_measured_unless_it_is_asked_for() -> None:
-    for script in ("quality.py", "retraining.py", "training_loop.py"):
+def test_nothing_is_chosen_by_what_is_held_out() -> None:
+    assert not {subject.data for subject in recipes.SUBJECTS.values()} & data_sets.HELD_OUT
+    for script in ("retraining.py", "training_loop.py"):
         lines = [line for line in (FOLDER / script).read_text().splitlines() if "default" in line]
         assert not any(name in line for name in data_sets.HELD_OUT for line in lines), script
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from app.errors import DataInvalid, DiskFull, Diverged, LayerEmptied
 from app.schemas.report import ReportSchema
-from app.spec.prune import Budget
+from app.spec.budget import Budget
 from tests.support.jobs.tiny import (
     SHAPE,
     SYNTHETIC,

@@ -21,7 +21,8 @@ from app.network.graph import Graph
 from app.pruning.budget import BudgetUnreachable, Removals
 from app.pruning.channel_classes import Classes, shrink_graph
 from app.pruning.group_limits import BLOCKS
-from app.spec.prune import Budget, Prune
+from app.spec.budget import Budget
+from app.spec.prune import Prune
 from worker.latency import Measured, Stopwatch
 from worker.network import Network, build_network
 from worker.pruning.surgery import shrink

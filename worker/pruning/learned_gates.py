@@ -38,7 +38,8 @@ from app.pruning.budget import Removals, choose_removals
 from app.pruning.channel_classes import Classes
 from app.pruning.group_limits import group_limits
 from app.pruning.incremental_cost import PLACES, IncrementalCost
-from app.spec.prune import Budget, Prune
+from app.spec.budget import Budget
+from app.spec.prune import Prune
 from worker.network import Network
 from worker.precision import Precision
 from worker.pruning.eval_mode import eval_mode

@@ -37,7 +37,7 @@ def expanded_by(graph: Graph, node: Node, target: Graph) -> Node | None:
     return outer
 
 
-class Product(NamedTuple):
+class FactorPair(NamedTuple):
     """Two linear layers after each other, S x F and O x S; only the second may have a bias, as its last column."""
 
     inner: Tensor
@@ -49,7 +49,7 @@ class Product(NamedTuple):
         return torch.cat([self.outer[:, :rank] @ self.inner, self.outer[:, rank:]], dim=1)
 
 
-def best_product(equations: NormalEquations, weights_OF: Tensor, rank: int) -> Product:
+def best_product(equations: NormalEquations, weights_OF: Tensor, rank: int) -> FactorPair:
     """Of all products of rank S the one whose outputs are nearest to those of W.
 
     Reduced-rank regression: the outputs, not the weights, are projected on their strongest directions (Zhang et al., arXiv
@@ -69,6 +69,6 @@ def best_product(equations: NormalEquations, weights_OF: Tensor, rank: int) -> P
     sizes_S = torch.where(sizes_S > 0, sizes_S, torch.ones_like(sizes_S))
     inner_SF, outer_OS = inner_SF / sizes_S[:, None], outer_OS * sizes_S
     if not equations.bias:
-        return Product(inner_SF, outer_OS)
+        return FactorPair(inner_SF, outer_OS)
     bias_O = (cross_FO[-1] - outer_OS @ (inner_SF @ gram_FF[-1, :features])) / equations.rows
-    return Product(inner_SF, torch.cat([outer_OS, bias_O[:, None]], dim=1))
+    return FactorPair(inner_SF, torch.cat([outer_OS, bias_O[:, None]], dim=1))

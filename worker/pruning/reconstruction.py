@@ -49,7 +49,7 @@ from worker.pruning.normal_equations import (
     support_cost,
     weights_of,
 )
-from worker.pruning.product_fit import Product, best_product, expanded_by
+from worker.pruning.product_fit import FactorPair, best_product, expanded_by
 from worker.pruning.recalibration import recalibrate_batch_norm, recount
 from worker.training.masks import Masks
 
@@ -360,7 +360,7 @@ class _Sweep:
         own = weights_of(node, module)
         if expand is None:
             return own
-        return Product(own[0], weights_of(expand, self.network.get_submodule(expand.home))[0]).weights()[None]
+        return FactorPair(own[0], weights_of(expand, self.network.get_submodule(expand.home))[0]).weights()[None]
 
     def _equations(
         self, node: Node, named: Node, walk: _Walk, target: _Walk, generator: torch.Generator

@@ -17,9 +17,10 @@ from app.planning.phases import PhaseName
 from app.planning.plan import Plan
 from app.spec.job import Training
 from app.spec.optimizations import Compression, Distill, Regularization
-from app.spec.prune import Distillation, Prune
+from app.spec.prune import Prune
 from app.spec.quantize import Quantize
 from app.spec.references import Reference, Source
+from app.spec.retrain import Distillation
 from worker.data.dataset import BatchLoader, Dataset, Split, Splits, derive_seed
 from worker.data.race_images import RaceImages, race_images
 from worker.evaluation import Scores, score

@@ -26,7 +26,7 @@ from app.failpoints import failpoint
 from app.planning.phases import PhaseName
 from app.spec.job import Training
 from app.spec.optimizations import Regularization
-from app.spec.prune import Distillation
+from app.spec.retrain import Distillation
 from worker.evaluation import evaluate
 from worker.network import Network, assign_tensors, snapshot
 from worker.precision import Precision

@@ -10,7 +10,8 @@ import pytest
 
 from app.errors import InvalidSpec
 from app.spec.job import EXPORTS, JobSpec, parse_job, retraining
-from app.spec.prune import Prune, Retrain
+from app.spec.prune import Prune
+from app.spec.retrain import Retrain
 from app.validation.faults import MOST_FAULTS
 from tests.support.jobs.specs import document, job, refused
 

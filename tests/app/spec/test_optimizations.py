@@ -6,9 +6,10 @@ from typing import Any, get_args
 
 import pytest
 
+from app.spec.budget import Budget
 from app.spec.low_rank import LowRank, Separable
 from app.spec.optimizations import REWRITES
-from app.spec.prune import CHANNEL_CRITERIA, CRITERIA, Budget, Criterion, Prune
+from app.spec.prune import CHANNEL_CRITERIA, CRITERIA, Criterion, Prune
 from tests.support.jobs.specs import document, job, refused
 
 

@@ -14,7 +14,8 @@ from app.network.graph import Graph, build_graph
 from app.network.layers.registry import read_layers
 from app.pruning.budget import BudgetUnreachable, Curve, Removals, choose_removals
 from app.pruning.channel_classes import channel_classes
-from app.spec.prune import Budget, Prune
+from app.spec.budget import Budget
+from app.spec.prune import Prune
 from tests.support.networks.topologies import CLASSES, PICTURE, Layers, conv, layer, trained
 from worker.latency import Measured, Stopwatch
 from worker.network import Network

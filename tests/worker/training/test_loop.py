@@ -13,7 +13,8 @@ from torch import Tensor
 from app.network.graph import Graph
 from app.spec.job import Training
 from app.spec.optimizations import Regularization
-from app.spec.prune import Distillation, Prune
+from app.spec.prune import Prune
+from app.spec.retrain import Distillation
 from tests.support.jobs.blobs import BlobBatches, graph_of, small_cnn
 from worker.evaluation import evaluate
 from worker.network import Network, build_network, snapshot
