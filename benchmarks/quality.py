@@ -69,6 +69,8 @@ MODELS = {
     "mnist1d-choice": ("audio_cnn",),
     "synthetic": ("deep_cnn",),
 }
+LIMITS = {"fashion-mnist": 10_000, "emoji-vendors": 3_000, "letters": 3_000}
+"""Training images, where there are more."""
 MODELS_OF_A_GPU = ("deep_cnn", "resnet20", "resnet20_projection", "mobilenet_v1 x 0.25")
 POINTS = ("weights=0.8", "weights=0.9", "weights=0.95", "channels=0.5", "channels=0.25", "channels=0.12")
 TRAININGS: dict[str, dict[str, Any]] = {
@@ -347,7 +349,7 @@ def run(options: argparse.Namespace, path: Path, say: Callable[[str], None]) -> 
         for data in options.data:
             usual = MODELS_OF_A_GPU if on_gpu and data != "mnist1d" else MODELS[data]
             for model in options.models or usual:
-                limit = options.limit if data == "fashion-mnist" else None
+                limit = LIMITS.get(data) if options.limit is None else options.limit or None
                 for training in options.trainings:
                     setting = Setting(data, model, limit, options.epochs, options.retrain_epochs, seed, training)
                     _measure_setting(bench, setting, options, done, path, say)
@@ -399,9 +401,10 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=5, help="how many")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, default=10_000, help="training images of Fashion-MNIST; 0: all")
-    parser.add_argument("--epochs", type=int, default=12, help="of the dense network")
-    parser.add_argument("--retrain-epochs", type=int, default=5)
+    listed = ", ".join(f"{limit} of {name}" for name, limit in LIMITS.items())
+    parser.add_argument("--limit", type=int, help=f"training images; 0: all; default: {listed}")
+    parser.add_argument("--epochs", type=int, default=8, help="of the dense network")
+    parser.add_argument("--retrain-epochs", type=int, default=4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--results", type=Path, help="where lines are gathered; default: var/benchmarks/quality.jsonl")
@@ -410,7 +413,6 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="a minute on images drawn from a seed: does it still run?")
     parser.add_argument("--table", action="store_true", help="print the tables of what is there and end")
     options = parser.parse_args()
-    options.limit = options.limit or None
     if options.short:
         options.data, options.seeds, options.epochs, options.retrain_epochs = ["synthetic"], 1, 2, 1
         options.points = options.points or ["weights=0.9", "channels=0.5"]

@@ -20,7 +20,7 @@ from app.spec.model import JobModel, ModelSpec
 from app.spec.optimizations import Compression, Distill, Optimization
 from app.spec.prune import Prune
 from app.spec.quantize import Quantize
-from app.spec.retrain import Epochs, LearningRate, Retrain
+from app.spec.retrain import Distillation, Epochs, LearningRate, Retrain
 from app.spec.sensitivity import Sensitivity
 from app.validation.faults import bulk_fault, faults_of
 from app.validation.strict import LABELS, LARGEST_INT, LabelKey, LabelValue, Strict, Text, fault
@@ -30,6 +30,8 @@ MOST_OPTIMIZATIONS = 24
 MOST_PATTERNS = 256
 MOST_STARS = 8  # in one pattern: each is a search
 RACE_PART = 8  # one of so many epochs of a retraining is for the race of its rates
+SELF_DISTILLATION = Distillation(alpha=0.5, temperature=2.0)
+"""Of policy auto, by the job's own dense network: half of what is learned, and hardly softer than its answers."""
 USUAL_RETRAINING = 3  # epochs, where there is no training to take a third of
 
 WITH_MOMENTUM = ("sgd", "muon")
@@ -314,15 +316,19 @@ class JobSpec(Strict):
 
 
 def retraining(step: Compression, training: Training) -> Retrain:
-    """How `step` is retrained, epochs filled in: a third of the training's, at least 1; none with policy none.
+    """How `step` is retrained, epochs and teacher filled in.
 
-    Of a training of 0 epochs: 3.
+    A third of the training's epochs, at least 1; none with policy none; of a training of 0 epochs: 3. With policy
+    auto the job's own dense network teaches, unless something else or null is stated.
     """
     retrain = step.retrain or Retrain()
-    if retrain.epochs is not None:
-        return retrain
-    usual = max(1, training.epochs // 3) if training.epochs else USUAL_RETRAINING
-    return retrain.model_copy(update={"epochs": 0 if retrain.policy == "none" else usual})
+    update: dict[str, Any] = {}
+    if retrain.epochs is None:
+        usual = max(1, training.epochs // 3) if training.epochs else USUAL_RETRAINING
+        update["epochs"] = 0 if retrain.policy == "none" else usual
+    if retrain.policy == "auto" and "distillation" not in retrain.model_fields_set:
+        update["distillation"] = SELF_DISTILLATION
+    return retrain.model_copy(update=update) if update else retrain
 
 
 def race_epochs(step: Compression, training: Training) -> int:
@@ -375,8 +381,6 @@ def _completed_step(step: Compression, training: Training) -> Compression:
     own: dict[str, Any] = {}
     if "criterion" not in step.model_fields_set:
         own["criterion"] = step.usual_criterion
-    if "scope" not in step.model_fields_set and retrain.policy == "none" and step.may_learn_gates:
-        own["scope"] = "learned"
     if step.structure == "n:m":
         own["pattern"] = ":".join(map(str, step.kept_of))
     elif step.structure == "blocks":

@@ -162,7 +162,7 @@ class Prune(JobStep):
         description="Rank over all layers (default for weights), the same part of each (default for a sparsity of "
         "channels), first where the loss on training images rises least for what is saved (sensitivity; default for a "
         "budget), or by gates on all channels, learned within the budget while the weights stand still (learned, arXiv "
-        "2111.09635; default for a budget of macs, params or bytes with policy none).",
+        "2111.09635).",
         default_factory=_scope,
     )
     schedule: PruneSchedule = PruneSchedule()

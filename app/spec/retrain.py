@@ -66,7 +66,10 @@ class Retrain(Strict):
     lr: Annotated[
         LearningRate | None, Field(description="Highest rate of retraining; default: what the policy says.")
     ] = None
-    distillation: Distillation | None = None
+    distillation: Annotated[
+        Distillation | None,
+        Field(description="Default: with policy auto from the dense network (alpha 0.5, temperature 2); null: none."),
+    ] = None
 
     @model_validator(mode="after")
     def _epochs_fit_policy(self) -> Self:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from app.errors import InvalidSpec
-from app.spec.job import EXPORTS, JobSpec, parse_job, retraining
+from app.spec.job import EXPORTS, SELF_DISTILLATION, JobSpec, parse_job, retraining
 from app.spec.prune import Prune
 from app.spec.retrain import Retrain
 from app.validation.faults import MOST_FAULTS
@@ -389,7 +389,9 @@ def test_fields_of_another_kind_are_refused(training: dict[str, Any], pointer: s
 def test_retraining_takes_a_third_of_the_epochs_and_at_least_one() -> None:
     for epochs, expected in ((1, 1), (2, 1), (10, 3), (300, 100)):
         training = job(training={"epochs": epochs}).training
-        assert retraining(Prune(sparsity=0.5), training) == Retrain(policy="auto", epochs=expected)
+        assert retraining(Prune(sparsity=0.5), training) == Retrain(
+            policy="auto", epochs=expected, distillation=SELF_DISTILLATION
+        )
     none = Prune(sparsity=0.5, retrain=Retrain(policy="none"))
     assert retraining(none, job().training).epochs == 0
 

@@ -7,9 +7,11 @@ from typing import Any, get_args
 import pytest
 
 from app.spec.budget import Budget
+from app.spec.job import parse_job
 from app.spec.low_rank import LowRank, Separable
 from app.spec.optimizations import REWRITES
 from app.spec.prune import CHANNEL_CRITERIA, CRITERIA, Criterion, Prune
+from app.spec.retrain import Distillation
 from tests.support.jobs.specs import document, job, refused
 
 
@@ -40,18 +42,23 @@ def test_the_documented_defaults_of_pruning() -> None:
     assert (distilled.distillation.alpha, distilled.distillation.temperature) == (0.7, 4.0)
 
 
-def test_gates_are_learned_by_default_where_nothing_is_trained_after_them() -> None:
-    none = {"policy": "none"}
-    for step, scope in (
-        ({"budget": {"macs": 0.5}}, "sensitivity"),
-        ({"budget": {"macs": 0.5}, "retrain": none}, "learned"),
-        ({"budget": {"macs": 0.5}, "retrain": none, "scope": "layer"}, "layer"),
-        ({"budget": {"latency_ms": 0.5}, "retrain": none}, "sensitivity"),
-        ({"sparsity": 0.5, "structure": "channels", "retrain": none}, "layer"),
+def test_the_dense_network_teaches_unless_something_else_is_said() -> None:
+    own = Distillation(alpha=0.5, temperature=2.0)
+    other = Distillation(alpha=0.9, temperature=4.0)
+    for retrain, teacher in (
+        ({}, own),
+        ({"epochs": 4, "lr": 0.01}, own),
+        ({"distillation": None}, None),
+        ({"distillation": {"alpha": 0.9}}, other),
+        ({"policy": "lr_rewind"}, None),
+        ({"policy": "none"}, None),
     ):
-        (part,) = job(optimizations=[{"type": "prune", **step}]).optimizations
+        made = job(optimizations=[{"type": "prune", "sparsity": 0.5, "retrain": retrain}])
+        (part,) = made.optimizations
         assert isinstance(part, Prune)
-        assert part.scope == scope
+        assert part.retrain is not None
+        assert part.retrain.distillation == teacher
+        assert parse_job(made.document()) == made
 
 
 def test_the_usual_criterion_of_single_weights_of_all_layers_is_lamp() -> None:
