@@ -53,27 +53,31 @@ class Network(nn.Module):
         """The output of the last node for a batch."""
         values = {INPUT: images_NCx}
         for step in self._steps:
-            self.run_step(step, values)
+            run_step(self, step, values)
         return values[self.graph.output]
 
-    def run_step(self, step: ForwardStep, values: dict[str, Tensor]) -> None:
-        """Compute one line of the forward pass: add its output to `values`, and forget what nobody needs after it."""
-        modules = self._modules
-        first = modules[step.chain[0]]
-        assert first is not None
-        value = first(*[values[name] for name in step.inputs])
-        for name in step.chain[1:]:
-            module = modules[name]
-            assert module is not None
-            value = module(value)
-        for name in step.frees:
-            del values[name]
-        values[step.output] = value
 
-    @property
-    def steps(self) -> tuple[ForwardStep, ...]:
-        """The lines of the forward pass in order."""
-        return self._steps
+# Functions, not methods: a layer may have any name that nn.Module leaves free.
+
+
+def steps_of(network: Network) -> tuple[ForwardStep, ...]:
+    """The lines of the forward pass in order."""
+    return network._steps
+
+
+def run_step(network: Network, step: ForwardStep, values: dict[str, Tensor]) -> None:
+    """Compute one line of the forward pass: add its output to `values`, and forget what nobody needs after it."""
+    modules = network._modules
+    first = modules[step.chain[0]]
+    assert first is not None
+    value = first(*[values[name] for name in step.inputs])
+    for name in step.chain[1:]:
+        module = modules[name]
+        assert module is not None
+        value = module(value)
+    for name in step.frees:
+        del values[name]
+    values[step.output] = value
 
 
 def calls_of(network: Network, name: str) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from app.network.layers.names import INPUT
 from app.network.node import Node
 from app.pruning.channel_classes import Classes
 from app.pruning.channel_rules import BoolArray
-from worker.network import Network
+from worker.network import Network, run_step, steps_of
 from worker.pruning.eval_mode import eval_mode
 from worker.pruning.normal_equations import (
     NormalEquations,
@@ -65,11 +65,11 @@ class ConsumerRepair:
         with eval_mode(network):
             for images_NCx in images:
                 values = {INPUT: images_NCx}
-                for step in network.steps:
+                for step in steps_of(network):
                     node = network.graph[step.output]
                     if node.name in places:
                         self._add(node, values[node.inputs[0]], count, generator)
-                    network.run_step(step, values)
+                    run_step(network, step, values)
 
     def _choose_layers(self, network: Network, frozen: Collection[str]) -> set[str]:
         """Make room for every layer that can be repaired; the nodes that use one."""

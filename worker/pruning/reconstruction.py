@@ -35,7 +35,7 @@ from app.network.graph import Graph
 from app.network.layers.names import INPUT
 from app.network.node import Node
 from app.pruning.weight_matrix import weight_matrix
-from worker.network import ForwardStep, Network, assign_tensors, snapshot
+from worker.network import ForwardStep, Network, assign_tensors, run_step, snapshot, steps_of
 from worker.pruning.eval_mode import eval_mode
 from worker.pruning.normal_equations import (
     NormalEquations,
@@ -158,7 +158,7 @@ def images_within(*graphs: Graph, limit_bytes: int = LIVE_BYTES) -> int:
 def _live_elements(graph: Graph) -> int:
     """The most numbers of one example that a forward pass has to remember at a time."""
     with torch.device("meta"):
-        steps = Network(graph).steps
+        steps = steps_of(Network(graph))
     sizes = {node.name: node.elements for node in graph.nodes} | {INPUT: math.prod(graph.input_shape)}
     live = most = sizes[INPUT]
     for step in steps:
@@ -244,13 +244,13 @@ class _Walk:
 
     def __init__(self, network: Network, batches: Sequence[Tensor]) -> None:
         self._network = network
-        self._steps = iter(network.steps)
+        self._steps = iter(steps_of(network))
         self.values: list[dict[str, Tensor]] = [{INPUT: images_NCx} for images_NCx in batches]
 
     def run(self, step: ForwardStep) -> None:
         """Compute one line for every batch."""
         for values in self.values:
-            self._network.run_step(step, values)
+            run_step(self._network, step, values)
 
     def run_until(self, name: str) -> None:
         """Compute what is still missing, up to the output of node `name`."""
@@ -305,7 +305,7 @@ class _Sweep:
         walk, target = _Walk(self.network, batches), _Walk(self.target, batches)
         generator = torch.Generator().manual_seed(self.seed)
         graph, self.moved = self.network.graph, False
-        for step in self.network.steps:
+        for step in steps_of(self.network):
             node = graph[step.output]
             if node.type in WEIGHTED and node.home not in self.held:
                 self.look()
