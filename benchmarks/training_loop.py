@@ -151,6 +151,7 @@ def measure(name: str, *, images: int, rounds: int, threads: int, augment: bool)
         "training": {
             "epochs": rounds + 1,
             "batch_size": BATCH,
+            "optimizer": {"name": "sgd"},
             "augmentation": ["random_crop", "horizontal_flip"] if augment else [],
         },
     }
