@@ -196,7 +196,8 @@ def test_progress_rises_to_one_through_all_phases(delivered: tuple[Delivered, Me
 def test_curves_have_rising_steps_over_the_whole_job(delivered: tuple[Delivered, MemoryJournal]) -> None:
     _, journal = delivered
     assert set(journal.metrics) == {
-        *["train.loss", "train.l2", "train.lr", "train.images_per_s", "val.loss", "val.accuracy", "sparsity"]
+        *["train.loss", "train.l2", "train.lr", "train.images_per_s", "val.loss", "val.accuracy", "sparsity"],
+        "train.distillation",
     }
     for series, points in journal.metrics.items():
         steps = [step for step, _ in points]

@@ -287,7 +287,9 @@ REFUSED: dict[str, tuple[Parts, str, str]] = {
         "leave them out",
     ),
     "a warm-up beyond the end": (
-        JOB | {"training": {"epochs": 0, "schedule": {"name": "cosine", "warmup": 9}}} | prune(sparsity=0.5),
+        JOB
+        | {"training": {"epochs": 0, "schedule": {"name": "cosine", "warmup": 9}}}
+        | prune(sparsity=0.5, retrain={"policy": "lr_rewind"}),
         "/training/schedule/warmup",
         "the retraining of 3 epochs at /optimizations/0",
     ),

@@ -14,7 +14,7 @@ from worker.run.monitor import Interrupted
 from worker.run.state import Reached
 
 NONE = {"retrain": {"policy": "none"}}
-CHANNELS = {"type": "prune", "budget": {"macs": 0.3}, "round_to": 1}
+CHANNELS = {"type": "prune", "budget": {"macs": 0.3}, "scope": "layer", "round_to": 1}
 ZEROS = {"type": "prune", "sparsity": 0.7}
 PRODUCTS = {"type": "low_rank", "rank": 4}
 

@@ -17,7 +17,7 @@ from worker.network import Network
 from worker.pipeline import Delivered, run
 from worker.run.monitor import Interrupted
 
-NARROW = {"type": "prune", "budget": {"macs": 0.5}, "round_to": 1, "retrain": {"epochs": 1}}
+NARROW = {"type": "prune", "budget": {"macs": 0.5}, "round_to": 1, "retrain": {"epochs": 1, "distillation": None}}
 
 
 @pytest.fixture(scope="module")

@@ -130,9 +130,10 @@ def test_only_the_training_is_taught_by_distill_and_retraining_by_its_own_teache
         steps = [step for step, _ in journal.metrics.get("train.distillation", [])]
         return [any(step <= 8 for step in steps), any(step > 8 for step in steps)]
 
-    plain = HALF | {"retrain": {"epochs": 1}}
+    plain = HALF | {"retrain": {"epochs": 1, "distillation": None}}
     assert taught({"type": "distill", "teacher": "teacher"}, plain) == [True, False]
     assert taught(HALF) == [False, True]
+    assert taught(HALF | {"retrain": {"epochs": 1}}) == [False, True], "by the dense network"
     assert taught(HALF | {"retrain": {"epochs": 1, "distillation": {}}}) == [False, True]
 
 
