@@ -33,7 +33,7 @@ from worker.run.job import Task
 from worker.run.monitor import Interrupted
 from worker.run.state import Reached
 
-ASKS_OF_A_REMOVAL = 14
+ASKS_OF_A_REMOVAL = 16
 """A removal asks after each cut of its curves and before each layer of its repair; left in the repair, it begins anew."""
 PRUNE_WEIGHTS = {
     "type": "prune",
