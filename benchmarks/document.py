@@ -6,11 +6,14 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import compressions
 import cutting
 import latency
 import quality_tables
+import recipes
 import records
 import retraining
+import time_to_accuracy
 
 PAGE = records.ROOT / "docs" / "benchmarks.md"
 HEAD = """# What was measured
@@ -27,21 +30,30 @@ training that peers use."""
 
 def page() -> str:
     """The page; a section says so where nothing is stored."""
-    quality = records.latest("quality", ".jsonl")
-    retrained = records.latest("retraining", ".jsonl")
     parts = [
         HEAD.rstrip(),
         "## Accuracy against the peers",
         QUALITY,
-        quality_tables.document(list(records.rows(quality))) if quality else "Nothing is stored.",
+        _lines("quality", quality_tables.document),
+        "## 2:4 zeros, low rank, 8 bits",
+        _lines("compressions", compressions.table),
+        "## Recipes of a training",
+        _lines("recipes", recipes.table),
+        "## Time to a tutorial's accuracy",
+        _newest("time-to-accuracy", time_to_accuracy.table),
         "## Retraining policies",
-        retraining.table(list(records.rows(retrained))) if retrained else "Nothing is stored.",
+        _lines("retraining", retraining.table),
         "## Latency of pruned networks",
         _newest("latency", latency.table),
         "## Time and memory of a removal",
         _newest("cutting", cutting.table),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _lines(name: str, table: Callable[[list[dict[str, Any]]], str]) -> str:
+    path = records.latest(name, ".jsonl")
+    return "Nothing is stored." if path is None else table(list(records.rows(path)))
 
 
 def _newest(name: str, table: Callable[[dict[str, Any]], str]) -> str:
