@@ -24,7 +24,7 @@ class RaceImages:
 
     def images(self, share: float) -> Split:
         """The first of them, as many as the part `share` (0 to 1) of the training part has."""
-        count = max(2, min(len(self.train), round(share * self.whole)))
+        count = min(len(self.train), max(2, round(share * self.whole)))
         return self.train.take(np.arange(count))
 
 
@@ -32,7 +32,7 @@ def race_images(splits: Splits, seed: int) -> RaceImages:
     """What a race is run on: the validation part judges where it is large enough, else some training images."""
     whole = len(splits.train)
     order = np.random.default_rng(derive_seed(seed, "race")).permutation(whole)
-    if len(splits.validation) >= FEWEST_TO_JUDGE:
+    if len(splits.validation) >= FEWEST_TO_JUDGE or whole < 2:
         return RaceImages(splits.train.take(order), splits.validation, borrowed=False, whole=whole)
     count = max(1, min(LARGEST_HELD_OUT, whole // HELD_OUT_SHARE))
     return RaceImages(splits.train.take(order[count:]), splits.train.take(order[:count]), borrowed=True, whole=whole)

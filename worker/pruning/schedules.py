@@ -51,10 +51,6 @@ class PruningRound:
             return None
         return 0.0 if self.ramp is not None else sparsity_after(target, self.fraction)
 
-    def part(self, number: int, count: int) -> float:
-        """How far the whole way (0 to 1] this removal is after the `number`-th of `count` equal parts of its own."""
-        return self.fraction if number == count else (self.number - 1 + number / count) / self.count
-
     def mask_updates(self, target: float | None, steps: int, *, initial: float = 0.0) -> dict[int, float]:
         """Step of the retraining (0 to `steps` - 1) -> sparsity from before it on; empty unless cubic.
 

@@ -166,7 +166,10 @@ class Job:
         return step
 
     def training_batches(self, number: int) -> BatchLoader:
-        """Augmented batches for the training in the stage with this number, in an order of its own."""
+        """Augmented batches for the training in the stage with this number, in an order of its own.
+
+        The tries of one race get the same.
+        """
         stage, images = self.stages[number], self.splits.train
         if stage.attempt is not None:
             images = self.race.images(stage.share)
@@ -176,7 +179,7 @@ class Job:
             batch_size=self.training.batch_size,
             device=self.precision.device,
             augmentation=self.training.augmentation,
-            seed=derive_seed(self.training.seed, "batches", number),
+            seed=derive_seed(self.training.seed, "batches", number - (stage.attempt or 0)),
             channels_last=self.precision.channels_last,
         )
 

@@ -117,7 +117,7 @@ def _stages(phase: PlannedPhase, plan: Plan) -> Iterator[Stage]:
     for_race = race_epochs(step, training) if phase.phase == "retraining" else 0
     if for_race:
         tries = len(schedules.retrain_rates(step, training))
-        epochs = max(1, for_race // tries)  # of a try: on a part of the images, or of all of them several
+        epochs = -(-for_race // tries)  # of a try: each on a part of the images
         share = for_race / (tries * epochs)
         for number in range(tries):
             yield replace(stage, epochs=epochs, attempt=number, share=share)

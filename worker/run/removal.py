@@ -48,7 +48,6 @@ RECALIBRATION_IMAGES = 4096
 REPAIR_IMAGES = 512  # by which the cuts of loss curves are repaired
 # Of a removal by the loss: 2 gave +0.2 and +0.7 points on mnist1d (4 seeds, 0.25 and 0.12 of the MACs), -1.1, -2.7 and -2.0 on
 # coloured pictures (3 cells), for twice the time; 3 lost at 0.12 on both.
-ROUNDS_OF_MEASURING = 1
 
 Pairs = Iterator[tuple[Tensor, Tensor]]
 
@@ -135,43 +134,17 @@ def cut_weights(
 
 
 def cut_channels(
-    network: Network,
-    step: Prune,
-    stage: PruningRound,
-    context: RemovalContext,
-    *,
-    start: Graph,
-    rounds: int = ROUNDS_OF_MEASURING,
+    network: Network, step: Prune, stage: PruningRound, context: RemovalContext, *, start: Graph
 ) -> Narrowed:
     """The smaller network, placed as the larger one was, and what is left of its channels.
 
     `start` is the graph before the step's first removal.
 
-    Where the loss decides what leaves, it is measured in so many `rounds`, each on what the one before has left and each
-    keeping the same part of the cost: curves of one group at a time do not know what the other cuts change
-    (NetAdapt, Yang et al., arXiv 1804.03230).
-
     Raises:
         BudgetMissed: the budget is below what the floors allow, or what this machine can reach.
         What the monitor of the context raises, between two cuts; the network is as it was.
     """
-    rounds = rounds if step.scope == "sensitivity" else 1
-    narrowed = _cut_once(network, step, stage.part(1, rounds), context, start)
-    for number in range(2, rounds + 1):
-        recalibrate(narrowed.network, context)
-        again = _cut_once(narrowed.network, step, stage.part(number, rounds), context, start)
-        narrowed = Narrowed(again.network, _kept_of_both(narrowed.kept, again.kept))
-    return narrowed
-
-
-def _kept_of_both(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The numbers in the first network of the channels that two removals have left, by node."""
-    both = {name: numbers[second[name]] if name in second else numbers for name, numbers in first.items()}
-    return {name: numbers for name, numbers in second.items() if name not in first} | both
-
-
-def _cut_once(network: Network, step: Prune, fraction: float, context: RemovalContext, start: Graph) -> Narrowed:
-    """What is left after the part `fraction` of the way."""
+    fraction = stage.fraction
     classes = channel_classes(network.graph, start)
     scores = context.scores(network, classes, step.criterion)
     losses = None
@@ -201,10 +174,9 @@ def _cut_once(network: Network, step: Prune, fraction: float, context: RemovalCo
             prices=prices,
         )
 
-    if step.scope == "learned":
-        scores = _gates(network, classes, step, scores, fraction, context, start)
-
     try:
+        if step.scope == "learned":
+            scores = _gates(network, classes, step, scores, fraction, context, start)
         if step.budget is not None and step.budget.latency_ms is not None:
             stopwatch = Stopwatch(context.dense_network())
             removals = removals_within_time(network, classes, step, choose, stopwatch, start=start, fraction=fraction)

@@ -148,28 +148,29 @@ def _try_rate(job: Job, stage: Stage, number: int) -> None:
     try:
         fit.run(job.monitor)
         fit.conclude()
+        reached.kept[f"race/{number}"] = snapshot(reached.network)
     except NonFiniteLoss as found:  # this rate is too high: the try has lost, the job has not failed
-        assign_tensors(reached.network, reached.kept[RACE_START])
         message = f"{found.message}: this learning rate is out of the race"
         job.journal.event("warning", message, level="warn", step=found.step, lr=found.rate)
-    reached.kept[f"race/{number}"] = snapshot(reached.network)
 
 
 def _go_on_with_the_best(job: Job, stage: Stage) -> None:
-    """Compare the tries, note what was found, and give the network the weights of the best."""
-    reached = job.reached
-    del reached.kept[RACE_START]
-    rates, tried, losses = [], [], []
-    for number, rate in enumerate(retrain_rates(job.compression(stage), job.training)):
-        if f"race/{number}" not in reached.kept:
-            continue  # stopped before it
-        rates.append(rate)
-        tried.append(reached.kept.pop(f"race/{number}"))
-        assign_tensors(reached.network, tried[-1])
-        losses.append(losses_of(reached.network, job.race_batches.epoch(0), job.precision))
-    best = winner(losses)
-    assign_tensors(reached.network, tried[best])
-    means = {rate.name: round(float(loss.mean()), 5) for rate, loss in zip(rates, losses, strict=True)}
+    """Compare the tries that came to their end, note what was found, and give the network the weights of the best.
+
+    Where every rate has diverged, the network goes on from before the race, at the lowest of them.
+    """
+    reached, all_rates = job.reached, retrain_rates(job.compression(stage), job.training)
+    start, judging = reached.kept.pop(RACE_START), job.race_batches
+    tries = {number: reached.kept.pop(f"race/{number}", None) for number in range(len(all_rates))}
+    ended = [(all_rates[number], weights) for number, weights in tries.items() if weights is not None]
+    losses = []
+    for _, weights in ended:
+        assign_tensors(reached.network, weights)
+        losses.append(losses_of(reached.network, judging.epoch(0), job.precision))
+    rates = [rate for rate, _ in ended] or [all_rates[-1]]
+    best = winner(losses) if losses else 0
+    assign_tensors(reached.network, ended[best][1] if ended else start)
+    means = {rate.name: round(float(loss.mean()), 5) for (rate, _), loss in zip(ended, losses, strict=True)}
     by = "training images held out for it" if job.race.borrowed else "validation images"
     reached.record.steps[-1].rounds[-1]["race"] = {
         "chosen": rates[best].name,
@@ -297,7 +298,7 @@ def begin_fit(job: Job, stage: Stage) -> Fit:
 
 
 def _recipe(job: Job, stage: Stage, steps_per_epoch: int) -> Recipe:
-    seed = derive_seed(job.training.seed, "fit", job.reached.stage)
+    seed = derive_seed(job.training.seed, "fit", job.reached.stage - (stage.attempt or 0))
     if stage.position is None or stage.removal is None:
         return Recipe(
             phase="training",
@@ -381,11 +382,9 @@ def _stop(job: Job) -> None:
     if fit is not None:
         fit.conclude()
         reached.masks, reached.fit = fit.masks, None
-    if reached.record.steps and not reached.record.steps[-1].rounds:
-        reached.record.steps.pop()  # its first removal was not reached
     if RACE_START in reached.kept:
-        if stage.attempt == 0:  # nothing to compare it with yet
-            reached.kept["race/0"] = snapshot(reached.network)
+        if fit is not None and not any(f"race/{number}" in reached.kept for number in range(stage.attempt or 0)):
+            reached.kept[f"race/{stage.attempt}"] = snapshot(reached.network)  # nothing to compare it with
         _go_on_with_the_best(job, stage)
     reached.kept.setdefault("baseline", snapshot(reached.network))
     if reached.record.steps and not reached.record.steps[-1].rounds:
@@ -413,9 +412,9 @@ def _prepare_retry(job: Job, found: NonFiniteLoss) -> None:
 def _is_choosing(job: Job) -> bool:
     """Whether the job stands outside of a training's steps: where it evaluates, scores, cuts or recalibrates."""
     fit = job.reached.fit
-    if job.stages[job.reached.stage].phase not in ("training", "retraining"):
+    if job.stages[job.reached.stage].phase not in ("training", "retraining") or fit is None:
         return True
-    return fit is not None and (fit.evaluating or fit.finished)
+    return fit.evaluating or fit.finished
 
 
 def _prepare_smaller_steps(job: Job, reason: str) -> None:

@@ -122,7 +122,8 @@ class Muon(SGD):
 
     All directions of a layer then move equally far, which takes fewer steps (Jordan et al., kellerjordan.github.io/
     posts/muon, in the form of torch.optim.Muon: five Newton-Schulz iterations, rate * sqrt(max(1, rows / columns))).
-    Inner weights move at half the rate, and without weight decay: behind a norm their length means nothing.
+    Inner weights move at half the rate, and their weight decay is decoupled, as in AdamW: a gradient's length means
+    nothing here, and the weights' would drown in it.
     """
 
     def __init__(self, parameters: Sequence[Tensor], *, inner: Sequence[bool], **options: Any) -> None:
@@ -140,7 +141,9 @@ class Muon(SGD):
             for parameter, step in zip(moved, self._with_momentum(moved, [gradients[i] for i in inner]), strict=True):
                 matrix = step.flatten(1)
                 scale = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
-                parameter.add_(orthogonal(matrix).view_as(parameter), alpha=-rate * INNER_SHARE * scale)
+                own = rate * INNER_SHARE
+                parameter.mul_(1 - own * self.weight_decay)
+                parameter.add_(orthogonal(matrix).view_as(parameter), alpha=-own * scale)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

@@ -148,10 +148,3 @@ def test_weight_rewind_needs_the_weights_of_the_epoch_it_goes_back_to() -> None:
     assert rewind_epoch(prune(retrain={"epochs": 5}), training()) is None
     longer = prune(structure="weights", retrain={"epochs": 50, "policy": "weight_rewind"})
     assert rewind_epoch(longer, training()) == 0
-
-
-def test_parts_of_a_removal_go_from_the_one_before_to_its_own_end() -> None:
-    second = PruningRound(2, 3, 2 / 3, 1)
-    assert [second.part(number, 2) for number in (1, 2)] == pytest.approx([0.5, 2 / 3])
-    assert second.part(1, 1) == second.fraction
-    assert PruningRound(1, 1, 1.0, 1).part(3, 3) == 1.0

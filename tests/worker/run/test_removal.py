@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -87,37 +86,6 @@ def test_every_criterion_lands_within_the_budget(criterion: str) -> None:
     smaller = cut_channels(network, step, ONCE, materials_for(network), start=network.graph).network
     check_budget(smaller, step, materials_for(network))
     assert cost(smaller.graph).macs > 0.3 * cost(network.graph).macs
-
-
-@pytest.mark.parametrize("stage", [ONCE, PruningRound(1, 2, 0.5, 1), PruningRound(2, 2, 1.0, 1)])
-def test_rounds_of_measuring_end_where_one_does_and_look_again_on_the_way(stage: PruningRound) -> None:
-    network = three_convolutions()
-    step = step_of(budget={"macs": 0.3}, round_to=1)
-    context, looks = materials_for(network), []
-
-    def plain() -> Iterator[tuple[Tensor, Tensor]]:
-        looks.append(1)
-        return context.plain()
-
-    before = snapshot(network)
-    reached = []
-    for rounds in (1, 2, 3):
-        looks.clear()
-        counting = replace(context, plain=plain)
-        smaller = cut_channels(network, step, stage, counting, start=network.graph, rounds=rounds).network
-        reached.append((cost(smaller.graph).macs, len(looks)))
-    allowed = cost(network.graph).macs * 0.3**stage.fraction
-    assert all(0.85 * allowed <= macs <= allowed for macs, _ in reached)
-    assert [looked for _, looked in reached] == [2, 5, 8]  # scores and curves; statistics between rounds
-    after = snapshot(network)
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    twice = [cut_channels(network, step, stage, context, start=network.graph, rounds=2) for _ in range(2)]
-    one, other = (snapshot(found.network) for found in twice)
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    plainly = step_of(budget={"macs": 0.3}, round_to=1, scope="layer")
-    looks.clear()
-    cut_channels(network, plainly, stage, replace(context, plain=plain), start=network.graph, rounds=3)
-    assert len(looks) == 1
 
 
 def test_a_budget_that_is_not_met_fails_with_both_numbers() -> None:

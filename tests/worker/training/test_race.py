@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from app.errors import Diverged
 from app.spec.data import DataSpec
 from tests.support.jobs.tiny import SHAPE, prepared, task_of, tiny_data, tiny_spec, train_alone
-from worker.data.dataset import Dataset, split_dataset
+from tests.support.services.uploads import images, labels
+from worker.data.dataset import Dataset, Split, Splits, split_dataset
 from worker.data.race_images import race_images
 from worker.journal import MemoryJournal
 from worker.pruning import schedules
@@ -60,11 +62,30 @@ def test_tries_never_see_the_images_that_judge_them(tmp_path: Path, validation: 
     assert np.array_equal(parts.images(0.25).labels, race_images(splits, 0).images(0.25).labels)
 
 
-def test_a_race_and_the_rest_take_the_epochs_that_were_asked_for(tmp_path: Path) -> None:
-    job = prepared(tiny_spec(RETRAIN), tmp_path, MemoryJournal())
+@pytest.mark.parametrize("epochs", [8, 9, 15, 16, 31, 32, 40, 64, 88, 100])
+def test_a_race_and_the_rest_take_the_epochs_that_were_asked_for(tmp_path: Path, epochs: int) -> None:
+    job = prepared(tiny_spec(RETRAIN | {"retrain": {"epochs": epochs}}), tmp_path, MemoryJournal())
     retrainings = [stage for stage in job.stages if stage.phase == "retraining"]
     assert [stage.attempt for stage in retrainings] == [0, 1, 2, None]
-    assert sum(stage.epochs * stage.share for stage in retrainings) == pytest.approx(9)
+    assert all(0 < stage.share <= 1 for stage in retrainings)
+    assert sum(stage.epochs * stage.share for stage in retrainings) == pytest.approx(epochs)
+    job.close()
+
+
+@pytest.mark.parametrize(("train", "validation"), [(1, 0), (2, 0), (3, 0), (7, 0), (1, 200), (2, 200)])
+def test_few_images_are_divided_as_well_as_can_be(train: int, validation: int) -> None:
+    splits = Splits(*(Split(images(count, (1, 6)), labels(count)) for count in (train, validation, 3)))
+    parts = race_images(splits, 0)
+    assert 1 <= len(parts.images(0.1)) <= len(parts.images(1.0)) <= train
+    assert parts.borrowed == (validation == 0 and train > 1)
+
+
+def test_tries_differ_by_their_rate_alone(tmp_path: Path) -> None:
+    job = prepared(tiny_spec(RETRAIN), tmp_path, MemoryJournal())
+    tries = [number for number, stage in enumerate(job.stages) if stage.attempt is not None]
+    first, *others = ([shown for shown, _ in job.training_batches(number).epoch(0)] for number in tries)
+    for other in others:
+        assert all(torch.equal(one, two) for one, two in zip(first, other, strict=True))
     job.close()
 
 
@@ -120,6 +141,22 @@ def test_a_rate_that_diverges_loses_the_race_and_not_the_job(tmp_path: Path, mon
     reached = run(tmp_path, journal)
     assert reached.record.steps[0].rounds[0]["race"]["chosen"] == "from 0.05 to 0"
     assert any("out of the race" in event.message for event in journal.of_type("warning"))
+
+
+@pytest.mark.parametrize(("tops", "chosen"), [((1e30, 40.0), "from 2 to 0"), ((1e30, 1e29), "from 5e+27 to 0")])
+def test_a_rate_that_diverges_is_never_chosen_while_another_one_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tops: tuple[float, ...], chosen: str
+) -> None:
+    monkeypatch.setattr(schedules, "RACE_TOPS", tops)
+    journal = MemoryJournal()
+    if tops[1] == 40.0:
+        race = run(tmp_path, journal).record.steps[0].rounds[0]["race"]
+        assert set(race["losses"]) == {chosen}
+    else:
+        with pytest.raises(Diverged):  # at the lowest rate: there is none with which it could train
+            run(tmp_path, journal)
+    told, *_ = journal.of_type("retraining.rate_chosen")
+    assert chosen in told.message
 
 
 def test_a_stop_in_the_race_delivers_the_best_try(tmp_path: Path) -> None:
