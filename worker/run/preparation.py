@@ -15,8 +15,8 @@ from app.planning.phases import PlannedPhase, phases_of
 from app.planning.plan import JobLimits, Plan, make_plan
 from app.pruning.channel_classes import channel_classes
 from app.pruning.group_limits import prunable_groups
-from app.spec.job import JobSpec, parse_job, race_epochs
-from app.spec.optimizations import Compression
+from app.spec.job import JobSpec, parse_job, race_epochs, retraining
+from app.spec.optimizations import Compression, Distill
 from app.spec.prune import Prune
 from app.spec.quantize import Quantize
 from app.spec.references import Source, references_in
@@ -181,6 +181,7 @@ def _estimate_stage(number: int, stage: Stage, plan: Plan, splits: Splits) -> Ph
     if stage.phase in ("training", "retraining"):
         trained = max(1, round(stage.share * images))
         seconds = stage.epochs * (training_seconds(trained, macs) + forward_seconds(held_out, macs))
+        seconds += stage.epochs * _teacher_seconds(stage, plan, trained)
         steps = stage.epochs * max(1, -(-trained // plan.spec.training.batch_size))
         return PhaseEstimate(stage.phase, seconds, 0.0, stage.epochs, steps, name=name)
     seconds_of_a_cut = forward_seconds(2 * test + RECALIBRATION_IMAGES, dense)
@@ -190,6 +191,17 @@ def _estimate_stage(number: int, stage: Stage, plan: Plan, splits: Splits) -> Ph
     if stage.table:
         return PhaseEstimate("evaluating", _table_seconds(plan, splits), 0.1, name=name)
     return PhaseEstimate("evaluating", forward_seconds(test, macs), 0.1, name=name)
+
+
+def _teacher_seconds(stage: Stage, plan: Plan, images: int) -> float:
+    """What the answers of a teacher, taken to be as large as the dense network, add to an epoch."""
+    if stage.position is None:
+        taught = any(isinstance(step, Distill) for step in plan.spec.optimizations)
+    else:
+        step = plan.spec.optimizations[stage.position]
+        assert isinstance(step, Compression)
+        taught = retraining(step, plan.spec.training).distillation is not None
+    return forward_seconds(images, plan.baseline_cost.macs) if taught else 0.0
 
 
 def _curve_forwards(stage: Stage, plan: Plan, images: int) -> int:
