@@ -184,14 +184,17 @@ def choice_batch(graph: Graph, batch_size: int, *, backward: bool = False) -> in
     return max(SMALLEST_BATCH, min(CHOICE_BATCH, room // each))
 
 
-def training_memory(graph: Graph, *, batch_size: int, optimizer: str, gradients_of_choices: bool = False) -> Memory:
+def training_memory(
+    graph: Graph, *, batch_size: int, optimizer: str, gradients_of_choices: bool = False, taught: bool = False
+) -> Memory:
     """An estimate of the memory that training takes, and what chooses by it.
 
     Args:
         graph: The network.
         batch_size: Images of a step.
         optimizer: "sgd" (with momentum), "muon", "adam" or "adamw".
-        gradients_of_choices: Whether a criterion needs gradients (taylor).
+        gradients_of_choices: Whether a choice needs gradients (criterion taylor, scope learned).
+        taught: Whether a second network, as large as this, gives its answers in every step.
 
     Raises:
         KeyError: another optimizer.
@@ -203,6 +206,9 @@ def training_memory(graph: Graph, *, batch_size: int, optimizer: str, gradients_
         for backward in {False, gradients_of_choices}
     )
     activations = batch_size * _bytes_of_example(graph, backward=True)
+    if taught:
+        activations += batch_size * _bytes_of_example(graph, backward=False)
+        everything *= 2
     return Memory(everything, params, params * _OPTIMIZER_COPIES[optimizer], activations, choices)
 
 

@@ -14,6 +14,7 @@ from app.spec.job import JobSpec, retraining
 from app.spec.model import PresetModel
 from app.spec.optimizations import (
     Compression,
+    Distill,
     Optimization,
     Regularization,
 )
@@ -209,10 +210,20 @@ def graph_faults(spec: JobSpec, graph: Graph) -> Iterator[Fault]:
 
 
 def chooses_by_gradients(spec: JobSpec) -> bool:
-    """Whether a criterion of the job needs gradients of the loss: then a choice takes as much memory as a training."""
+    """Whether a choice of the job needs gradients of the loss: then it takes as much memory as a training."""
+    if any(isinstance(step, Prune) and step.scope == "learned" for step in spec.optimizations):
+        return True
     criteria = [step.criterion for step in spec.optimizations if isinstance(step, Prune)]
     criteria += [spec.sensitivity.criterion] if spec.sensitivity is not None else []
     return any(criterion in NEED_GRADIENTS for criterion in criteria)
+
+
+def is_taught(spec: JobSpec) -> bool:
+    """Whether a teacher answers in a training or retraining of the job."""
+    retrainings = [retraining(step, spec.training) for step in spec.optimizations if isinstance(step, Compression)]
+    return any(retrain.epochs and retrain.distillation is not None for retrain in retrainings) or any(
+        isinstance(step, Distill) for step in spec.optimizations
+    )
 
 
 def memory_faults(spec: JobSpec, memory: Memory, most_bytes: int) -> Iterator[Fault]:

@@ -16,7 +16,7 @@ from app.network.node import Node
 from app.planning.named_layers import listed_reasons
 from app.planning.planned_network import LayerPlan, PlannedNetwork, PlannedStep, weighted_layers
 from app.planning.unreached_budget import unreachable_fault, why_within
-from app.pruning.budget import BudgetUnreachable, Removals, choose_block, choose_removals
+from app.pruning.budget import BudgetUnreachable, Removals, choose_block, choose_removals, choose_removals_in_blocks
 from app.pruning.channel_classes import Classes, TooManyChannels, channel_classes, shrink_graph
 from app.pruning.group_limits import prunable_groups, why_kept
 from app.spec.budget import Budget
@@ -47,7 +47,7 @@ def plan_channels(network: PlannedNetwork, step: Prune, pointer: str) -> Planned
         block, final = choose_block(before, classes, step, baseline=network.baseline)
     except BudgetUnreachable as exc:
         raise InvalidSpec([unreachable_fault(step, exc, pointer)]) from exc
-    removals, after = _removed_by_rounds(network, step, classes, final, block)
+    removals, after = _removed_by_rounds(network, step, classes, final)
     if not removals.dropped and not measured:
         warnings.append(Fault(pointer, f"removes nothing: {_why_nothing(network, step)}"))
     exact = step.scope == "layer" and _is_simulated(before, step) and not measured
@@ -123,7 +123,7 @@ def _macs_for_latency(budget: Budget, now: Cost, baseline: Cost, floor: Cost) ->
 
 
 def _removed_by_rounds(
-    network: PlannedNetwork, step: Prune, classes: Classes, final: Removals, block: int
+    network: PlannedNetwork, step: Prune, classes: Classes, final: Removals
 ) -> tuple[Removals, Graph]:
     """What is removed, and the graph without it: round by round, as the worker does it, where the rounds are few.
 
@@ -135,15 +135,8 @@ def _removed_by_rounds(
     dropped: frozenset[int] = frozenset()
     for number in range(1, step.rounds + 1):
         now = channel_classes(graph)
-        removed = choose_removals(
-            graph,
-            now,
-            None,
-            step,
-            start=start,
-            baseline=network.baseline,
-            fraction=number / step.rounds,
-            block=block,
+        removed = choose_removals_in_blocks(
+            graph, now, None, step, start=start, baseline=network.baseline, fraction=number / step.rounds
         )
         graph, dropped = shrink_graph(graph, removed.dropped, now), dropped | removed.dropped
     reached = cost(graph)

@@ -120,6 +120,7 @@ def make_plan(
         batch_size=spec.training.batch_size,
         optimizer=spec.training.optimizer.name,
         gradients_of_choices=checks.chooses_by_gradients(spec),
+        taught=checks.is_taught(spec),
     )
     faults.add(checks.graph_faults(spec, baseline))
     faults.add(fine_tuning_faults(spec.training, baseline))

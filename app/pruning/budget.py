@@ -176,6 +176,8 @@ def choose_removals(
         dense = baseline or cost(start or graph)
         measure, begin = _counted_measure(step), costs.cost_at([0] * len(gone)) if start is None else cost(start)
         allowed, least = allowed_cost(step, dense, fraction, begin), costs.amount_at(most, measure)
+        if fraction < 1:  # an override's own part is rounded in each stage: only the last has to meet the budget
+            allowed = max(allowed, least)
         if least > allowed:
             smallest = shrink_graph(graph, everything, classes) if explain else None
             holds = heaviest_layers(smallest, graph, classes, limits, measure) if smallest else []
@@ -230,7 +232,7 @@ def choose_block(graph: Graph, classes: Classes, step: Prune, *, baseline: Cost 
 def choose_removals_in_blocks(
     graph: Graph,
     classes: Classes,
-    scores: Mapping[int, float],
+    scores: Mapping[int, float] | None,
     step: Prune,
     *,
     start: Graph,
@@ -238,7 +240,7 @@ def choose_removals_in_blocks(
     fraction: float,
     losses: Mapping[int, Curve] | None = None,
 ) -> Removals:
-    """What `choose_removals` gives with the block that suits the step: in a stage of it, with the scores of the worker.
+    """What `choose_removals` gives with the block that suits the step, in a stage of it; `scores` None: equal shares.
 
     First the block that `choose_block` finds for `start`. Shares that are not equal may miss the budget in blocks with
     which equal ones come near it: then blocks are halved until nine tenths of it are used. Of all removals the one counts

@@ -26,14 +26,12 @@ from app.pruning.channel_rules import IntArray, Slots
 LARGEST_EXACT = 1 << 60  # sums above it are counted with Python's whole numbers
 POWERS_OF_TEN = 10 ** np.arange(1, 19, dtype=np.int64)
 
-Amounts = dict[CostMeasure, int]
-
 
 class IncrementalCost:
     """The cost of a graph as a function of the classes that are gone from each group.
 
     `prices` say what one multiply-accumulate of a layer counts where "macs" is measured in a walk or by `amount_at`
-    (default: 1); `cost_at` always counts plainly. Amounts of "bytes" are elements in the file: `bytes_at` has its header.
+    (default: 1); `cost_at` always counts plainly.
     """
 
     def __init__(self, graph: Graph, classes: Classes, prices: Mapping[str, int] | None = None) -> None:
@@ -67,6 +65,12 @@ class IncrementalCost:
     def bytes_at(self, gone: Sequence[int] | IntArray) -> int:
         """Size of the safetensors file."""
         return self._bytes_of(self.widths_at(gone))
+
+    def headers(self) -> tuple[int, int]:
+        """(bytes of the file's header without any class, with all of them)."""
+        whole = np.array([*self._full, 1], dtype=np.int64)
+        least, most = (self._bytes_of(widths) - self._numbers_of(widths)[1] for widths in (np.ones_like(whole), whole))
+        return least, most
 
     def widths_at(self, gone: Sequence[int] | IntArray) -> IntArray:
         """Every width, and a 1 behind them."""
@@ -194,7 +198,8 @@ class CostWalk:
                 self._coupled[first].append((second, weight))
                 self._coupled[second].append((first, weight))
         self._bends: dict[int, int] = {}
-        self._header: int | None = None
+        self._headers = costs.headers() if measure == "bytes" else (0, 0)
+        """between which lengths the file's header is: it only shrinks with its tensors"""
 
     def saving(self, group: int, count: int) -> int:
         """How much smaller the amount is without `count` more classes of the group; negative where they return."""
@@ -218,23 +223,26 @@ class CostWalk:
             for other, weight in self._coupled[width]:
                 self._slopes[other] -= weight * change
         self.gone[group] += count
-        self._header = None
 
     def fits(self, allowed: int) -> bool:
         """Whether the cost is at most `allowed`."""
         if self._measure != "bytes":
             return self.amount <= allowed
-        return FLOAT_BYTES * self.amount <= allowed and self._costs.bytes_at(self.gone) <= allowed
+        least, most = self._headers
+        if FLOAT_BYTES * self.amount + least > allowed:
+            return False
+        return FLOAT_BYTES * self.amount + most <= allowed or self._costs.bytes_at(self.gone) <= allowed
 
     def may_return(self, group: int, count: int, allowed: int) -> bool:
         """Whether the cost is still at most `allowed` when `count` classes of the group have returned."""
         more = self.amount - self.saving(group, -count)
         if self._measure != "bytes":
             return more <= allowed
-        if self._header is None:
-            self._header = self._costs.bytes_at(self.gone) - FLOAT_BYTES * self.amount
-        if FLOAT_BYTES * more + self._header > allowed:  # a file's header only grows with its tensors
+        least, most = self._headers
+        if FLOAT_BYTES * more + least > allowed:
             return False
+        if FLOAT_BYTES * more + most <= allowed:
+            return True
         gone = list(self.gone)
         gone[group] -= count
         return self._costs.bytes_at(gone) <= allowed

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from app.spec.job import JobSpec, Optimizer, Training
+from app.spec.job import JobSpec, retraining
 from app.spec.model import JobModel
+from app.spec.optimizations import Compression
 
 USUAL_BATCH = 128
 SMALL_BATCH = 64
-FEW_STEPS = 3000  # of the usual batch, over all epochs of the training: below it smaller batches win
+FEW_STEPS = 3000  # of the usual batch, over all epochs of the longest training: below it smaller batches win
 
 
 def with_recipe(spec: JobSpec, images: int) -> JobSpec:
@@ -25,15 +26,16 @@ def with_recipe(spec: JobSpec, images: int) -> JobSpec:
     training = spec.training
     update: dict[str, Any] = {}
     if "batch_size" not in training.model_fields_set and images >= 1:
-        update["batch_size"] = min(images, _usual_batch(training, images))
-    if "optimizer" not in training.model_fields_set and not _comes_trained(spec):
-        update["optimizer"] = Optimizer(name="muon")
+        update["batch_size"] = min(images, _usual_batch(spec, images))
+    if "name" not in training.optimizer.model_fields_set and not _comes_trained(spec):
+        update["optimizer"] = training.optimizer.model_copy(update={"name": "muon"})
     return spec.model_copy(update={"training": training.model_copy(update=update)}) if update else spec
 
 
-def _usual_batch(training: Training, images: int) -> int:
-    steps = max(1, training.epochs) * images / USUAL_BATCH
-    return SMALL_BATCH if steps < FEW_STEPS else USUAL_BATCH
+def _usual_batch(spec: JobSpec, images: int) -> int:
+    retrainings = [step for step in spec.optimizations if isinstance(step, Compression)]
+    longest = max([spec.training.epochs, *(retraining(step, spec.training).epochs or 0 for step in retrainings), 1])
+    return SMALL_BATCH if longest * images / USUAL_BATCH < FEW_STEPS else USUAL_BATCH
 
 
 def _comes_trained(spec: JobSpec) -> bool:

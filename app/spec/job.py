@@ -23,7 +23,7 @@ from app.spec.quantize import Quantize
 from app.spec.retrain import Distillation, Epochs, LearningRate, Retrain
 from app.spec.sensitivity import Sensitivity
 from app.validation.faults import bulk_fault, faults_of
-from app.validation.strict import LABELS, LARGEST_INT, LabelKey, LabelValue, Strict, Text, fault
+from app.validation.strict import LABELS, LARGEST_INT, LabelKey, LabelValue, Strict, Text, fault, without_default
 
 SPEC_VERSIONS = (1,)
 MOST_OPTIMIZATIONS = 24
@@ -84,7 +84,10 @@ class Optimizer(Strict):
     `muon` is SGD whose steps on inner weights are orthogonal matrices, at half the rate (Jordan et al., 2024).
     """
 
-    name: Literal["sgd", "muon", "adam", "adamw"] = "sgd"
+    name: Annotated[
+        Literal["sgd", "muon", "adam", "adamw"],
+        Field(description="Default: muon; sgd for a network that comes trained.", json_schema_extra=without_default),
+    ] = "sgd"
     lr: LearningRate = Field(
         description="Highest learning rate. Default: 0.1 for sgd and muon, 0.001 for the others.",
         default_factory=lambda data: 0.1 if data.get("name") in WITH_MOMENTUM else 0.001,
@@ -198,11 +201,10 @@ class Training(Strict):
             le=65_536,
             description="Largest batch: those of an epoch are equal up to one image. Default: 64 where 128 would leave "
             "fewer than 3000 steps, else 128.",
+            json_schema_extra=without_default,
         ),
     ] = 128
-    optimizer: Annotated[Optimizer, Field(description="Default: muon; sgd for a network that comes trained.")] = Field(
-        default_factory=Optimizer
-    )
+    optimizer: Optimizer = Field(default_factory=Optimizer)
     schedule: Schedule = Field(default_factory=Schedule)
     augmentation: Annotated[
         tuple[Augmentation, ...],
@@ -311,7 +313,10 @@ class JobSpec(Strict):
         return self
 
     def document(self) -> dict[str, Any]:
-        """The job as JSON values, every default filled in; `parse_job` reads it back to an equal job."""
+        """The job as JSON values, every default filled in; `parse_job` reads it back to an equal job.
+
+        Batch size and optimizer that were not stated follow from the data: they are those of the job in a plan.
+        """
         return self.model_dump(mode="json")
 
 

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 from app.spec.budget import Budget
 from app.spec.retrain import RECONSTRUCT, Epochs, Retrain
 from app.spec.step import JobStep
-from app.validation.strict import Count, Strict, Text, fault
+from app.validation.strict import Count, Strict, Text, fault, without_default
 
 Structure = Literal["weights", "channels", "n:m", "blocks"]
 Criterion = Literal["l1", "l2", "taylor", "bn_scale", "fpgm", "lamp", "activation", "erk", "random"]
@@ -155,7 +155,8 @@ class Prune(JobStep):
         Criterion,
         Field(
             description="How the worth of a weight or channel is measured. Default: l2; lamp for a sparsity of single "
-            "weights of all layers together."
+            "weights of all layers together.",
+            json_schema_extra=without_default,
         ),
     ] = "l2"
     scope: RankingScope = Field(

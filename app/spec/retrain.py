@@ -51,8 +51,8 @@ class Retrain(Strict):
     policy: Annotated[
         Policy,
         Field(
-            description="auto, lr_rewind, fine_tune, weight_rewind (masks only), or none: batch norm is recalibrated "
-            "only."
+            description="auto, lr_rewind, fine_tune, weight_rewind (masks only), or none: no training; layers are fitted "
+            "again (reconstruct) and batch norm is recalibrated."
         ),
     ] = "auto"
     epochs: Annotated[
@@ -85,7 +85,7 @@ class Retrain(Strict):
                 raise fault("policy none does not retrain, so there is nothing to distil", field="distillation")
         elif self.epochs == 0:
             raise fault(
-                f"policy {self.policy} needs at least one epoch; recalibration only is policy none",
+                f"policy {self.policy} needs at least one epoch; no training is policy none",
                 field="epochs",
                 limit=1,
                 value=0,

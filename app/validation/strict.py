@@ -54,3 +54,8 @@ Names = Annotated[tuple[Text, ...], Field(min_length=1, max_length=10_000)]
 JobId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Count = Annotated[int, Field(ge=1, le=LARGEST_INT)]
 Shape = Annotated[tuple[Count, ...], Field(min_length=2, max_length=4)]
+
+
+def without_default(schema: dict[str, Any]) -> None:
+    """Take a default out of a JSON schema: it depends on more than its own field, and the description says on what."""
+    schema.pop("default", None)

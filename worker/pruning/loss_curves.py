@@ -159,8 +159,9 @@ def _cuts_of(
 ) -> Iterator[tuple[float, list[int]]]:
     """(part of the group that is kept, classes without which it is), by smaller and smaller parts."""
     smallest = 1.0
-    for kept in (*parts, 1 - step.max_sparsity):
-        dropped = limits.weakest(scores, min(1 - kept, step.max_sparsity))
+    floor = limits.least / len(limits.group.classes)  # an override may let it go further than the step
+    for kept in (*parts, min(floor, 1 - step.max_sparsity)):
+        dropped = limits.weakest(scores, 1 - max(kept, floor))
         left = 1 - len(dropped) / len(limits.group.classes)
         if left < smallest:
             smallest = left

@@ -217,3 +217,29 @@ def test_a_latency_without_a_channel_to_remove_is_refused() -> None:
     (fault,) = misplanned(optimizations=[step])
     assert fault.pointer.startswith("/optimizations/0")
     assert "no channel may be removed" in fault.message
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("scope", ["layer", "sensitivity", "global"])
+def test_a_stage_that_rounds_an_overrides_part_does_not_fail_a_budget_that_the_last_one_meets(
+    steps: int, scope: str
+) -> None:
+    layers = [
+        {"type": "conv", "out_channels": 16, "kernel_size": 3, "name": "a"},
+        {"type": "conv", "out_channels": 16, "kernel_size": 3, "name": "b"},
+        {"type": "global_avg_pool"},
+        {"type": "flatten"},
+        {"type": "linear", "out_features": 10},
+    ]
+    step = {
+        "type": "prune",
+        "structure": "channels",
+        "budget": {"macs": 0.51},
+        "exclude": ["b"],
+        "round_to": 4,
+        "scope": scope,
+        "overrides": {"a": {"sparsity": 0.5}},
+        "schedule": {"name": "iterative", "steps": steps},
+    }
+    made = plan(COLOUR, model={"layers": layers, "input_shape": [3, 32, 32]}, optimizations=[step])
+    assert made.planned_cost.macs <= 0.51 * made.baseline_cost.macs

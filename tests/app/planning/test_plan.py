@@ -163,6 +163,9 @@ def test_few_steps_get_small_batches_and_muon_and_many_the_usual_batch() -> None
     assert (few.batch_size, few.optimizer) == (64, Optimizer(name="muon"))
     many = plan(training={"epochs": 100}).spec.training
     assert (many.batch_size, many.optimizer.name) == (128, "muon")
+    for partly in ({"lr": 0.05}, {"weight_decay": 0.0}, {"momentum": 0.8}):
+        optimizer = plan(training={"optimizer": partly}).spec.training.optimizer
+        assert optimizer == Optimizer(name="muon", **partly)
     stated = plan(training={"optimizer": {"name": "sgd"}}).spec.training.optimizer
     assert (stated.name, stated.lr) == ("sgd", 0.1)
 
@@ -180,3 +183,14 @@ def test_a_rewrite_that_changes_a_layers_type_is_told_as_such() -> None:
     editor.replace_layer("relu1", LeakyReLU(negative_slope=0.2))
     (row,) = _changes(before, editor.graph(Limits()), "swap", "/optimizations/0")
     assert (row.layer, row.action, row.reason) == ("relu1", "replace", "relu replaced with leaky_relu by swap")
+
+
+def test_the_memory_of_a_job_counts_a_teacher() -> None:
+    zeros = {"type": "prune", "sparsity": 0.5, "retrain": {"epochs": 1}}
+    taught, untaught = (
+        plan(optimizations=[zeros | {"retrain": {"epochs": 1} | more}]).memory for more in ({}, {"distillation": None})
+    )
+    assert taught.parameters == 2 * untaught.parameters
+    assert taught.activations > untaught.activations
+    none = plan(optimizations=[zeros | {"retrain": {"policy": "none"}}]).memory
+    assert none == untaught
