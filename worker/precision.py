@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,8 @@ def _dtype(wanted: str, device: torch.device) -> tuple[torch.dtype | None, tuple
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Inside the block a GPU multiplies float32 with all of its bits (24), not with the 11 of TF32; elsewhere nothing changes."""
-    places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    backends: Any = torch.backends
+    places = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
     before = [place.fp32_precision for place in places]
     for place in places:
         place.fp32_precision = "ieee"

@@ -112,8 +112,8 @@ def _pieces(rows: int, positions_NM: Tensor) -> Iterator[tuple[slice, Tensor]]:
     together, width = max(1, rows // max(1, count)), max(1, min(count, rows))
     for start in range(0, images, together):
         part = slice(start, start + together)
-        for positions in positions_NM[part].split(width, dim=1):
-            yield part, positions
+        for first in range(0, count, width):
+            yield part, positions_NM[part, first : first + width]
 
 
 def input_rows(node: Node, inputs_NCx: Tensor, positions_NM: Tensor) -> Tensor:

@@ -37,10 +37,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from app.network.blocks import WEIGHTED
 from app.network.cost import cost
 from app.network.graph import Graph
-from app.network.layers.names import INPUT
 from app.network.node import Node
 from app.pruning.weight_matrix import weight_matrix
-from worker.network import ForwardStep, Network, assign_tensors, run_step, snapshot, steps_of
+from worker.network import Network, Walk, assign_tensors, live_elements, snapshot, steps_of
 from worker.precision import full_float32
 from worker.pruning.eval_mode import eval_mode
 from worker.pruning.normal_equations import (
@@ -59,6 +58,7 @@ from worker.pruning.normal_equations import (
 from worker.pruning.product_fit import FactorPair, best_product, expanded_by
 from worker.pruning.recalibration import recalibrate_batch_norm, recount
 from worker.training.masks import Masks
+from worker.training.micro_batches import joined_batches
 
 RIDGES = (1e-2, 1e-1, 1.0)
 MOST_IMAGES = 2560
@@ -180,21 +180,8 @@ def products_within(graph: Graph, images: int) -> float:
 
 def images_within(*graphs: Graph, limit_bytes: int = LIVE_BYTES) -> int:
     """How many images these networks can be walked through side by side, in float32: 1 to `MOST_IMAGES`."""
-    elements = sum(_live_elements(graph) for graph in graphs)
+    elements = sum(live_elements(graph) for graph in graphs)
     return max(1, min(MOST_IMAGES, limit_bytes // (4 * elements)))
-
-
-def _live_elements(graph: Graph) -> int:
-    """The most numbers of one example that a forward pass has to remember at a time."""
-    with torch.device("meta"):
-        steps = steps_of(Network(graph))
-    sizes = {node.name: node.elements for node in graph.nodes} | {INPUT: math.prod(graph.input_shape)}
-    live = most = sizes[INPUT]
-    for step in steps:
-        live += sizes[step.output]
-        most = max(most, live)
-        live -= sum(sizes[name] for name in step.frees)
-    return most
 
 
 def _divided(batches: Iterable[Tensor], most: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -215,20 +202,7 @@ def _divided(batches: Iterable[Tensor], most: int) -> tuple[list[Tensor], list[T
         return taken, taken
     count = max(2, min(count, most))
     judging = -(-count // JUDGING_PART)
-    return _joined(_slice(taken, 0, count - judging)), list(_slice(taken, count - judging, count))
-
-
-def _joined(batches: Iterable[Tensor]) -> list[Tensor]:
-    """The same images in the same order; a batch of one is joined to the next, the last to the one before."""
-    joined: list[Tensor] = []
-    for images_NCx in batches:
-        if joined and len(joined[-1]) == 1:
-            joined[-1] = torch.cat([joined[-1], images_NCx])
-        else:
-            joined.append(images_NCx)
-    if len(joined) > 1 and len(joined[-1]) == 1:
-        joined[-2:] = [torch.cat(joined[-2:])]
-    return joined
+    return joined_batches(_slice(taken, 0, count - judging)), list(_slice(taken, count - judging, count))
 
 
 def _slice(batches: Sequence[Tensor], start: int, stop: int) -> Iterable[Tensor]:
@@ -290,27 +264,6 @@ class _Equations(NamedTuple):
     judge: NormalEquations
 
 
-class _Walk:
-    """A forward pass over all batches at once, line by line."""
-
-    def __init__(self, network: Network, batches: Sequence[Tensor], look: Callable[[], None]) -> None:
-        self._network = network
-        self._look = look
-        self._steps = iter(steps_of(network))
-        self.values: list[dict[str, Tensor]] = [{INPUT: images_NCx} for images_NCx in batches]
-
-    def run(self, step: ForwardStep) -> None:
-        """Compute one line for every batch."""
-        for values in self.values:
-            self._look()
-            run_step(self._network, step, values)
-
-    def run_until(self, name: str) -> None:
-        """Compute what is still missing, up to the output of node `name`."""
-        while name not in self.values[0]:
-            self.run(next(self._steps))
-
-
 @dataclass
 class _Sweep:
     """All fits of one reconstruction."""
@@ -359,7 +312,7 @@ class _Sweep:
 
     def _walk(self) -> None:
         batches = [*self.batches[0], *self.batches[1]]
-        walk, target = _Walk(self.network, batches, self.look), _Walk(self.target, batches, self.look)
+        walk, target = Walk(self.network, batches, self.look), Walk(self.target, batches, self.look)
         generator = torch.Generator().manual_seed(self.seed)
         graph, self.moved = self.network.graph, False
         self.paired.clear()
@@ -375,7 +328,7 @@ class _Sweep:
             if node.type in WEIGHTED and not self.moved:
                 self.moved = self._has_moved(node, walk, target)
 
-    def _recount(self, node: Node, walk: _Walk) -> None:
+    def _recount(self, node: Node, walk: Walk) -> None:
         """Count a batch norm's statistics on what it gets by now; one that is used at several places keeps them."""
         norm = self.network.get_submodule(node.home)
         assert isinstance(norm, _BatchNorm)
@@ -383,7 +336,7 @@ class _Sweep:
             fitted = walk.values[: len(self.batches[0])]
             recount(norm, _looking((values[node.inputs[0]] for values in fitted), self.look))
 
-    def _has_moved(self, node: Node, walk: _Walk, target: _Walk) -> bool:
+    def _has_moved(self, node: Node, walk: Walk, target: Walk) -> bool:
         """Whether a layer that has just been run gives something else than before the removal; the first batch tells."""
         outcome = self.outcomes[node.home]
         if outcome["reconstructed"] or outcome == _UNCHANGED:
@@ -398,7 +351,7 @@ class _Sweep:
         missed = float((found_NCx - wanted_NCx).double().square().sum())
         return not missed <= UNCHANGED * float(wanted_NCx.double().square().sum())
 
-    def _outcome(self, node: Node, walk: _Walk, target: _Walk, generator: torch.Generator) -> Outcome:
+    def _outcome(self, node: Node, walk: Walk, target: Walk, generator: torch.Generator) -> Outcome:
         """Fit one layer to what the target has computed there."""
         if node.home in self.frozen:
             return _left("frozen")
@@ -419,7 +372,8 @@ class _Sweep:
             return _left(f"its fit takes {price:.0e} multiplications, more than the layers before it have left")
         target.run_until(named.name)
         equations = self._equations(node, named, walk, target, generator)
-        self.left -= 0.0 if equations is None else price
+        first, images = len(self.batches[0][0]), sum(len(images_NCx) for part in self.batches for images_NCx in part)
+        self.left -= price * first / images if equations is None else price
         return self._solve(node, expand, mask, equations)
 
     def _rows_of_an_image(self, node: Node) -> int:
@@ -456,7 +410,7 @@ class _Sweep:
         return FactorPair(own[0], weights_of(expand, self.network.get_submodule(expand.home))[0]).weights()[None]
 
     def _equations(
-        self, node: Node, named: Node, walk: _Walk, target: _Walk, generator: torch.Generator
+        self, node: Node, named: Node, walk: Walk, target: Walk, generator: torch.Generator
     ) -> _Equations | None:
         """The sums over all batches; None where the first already shows that nothing has changed."""
         module, groups = self.network.get_submodule(named.home), weight_matrix(node).groups
