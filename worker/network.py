@@ -8,6 +8,7 @@ name; a node that shares the parameters of another has none, the other's module 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -78,6 +79,40 @@ def run_step(network: Network, step: ForwardStep, values: dict[str, Tensor]) -> 
     for name in step.frees:
         del values[name]
     values[step.output] = value
+
+
+class Walk:
+    """A forward pass over several batches at once, line by line. `look` is called before each batch; it may raise."""
+
+    def __init__(self, network: Network, batches: Sequence[Tensor], look: Callable[[], None]) -> None:
+        self._network = network
+        self._look = look
+        self._steps = iter(steps_of(network))
+        self.values: list[dict[str, Tensor]] = [{INPUT: images_NCx} for images_NCx in batches]
+
+    def run(self, step: ForwardStep) -> None:
+        """Compute one line for every batch."""
+        for values in self.values:
+            self._look()
+            run_step(self._network, step, values)
+
+    def run_until(self, name: str) -> None:
+        """Compute what is still missing, up to the output of node `name`."""
+        while name not in self.values[0]:
+            self.run(next(self._steps))
+
+
+def live_elements(graph: Graph) -> int:
+    """The most numbers of one example that a forward pass has to remember at a time."""
+    with torch.device("meta"):
+        steps = steps_of(Network(graph))
+    sizes = {node.name: node.elements for node in graph.nodes} | {INPUT: math.prod(graph.input_shape)}
+    live = most = sizes[INPUT]
+    for step in steps:
+        live += sizes[step.output]
+        most = max(most, live)
+        live -= sum(sizes[name] for name in step.frees)
+    return most
 
 
 def calls_of(network: Network, name: str) -> tuple[str, ...]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +74,21 @@ def _dtype(wanted: str, device: torch.device) -> tuple[torch.dtype | None, tuple
         return None, (f"precision fp16 needs a GPU; on this {device.type} the job was trained in float32",)
     able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= BFLOAT16_SINCE
     return (torch.bfloat16 if wanted == "auto" and able else None), ()
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Inside the block a GPU multiplies float32 with all of its bits (24), not with the 11 of TF32; elsewhere nothing changes."""
+    backends: Any = torch.backends
+    places = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+    before = [place.fp32_precision for place in places]
+    for place in places:
+        place.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
 
 
 def _own_tensors(module: nn.Module) -> Iterable[Tensor]:

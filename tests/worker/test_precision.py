@@ -10,7 +10,7 @@ import torch
 from app.spec.job import Training
 from tests.support.jobs.blobs import graph_of, small_cnn
 from worker.network import build_network
-from worker.precision import Precision, choose_precision
+from worker.precision import Precision, choose_precision, full_float32
 
 
 def chosen(*, spatial_axes: int = 2, **fields: Any) -> Precision:
@@ -57,3 +57,15 @@ def test_autocast_is_off_in_float32() -> None:
         assert network(torch.zeros(2, 1, 8, 8)).dtype == torch.float32
     with chosen(precision="bf16").autocast():
         assert network(torch.zeros(2, 1, 8, 8)).dtype == torch.bfloat16
+
+
+def test_full_float32_is_for_a_block_and_leaves_no_trace() -> None:
+    def settings() -> tuple[str, str, bool]:
+        backends: Any = torch.backends
+        return backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision, backends.cudnn.allow_tf32
+
+    before = settings()
+    with pytest.raises(InterruptedError), full_float32():
+        assert settings() == ("ieee", "ieee", False)
+        raise InterruptedError
+    assert settings() == before

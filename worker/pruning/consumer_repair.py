@@ -26,26 +26,26 @@ from app.network.node import Node
 from app.pruning.channel_classes import Classes
 from app.pruning.channel_rules import BoolArray
 from worker.network import Network, run_step, steps_of
+from worker.precision import full_float32
 from worker.pruning.eval_mode import eval_mode
 from worker.pruning.normal_equations import (
+    MOST_FEATURES,
     NormalEquations,
     NoSolution,
     assign_weights,
     choose_positions,
     feature_count,
-    input_rows,
     mask_of,
+    rows_within,
     weights_of,
 )
 
 RIDGE = 1e-2
-MOST_FEATURES = 2304
-"""3 x 3 kernels on 256 channels: a larger layer takes seconds for each cut, and is left as the cut leaves it."""
 MOST_BYTES = 512 << 20
 """Of all Gram matrices; layers that come later have none."""
 MOST_ROWS = 20_000
 MOST_PRODUCTS = 10e9
-"""Of one layer's Gram matrix: a quarter of a second."""
+"""Of one layer's Gram matrix, but two rows for each feature: a quarter of a second, at most one."""
 
 
 class ConsumerRepair:
@@ -55,14 +55,17 @@ class ConsumerRepair:
     def __init__(
         self, network: Network, batches: Iterable[Tensor], *, frozen: Collection[str] = (), seed: int = 0
     ) -> None:
-        """Look at `batches` of images N x C x ... once; the network stays as it is. `frozen` layers are not repaired."""
+        """Look at `batches` of images N x C x ... once; the network stays as it is. `frozen` layers are not repaired.
+
+        Nor are those of more than `MOST_FEATURES` inputs of one output: they would take seconds for each cut.
+        """
         self._weights: dict[str, Tensor] = {}
         self._equations: dict[str, NormalEquations] = {}
         places = self._choose_layers(network, frozen)
         images = list(batches)
         count = sum(len(images_NCx) for images_NCx in images)
         generator = torch.Generator().manual_seed(seed)
-        with eval_mode(network):
+        with eval_mode(network), full_float32():
             for images_NCx in images:
                 values = {INPUT: images_NCx}
                 for step in steps_of(network):
@@ -92,10 +95,9 @@ class ConsumerRepair:
 
     def _add(self, node: Node, inputs_NCx: Tensor, images: int, generator: torch.Generator) -> None:
         groups, features = self._weights[node.home].shape[0], feature_count(node)
-        rows = min(MOST_ROWS, max(int(MOST_PRODUCTS / (groups * features**2)), 2 * features))
+        rows = rows_within(features, groups, most=MOST_ROWS, products=MOST_PRODUCTS)
         positions_NM = choose_positions(node, len(inputs_NCx), max(1, rows // images), generator)
-        rows_GTF = input_rows(node, inputs_NCx, positions_NM)
-        self._equations[node.home].add(rows_GTF, rows_GTF[:, :, :0])
+        self._equations[node.home].add_layer(node, inputs_NCx, positions_NM, None)
 
     @torch.no_grad()
     def apply(

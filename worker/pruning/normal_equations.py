@@ -1,7 +1,7 @@
 """The normal equations of one layer: which weights give wanted outputs on given inputs, in the least squares.
 
     equations = NormalEquations.of(node, device)
-    equations.add(rows(node, inputs_NCx, positions_NM), targets)      # batch after batch, float64
+    equations.add_layer(node, inputs_NCx, positions_NM, outputs_NCx)   # batch after batch, float64
     weights_GOF = equations.solve(start_GOF, ridge=1e-2, mask_GOF=None)
 
 Every layer that multiplies is one linear function applied at every position of its output: a convolution reads the
@@ -14,7 +14,7 @@ O outputs of one group, F features of one group: inputs x positions of the kerne
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,9 @@ from app.network.node import Node
 from app.pruning.weight_matrix import weight_matrix
 
 _CHUNK_BYTES = 32 << 20
-"""Of rows in float64: the gathered windows of a batch are added in pieces of this size."""
+"""Of rows in float64: the windows of a batch are gathered and added in pieces of this size."""
+MOST_FEATURES = 2304
+"""3 x 3 kernels on 256 channels: a Gram matrix of 42 MB, and as much again for each of the two copies that a solution takes."""
 
 
 def feature_count(node: Node) -> int:
@@ -94,6 +96,24 @@ def choose_positions(node: Node, images: int, most: int, generator: torch.Genera
     if count <= most:
         return torch.arange(count).expand(images, count)
     return torch.randint(count, (images, most), generator=generator)
+
+
+def rows_within(features: int, groups: int, *, most: int, products: float) -> int:
+    """How many rows a layer's equations are made of: at most `most`.
+
+    As many as this number of multiplications leaves room for in the Gram matrix, but two for each feature at least.
+    """
+    return min(most, max(int(products / (groups * features**2)), 2 * features))
+
+
+def _pieces(rows: int, positions_NM: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some images at a time and their positions, or some positions of one image: about `rows` together, at least one."""
+    images, count = positions_NM.shape
+    together, width = max(1, rows // max(1, count)), max(1, min(count, rows))
+    for start in range(0, images, together):
+        part = slice(start, start + together)
+        for first in range(0, count, width):
+            yield part, positions_NM[part, first : first + width]
 
 
 def input_rows(node: Node, inputs_NCx: Tensor, positions_NM: Tensor) -> Tensor:
@@ -188,19 +208,37 @@ class NormalEquations:
         gram = torch.zeros(matrix.groups, features, features, **kind)
         return cls(gram, torch.zeros(matrix.groups, features, width, **kind), bias)
 
+    def add_layer(
+        self,
+        node: Node,
+        inputs_NCx: Tensor,
+        positions_NM: Tensor,
+        outputs_NCx: Tensor | None,
+        channels: Tensor | None = None,
+    ) -> None:
+        """Add what the layer reads and shall give at these positions, `channels` (None: all) of `outputs_NCx`; None: no targets.
+
+        Rows are gathered a few MB at a time.
+        """
+        groups, features, _ = self.gram.shape
+        for images, positions in _pieces(_CHUNK_BYTES // (8 * groups * features), positions_NM):
+            rows_GTF = input_rows(node, inputs_NCx[images], positions)
+            if outputs_NCx is None:
+                targets_GTO = rows_GTF[:, :, :0]
+            else:
+                targets_GTO = output_rows(outputs_NCx[images], positions, channels, groups)
+            self.add(rows_GTF, targets_GTO)
+
     def add(self, inputs_GTF: Tensor, targets_GTO: Tensor) -> None:
         """Add rows: what the layer reads, without the 1 of the bias, and what it shall give."""
-        step = max(1, _CHUNK_BYTES // (8 * max(1, inputs_GTF.shape[0] * inputs_GTF.shape[2])))
-        for start in range(0, inputs_GTF.shape[1], step):
-            inputs = inputs_GTF[:, start : start + step].double()
-            targets = targets_GTO[:, start : start + step].double()
-            if self.bias:
-                inputs = torch.cat([inputs, inputs.new_ones((*inputs.shape[:2], 1))], dim=2)
-            turned = inputs.transpose(1, 2)
-            self.gram += turned @ inputs
-            self.cross += turned @ targets
-            self.squares += float(targets.square().sum())
-        self.rows += inputs_GTF.shape[1]
+        inputs, targets = inputs_GTF.double(), targets_GTO.double()
+        if self.bias:
+            inputs = torch.cat([inputs, inputs.new_ones((*inputs.shape[:2], 1))], dim=2)
+        turned = inputs.transpose(1, 2)
+        self.gram += turned @ inputs
+        self.cross += turned @ targets
+        self.squares += float(targets.square().sum())
+        self.rows += inputs.shape[1]
 
     def error(self, weights_GOF: Tensor) -> float:
         """|X W - Y|^2 / |Y|^2 over the rows; 0 where both are 0."""
@@ -219,7 +257,8 @@ class NormalEquations:
         """
         pull_GF = self._pull(ridge)
         right_GFO = self.cross + pull_GF[:, :, None] * start_GOF.transpose(1, 2)
-        matrix_GFF = self.gram + torch.diag_embed(pull_GF)
+        matrix_GFF = self.gram.clone()
+        matrix_GFF.diagonal(dim1=1, dim2=2).add_(pull_GF)
         if mask_GOF is None:
             solved = _solve(matrix_GFF, right_GFO).transpose(1, 2)
         else:
@@ -240,6 +279,14 @@ class NormalEquations:
         if self.bias:
             pull_GF[:, -1] = 0.0
         return pull_GF
+
+
+def fit_cost(node: Node, rows: int, outputs: int, ridges: int, mask_GOF: Tensor | None = None) -> float:
+    """Multiplications that a fit of `outputs` per group takes: sums over `rows`, an error before and after, solutions."""
+    groups, features = weight_matrix(node).groups, feature_count(node)
+    product = features**2 * outputs
+    sums = groups * (rows * features * (features + outputs) + (2 + ridges) * product)
+    return sums + ridges * (groups * (features**3 / 3 + product) if mask_GOF is None else support_cost(mask_GOF))
 
 
 def support_cost(mask_GOF: Tensor) -> float:

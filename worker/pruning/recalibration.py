@@ -80,36 +80,54 @@ class _Moments:
         self._count = 0
         self._mean_C: Tensor | None = None
         self._squares_C: Tensor | None = None
+        self._single = False
+
+    def prepare(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """A forward pre-hook: a batch of one value per channel, which torch refuses, is normalised by all so far and itself."""
+        assert isinstance(norm, _BatchNorm)
+        values_NCx = inputs[0]
+        self._single = norm.training and values_NCx.numel() == values_NCx.shape[1]
+        if self._single:
+            mean_C = values_NCx.double().flatten()
+            self._add(norm, 1, mean_C, torch.zeros_like(mean_C))
+            norm.eval()
 
     def merge(self, norm: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
         """A forward hook: take a batch's statistics from the norm, and give it those of all batches."""
         assert isinstance(norm, _BatchNorm)
-        if not norm.training:
-            return
+        if self._single:
+            norm.train()
+        elif norm.training:
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            count = inputs[0].numel() // inputs[0].shape[1]
+            self._add(norm, count, norm.running_mean.double(), norm.running_var.double() * (count - 1))
+
+    def _add(self, norm: _BatchNorm, count: int, mean_C: Tensor, squares_C: Tensor) -> None:
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        values_NCx = inputs[0]
-        count = values_NCx.numel() // values_NCx.shape[1]
-        mean_C, squares_C = norm.running_mean.double(), norm.running_var.double() * (count - 1)
         if self._mean_C is not None and self._squares_C is not None:
             total, distance_C = self._count + count, mean_C - self._mean_C
-            squares_C += self._squares_C + distance_C.square() * (self._count * count / total)
+            squares_C = squares_C + self._squares_C + distance_C.square() * (self._count * count / total)
             mean_C = self._mean_C + distance_C * (count / total)
         self._count, self._mean_C, self._squares_C = self._count + count, mean_C, squares_C
         norm.running_mean.copy_(mean_C)
-        norm.running_var.copy_(squares_C / (self._count - 1))
+        norm.running_var.copy_(squares_C / max(1, self._count - 1))
 
 
 @contextmanager
 def _merging(norms: Sequence[_BatchNorm]) -> Iterator[None]:
     """Inside the block the running statistics of each norm in training mode are those of all its batches."""
     momenta = [norm.momentum for norm in norms]
-    hooks = [norm.register_forward_hook(_Moments().merge) for norm in norms]
+    hooks = []
     for norm in norms:
+        moments = _Moments()
+        hooks += [norm.register_forward_pre_hook(moments.prepare), norm.register_forward_hook(moments.merge)]
         norm.momentum = 1.0  # after a forward pass they are that batch's
     try:
         yield
     finally:
-        for norm, momentum, hook in zip(norms, momenta, hooks, strict=True):
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+        for hook in hooks:
             hook.remove()

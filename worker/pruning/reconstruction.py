@@ -15,13 +15,17 @@ retraining); where it counts them before its own layer is fitted, the fit is wor
 The target is the network right before this removal, not the one after the first training: its channels and statistics of
 batch norm are those that the cut network was sliced from, and between two removals the network has been trained.
 
+What it costs is bounded by counts, not by a clock, so that the same call gives the same bits: a layer is left with the
+reason where its inputs are too many, where its own equations cost too much, or where those before it have used up what
+the whole network may cost (`products_within`).
+
 Axes: N batch, C channels, x spatial, K classes; those of `normal_equations.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -31,27 +35,30 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from app.network.blocks import WEIGHTED
+from app.network.cost import cost
 from app.network.graph import Graph
-from app.network.layers.names import INPUT
 from app.network.node import Node
 from app.pruning.weight_matrix import weight_matrix
-from worker.network import ForwardStep, Network, assign_tensors, run_step, snapshot, steps_of
+from worker.network import Network, Walk, assign_tensors, live_elements, snapshot, steps_of
+from worker.precision import full_float32
 from worker.pruning.eval_mode import eval_mode
 from worker.pruning.normal_equations import (
+    MOST_FEATURES,
     NormalEquations,
     NoSolution,
     assign_weights,
     choose_positions,
     feature_count,
-    input_rows,
+    fit_cost,
     mask_of,
-    output_rows,
+    rows_within,
     support_cost,
     weights_of,
 )
 from worker.pruning.product_fit import FactorPair, best_product, expanded_by
 from worker.pruning.recalibration import recalibrate_batch_norm, recount
 from worker.training.masks import Masks
+from worker.training.micro_batches import joined_batches
 
 RIDGES = (1e-2, 1e-1, 1.0)
 MOST_IMAGES = 2560
@@ -60,10 +67,14 @@ JUDGING_PART = 5
 LIVE_BYTES = 512 << 20
 """What the outputs that both networks still need may take: a deep network on large pictures is fitted on fewer images."""
 MOST_ROWS = 60_000
-MOST_FEATURES = 4608
-"""3 x 3 kernels on 512 channels: a Gram matrix of 170 MB."""
 MOST_PRODUCTS = 30e9
-"""Of one layer, for its Gram matrix and again for the solutions under a mask: 1 to 2 s of a core (40 GFLOP/s in float64)."""
+"""Multiplications of one layer for its Gram matrix (but two rows for each feature), and again for its solutions under a mask."""
+MOST_LAYER_PRODUCTS = 100e9
+"""Multiplications of one layer in all: 5 s of a core."""
+MOST_JOB_PRODUCTS = 200e9
+"""Multiplications of all layers where an epoch of training takes fewer: 10 s of a core."""
+EIGENVECTORS = 9
+"""Multiplications for the eigenvectors of a symmetric matrix: about so many times the cube of its size."""
 UNCHANGED = 1e-9
 """A relative squared error of a layer's outputs below this is rounding: the layer stays as it is."""
 
@@ -109,13 +120,17 @@ def reconstruct(
     frozen: Collection[str] = (),
     ridges: Sequence[float] = RIDGES,
     seed: int = 0,
+    products: float = MOST_JOB_PRODUCTS,
     look: Callable[[], None] = lambda: None,
 ) -> Reconstruction:
     """Fit the layers of `network` to the outputs of `target`, in place; keep the fit where it brings the network nearer.
 
     Where it is kept, batch norms behind the first fit have counted their statistics again. Weights keep shape, type and
     layout, zeros of the masks stay zeros, modes are as before. Layers whose outputs have not changed are left alone.
-    The same call gives the same bits.
+    The same call gives the same bits. Two images to fit on are needed, or every layer is left.
+
+    Besides what both networks still need (`LIVE_BYTES`), a layer of `MOST_FEATURES` takes two Gram matrices of 42 MB, and two
+    more while it is solved; those of a layer that is used at several places are kept to the end.
 
     Args:
         network: After the removal. A layer of it is fitted if `target` has one of its name.
@@ -126,21 +141,30 @@ def reconstruct(
         frozen: Layers that stay as they are, batch norms with their statistics.
         ridges: How strongly a fit may be pulled to the present weights, relative to the mean square of the layer's inputs.
         seed: Of the positions that are looked at where a layer has very many.
-        look: Called before every layer; may raise to end it.
+        products: How many multiplications all fits may take together, in float64; forward passes are not counted.
+        look: Called before every batch of every line of a forward pass and of sums, and before every solution; may raise to end
+            it, and then the network is half repaired.
     """
     fitted, held_out = _divided(batches, images_within(target.graph, network.graph))
+    images = sum(len(images_NCx) for images_NCx in fitted)
+    if images < 2:
+        reason = "two images to fit on are needed"
+        return Reconstruction(
+            {node.home: _left(reason) for node in network.graph.nodes if node.type in WEIGHTED}, images
+        )
     before = snapshot(network)
-    with eval_mode(network), eval_mode(target):
-        sweep = _Sweep(network, target, (fitted, held_out), kept or {}, masks, frozenset(frozen), ridges, seed, look)
+    with eval_mode(network), eval_mode(target), full_float32():
+        sweep = _Sweep(
+            network, target, (fitted, held_out), kept or {}, masks, frozenset(frozen), ridges, seed, products, look
+        )
         outcomes = sweep.run()
-        images = sum(len(images_NCx) for images_NCx in fitted)
         if not any(outcome["reconstructed"] for outcome in outcomes.values()):
             return Reconstruction(outcomes, images)
         wanted = [target(images_NCx) for images_NCx in held_out]
         repaired = snapshot(network)
-        after_fit = _recalibrated_divergence(network, fitted, held_out, wanted, frozen)
+        after_fit = _recalibrated_divergence(network, fitted, held_out, wanted, frozen, look)
         assign_tensors(network, before)
-        before_fit = _recalibrated_divergence(network, fitted, held_out, wanted, frozen)
+        before_fit = _recalibrated_divergence(network, fitted, held_out, wanted, frozen, look)
         better = after_fit < before_fit or (math.isfinite(after_fit) and not math.isfinite(before_fit))
         assign_tensors(network, repaired if better else before)
     if not better:
@@ -149,27 +173,22 @@ def reconstruct(
     return Reconstruction(outcomes, images, before_fit, after_fit, better)
 
 
+def products_within(graph: Graph, images: int) -> float:
+    """How many multiplications may repair this network: those of an epoch of training on so many images, at least 2e11."""
+    return max(MOST_JOB_PRODUCTS, 3.0 * cost(graph).macs * images)
+
+
 def images_within(*graphs: Graph, limit_bytes: int = LIVE_BYTES) -> int:
     """How many images these networks can be walked through side by side, in float32: 1 to `MOST_IMAGES`."""
-    elements = sum(_live_elements(graph) for graph in graphs)
+    elements = sum(live_elements(graph) for graph in graphs)
     return max(1, min(MOST_IMAGES, limit_bytes // (4 * elements)))
 
 
-def _live_elements(graph: Graph) -> int:
-    """The most numbers of one example that a forward pass has to remember at a time."""
-    with torch.device("meta"):
-        steps = steps_of(Network(graph))
-    sizes = {node.name: node.elements for node in graph.nodes} | {INPUT: math.prod(graph.input_shape)}
-    live = most = sizes[INPUT]
-    for step in steps:
-        live += sizes[step.output]
-        most = max(most, live)
-        live -= sum(sizes[name] for name in step.frees)
-    return most
-
-
 def _divided(batches: Iterable[Tensor], most: int) -> tuple[list[Tensor], list[Tensor]]:
-    """(images to fit on, images to judge on), `most` together; a single one serves for both."""
+    """(images to fit on, images to judge on), `most` together; a single one serves for both.
+
+    No batch to fit on has one image alone where there are more: it has no variance.
+    """
     taken: list[Tensor] = []
     count = 0
     for images_NCx in batches:
@@ -183,7 +202,7 @@ def _divided(batches: Iterable[Tensor], most: int) -> tuple[list[Tensor], list[T
         return taken, taken
     count = max(2, min(count, most))
     judging = -(-count // JUDGING_PART)
-    return list(_slice(taken, 0, count - judging)), list(_slice(taken, count - judging, count))
+    return joined_batches(_slice(taken, 0, count - judging)), list(_slice(taken, count - judging, count))
 
 
 def _slice(batches: Sequence[Tensor], start: int, stop: int) -> Iterable[Tensor]:
@@ -202,16 +221,22 @@ def _recalibrated_divergence(
     held_out: Sequence[Tensor],
     wanted: Sequence[Tensor],
     frozen: Collection[str],
+    look: Callable[[], None],
 ) -> float:
-    equal = (images_NCx for images_NCx in fitted if len(images_NCx) == len(fitted[0]))
-    recalibrate_batch_norm(network, equal, frozen=frozen)
+    recalibrate_batch_norm(network, _looking(fitted, look), frozen=frozen)
     total, images = 0.0, 0
-    for images_NCx, wanted_NK in zip(held_out, wanted, strict=True):
+    for images_NCx, wanted_NK in zip(_looking(held_out, look), wanted, strict=True):
         found_NK = F.log_softmax(network(images_NCx).double(), dim=1)
         wanted_log_NK = F.log_softmax(wanted_NK.double(), dim=1)
         total += float(F.kl_div(found_NK, wanted_log_NK, reduction="sum", log_target=True))
         images += len(images_NCx)
     return total / images
+
+
+def _looking(batches: Iterable[Tensor], look: Callable[[], None]) -> Iterator[Tensor]:
+    for images_NCx in batches:
+        look()
+        yield images_NCx
 
 
 def _finite(value: float | None) -> float | None:
@@ -239,25 +264,6 @@ class _Equations(NamedTuple):
     judge: NormalEquations
 
 
-class _Walk:
-    """A forward pass over all batches at once, line by line."""
-
-    def __init__(self, network: Network, batches: Sequence[Tensor]) -> None:
-        self._network = network
-        self._steps = iter(steps_of(network))
-        self.values: list[dict[str, Tensor]] = [{INPUT: images_NCx} for images_NCx in batches]
-
-    def run(self, step: ForwardStep) -> None:
-        """Compute one line for every batch."""
-        for values in self.values:
-            run_step(self._network, step, values)
-
-    def run_until(self, name: str) -> None:
-        """Compute what is still missing, up to the output of node `name`."""
-        while name not in self.values[0]:
-            self.run(next(self._steps))
-
-
 @dataclass
 class _Sweep:
     """All fits of one reconstruction."""
@@ -271,6 +277,7 @@ class _Sweep:
     frozen: frozenset[str]
     ridges: Sequence[float]
     seed: int
+    products: float
     look: Callable[[], None]
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     sums: dict[str, _Equations] = field(default_factory=dict)
@@ -283,12 +290,15 @@ class _Sweep:
     """The second layers of products whose two layers were found at once."""
     held: frozenset[str] = frozenset()
     """Layers that an earlier sweep has fitted for good."""
+    left: float = 0.0
+    """How many multiplications this walk may still take."""
 
     def run(self) -> dict[str, Outcome]:
         """The outcome of every layer with weights.
 
         A layer that is used at several places is fitted to all of them together as they are reached, so that what is between them
-        was fitted behind weights that have changed since: a second sweep fits the others once more.
+        was fitted behind weights that have changed since: a second sweep fits the others once more. Each may then take half
+        of the multiplications.
         """
         original = snapshot(self.network)
         self._walk()
@@ -302,35 +312,47 @@ class _Sweep:
 
     def _walk(self) -> None:
         batches = [*self.batches[0], *self.batches[1]]
-        walk, target = _Walk(self.network, batches), _Walk(self.target, batches)
+        walk, target = Walk(self.network, batches, self.look), Walk(self.target, batches, self.look)
         generator = torch.Generator().manual_seed(self.seed)
         graph, self.moved = self.network.graph, False
+        self.paired.clear()
+        shared = any(node.type in WEIGHTED and node.shares is not None for node in graph.nodes)
+        self.left = self.products / (2 if shared else 1)
         for step in steps_of(self.network):
             node = graph[step.output]
-            if node.type in WEIGHTED and node.home not in self.held:
-                self.look()
-                self.outcomes[node.home] = self._fit(node, walk, target, generator)
+            if node.type in WEIGHTED and node.home not in self.held | self.paired:
+                self.outcomes[node.home] = self._outcome(node, walk, target, generator)
             elif node.type == "batch_norm" and self.moved and node.home not in self.frozen:
                 self._recount(node, walk)
             walk.run(step)
+            if node.type in WEIGHTED and not self.moved:
+                self.moved = self._has_moved(node, walk, target)
 
-    def _recount(self, node: Node, walk: _Walk) -> None:
+    def _recount(self, node: Node, walk: Walk) -> None:
         """Count a batch norm's statistics on what it gets by now; one that is used at several places keeps them."""
         norm = self.network.get_submodule(node.home)
         assert isinstance(norm, _BatchNorm)
         if len(self.network.graph.places(node.home)) == 1:
             fitted = walk.values[: len(self.batches[0])]
-            recount(norm, (values[node.inputs[0]] for values in fitted))
+            recount(norm, _looking((values[node.inputs[0]] for values in fitted), self.look))
 
-    def _fit(self, node: Node, walk: _Walk, target: _Walk, generator: torch.Generator) -> Outcome:
+    def _has_moved(self, node: Node, walk: Walk, target: Walk) -> bool:
+        """Whether a layer that has just been run gives something else than before the removal; the first batch tells."""
+        outcome = self.outcomes[node.home]
+        if outcome["reconstructed"] or outcome == _UNCHANGED:
+            return bool(outcome["reconstructed"])
+        if node.name not in self.target.graph:
+            return True
+        target.run_until(node.name)
+        found_NCx, wanted_NCx = walk.values[0][node.name], target.values[0][node.name]
+        channels = self.kept.get(node.name)
+        if channels is not None:
+            wanted_NCx = wanted_NCx.index_select(1, channels.to(wanted_NCx.device))
+        missed = float((found_NCx - wanted_NCx).double().square().sum())
+        return not missed <= UNCHANGED * float(wanted_NCx.double().square().sum())
+
+    def _outcome(self, node: Node, walk: Walk, target: Walk, generator: torch.Generator) -> Outcome:
         """Fit one layer to what the target has computed there."""
-        if node.home in self.paired:
-            return self.outcomes[node.home]
-        outcome = self._outcome(node, walk, target, generator)
-        self.moved = self.moved or outcome != _UNCHANGED
-        return outcome
-
-    def _outcome(self, node: Node, walk: _Walk, target: _Walk, generator: torch.Generator) -> Outcome:
         if node.home in self.frozen:
             return _left("frozen")
         expand = expanded_by(self.network.graph, node, self.target.graph)
@@ -341,10 +363,35 @@ class _Sweep:
         if features > MOST_FEATURES:
             return _left(f"{features} inputs of one output, more than {MOST_FEATURES}")
         mask = self._mask(node)
-        if mask is not None and (cost := len(self.ridges) * support_cost(mask)) > MOST_PRODUCTS:
-            return _left(f"its equations take {cost:.0e} multiplications, more than {MOST_PRODUCTS:.0e}")
+        if mask is not None and (solutions := len(self.ridges) * support_cost(mask)) > MOST_PRODUCTS:
+            return _left(f"its equations take {solutions:.0e} multiplications, more than {MOST_PRODUCTS:.0e}")
+        price = 0.0 if node.home in self.sums else self._price(node, expand, mask)
+        if price > MOST_LAYER_PRODUCTS:
+            return _left(f"its fit takes {price:.0e} multiplications, more than {MOST_LAYER_PRODUCTS:.0e}")
+        if price > self.left:
+            return _left(f"its fit takes {price:.0e} multiplications, more than the layers before it have left")
         target.run_until(named.name)
-        return self._solve(node, expand, mask, self._equations(node, named, walk, target, generator))
+        equations = self._equations(node, named, walk, target, generator)
+        first, images = len(self.batches[0][0]), sum(len(images_NCx) for part in self.batches for images_NCx in part)
+        self.left -= price * first / images if equations is None else price
+        return self._solve(node, expand, mask, equations)
+
+    def _rows_of_an_image(self, node: Node) -> int:
+        images = sum(len(images_NCx) for images_NCx in self.batches[0])
+        groups = weight_matrix(node).groups
+        rows = rows_within(feature_count(node), groups, most=MOST_ROWS, products=MOST_PRODUCTS)
+        return max(1, rows // images)
+
+    def _price(self, node: Node, expand: Node | None, mask: Tensor | None) -> float:
+        """Multiplications of the fit of a layer at all of its places, and of the product of two."""
+        named, ridges = node if expand is None else expand, len(self.ridges)
+        images = sum(len(images_NCx) for part in self.batches for images_NCx in part)
+        rows = images * min(self._rows_of_an_image(node), math.prod(node.shape[1:]))
+        outputs = named.shape[0] // weight_matrix(node).groups
+        price = fit_cost(node, rows, outputs, ridges, mask)
+        if expand is not None:
+            price += ridges * EIGENVECTORS * outputs**3
+        return price * len(self.network.graph.places(node.home))
 
     def _mask(self, node: Node) -> Tensor | None:
         key = f"{node.home}.weight"
@@ -363,7 +410,7 @@ class _Sweep:
         return FactorPair(own[0], weights_of(expand, self.network.get_submodule(expand.home))[0]).weights()[None]
 
     def _equations(
-        self, node: Node, named: Node, walk: _Walk, target: _Walk, generator: torch.Generator
+        self, node: Node, named: Node, walk: Walk, target: Walk, generator: torch.Generator
     ) -> _Equations | None:
         """The sums over all batches; None where the first already shows that nothing has changed."""
         module, groups = self.network.get_submodule(named.home), weight_matrix(node).groups
@@ -374,27 +421,29 @@ class _Sweep:
         equations = _Equations(fit, judge)
         if shared:
             equations = self.sums.setdefault(node.home, equations)
-        fitted = len(self.batches[0])
-        images = sum(len(images_NCx) for images_NCx in self.batches[0])
-        most = max(1, rows_within(feature_count(node), groups) // images)
+        fitted, most = len(self.batches[0]), self._rows_of_an_image(node)
         channels = self.kept.get(named.name)
         for number, (values, wanted) in enumerate(zip(walk.values, target.values, strict=True)):
-            inputs_NCx, outputs_NCx = values[node.inputs[0]], wanted[named.name]
+            self.look()
+            inputs_NCx = values[node.inputs[0]]
             positions_NM = choose_positions(node, len(inputs_NCx), most, generator)
-            rows_GTO = output_rows(outputs_NCx, positions_NM, channels, groups)
-            equations[0 if number < fitted else 1].add(input_rows(node, inputs_NCx, positions_NM), rows_GTO)
+            part = equations[0 if number < fitted else 1]
+            part.add_layer(node, inputs_NCx, positions_NM, wanted[named.name], channels)
             if number == 0 and not shared and equations.fit.error(start) < UNCHANGED:
                 return None
         return equations
 
     def _solve(self, node: Node, expand: Node | None, mask: Tensor | None, equations: _Equations | None) -> Outcome:
         """Give the layer (and the second one of a product) the best of the fits, if it is better than none."""
-        start = self._start(node, expand)
+        start, module = self._start(node, expand), self.network.get_submodule(node.home)
+        if node.home in self.sums:  # what an earlier place has found is to be found again, for all of them
+            assign_weights(node, module, start)
         before = 0.0 if equations is None else equations.judge.error(start)
         if equations is None or max(before, equations.fit.error(start)) < UNCHANGED:
             return _UNCHANGED
         after, best = before, None
         for ridge in self.ridges:
+            self.look()
             try:
                 found = equations.fit.solve(start, ridge=ridge, mask_GOF=mask)
             except NoSolution:
@@ -406,7 +455,6 @@ class _Sweep:
         if best is None:
             return _left("no fit came nearer, on images that it had not seen")
         outcome = _fitted(before, after)
-        module = self.network.get_submodule(node.home)
         if isinstance(best, Tensor):
             assign_weights(node, module, best)
             return outcome
@@ -416,8 +464,3 @@ class _Sweep:
         self.outcomes[expand.home] = outcome
         self.paired.add(expand.home)
         return outcome
-
-
-def rows_within(features: int, groups: int) -> int:
-    """How many rows a layer's equations are made of: as many as the time allows, but two for each feature at least."""
-    return min(MOST_ROWS, max(int(MOST_PRODUCTS / (groups * features**2)), 2 * features))

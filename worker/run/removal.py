@@ -37,7 +37,7 @@ from worker.pruning.latency_budget import TimeCheck, check_time, removals_within
 from worker.pruning.learned_gates import learned_gates
 from worker.pruning.loss_curves import CutMonitor, Repair, loss_curves
 from worker.pruning.recalibration import recalibrate_batch_norm
-from worker.pruning.reconstruction import Reconstruction, reconstruct
+from worker.pruning.reconstruction import Reconstruction, products_within, reconstruct
 from worker.pruning.schedules import PruningRound
 from worker.pruning.surgery import kept_channels, shrink
 from worker.pruning.weight_masks import joined_masks
@@ -252,7 +252,8 @@ def repair(
 ) -> Reconstruction:
     """Fit the layers behind a removal to what the network computed before it (`worker/pruning/reconstruction.py`).
 
-    `look` is called before every layer.
+    All fits together may take what an epoch of training the network before takes. `look` is called every few hundred
+    milliseconds.
     """
     return reconstruct(
         network,
@@ -262,6 +263,7 @@ def repair(
         masks=masks,
         frozen=context.frozen - removed.replaced,
         seed=context.seed,
+        products=products_within(removed.target.graph, context.images),
         look=look,
     )
 

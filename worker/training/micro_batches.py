@@ -9,9 +9,10 @@ Axes: N batch, C channels, x spatial.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -22,6 +23,22 @@ def split_batch(images_NCx: Tensor, labels_N: Tensor, pieces: int) -> list[tuple
     """The batch in `pieces` nearly equal pieces, or in fewer: none has one image, of which batch norm has no variance."""
     most = max(1, min(pieces, len(labels_N) // SMALLEST_BATCH))
     return list(zip(images_NCx.tensor_split(most), labels_N.tensor_split(most), strict=True))
+
+
+def joined_batches(batches: Iterable[Tensor]) -> list[Tensor]:
+    """The same images in the same order; a batch of one is joined to the next, the last to the one before.
+
+    So that every batch has a variance, where there are two images.
+    """
+    joined: list[Tensor] = []
+    for images_NCx in batches:
+        if joined and len(joined[-1]) == 1:
+            joined[-1] = torch.cat([joined[-1], images_NCx])
+        else:
+            joined.append(images_NCx)
+    if len(joined) > 1 and len(joined[-1]) == 1:
+        joined[-2:] = [torch.cat(joined[-2:])]
+    return joined
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from app.network.graph import build_graph
 from app.network.layers.registry import read_layers
 from app.network.node import Node
 from worker.network import Network, build_network
+from worker.pruning import normal_equations
 from worker.pruning.normal_equations import (
     NormalEquations,
     assign_weights,
@@ -143,3 +144,20 @@ def test_inputs_that_are_all_zero_keep_the_weights() -> None:
     equations.add(rows, torch.ones(1, rows.shape[1], 4))
     start = torch.randn(1, 4, rows.shape[2], dtype=torch.float64)
     torch.testing.assert_close(equations.solve(start, ridge=1e-2), start)
+
+
+@pytest.mark.parametrize("piece", [1, 700, 5000])
+@pytest.mark.parametrize("name", LAYERS)
+def test_rows_that_are_gathered_in_pieces_give_the_same_sums(
+    name: str, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, node, inputs = layer_named(name)
+    outputs = network.get_submodule(node.name)(inputs).detach()
+    positions = choose_positions(node, len(inputs), 7, torch.Generator().manual_seed(0))
+    whole, parts = (NormalEquations.of(node, bias="bias" in node.uses) for _ in range(2))
+    whole.add_layer(node, inputs, positions, outputs)
+    monkeypatch.setattr(normal_equations, "_CHUNK_BYTES", 8 * piece)
+    parts.add_layer(node, inputs, positions, outputs)
+    assert whole.rows == parts.rows == positions.numel()
+    torch.testing.assert_close((parts.gram, parts.cross), (whole.gram, whole.cross))
+    assert parts.squares == pytest.approx(whole.squares)

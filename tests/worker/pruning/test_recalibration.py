@@ -92,3 +92,14 @@ def test_no_batches_at_all_are_refused_and_leave_the_statistics() -> None:
     with pytest.raises(ValueError, match="at least one batch"):
         recalibrate_batch_norm(network, [])
     assert torch.equal(network.get_buffer("batch_norm1.running_mean"), before)
+
+
+@pytest.mark.parametrize("sizes", [[47, 1], [1, 47], [1] * 48])
+def test_a_batch_of_one_value_per_channel_counts_like_any_other(sizes: list[int]) -> None:
+    layers = [layer("flatten"), layer("linear", out_features=4), layer("batch_norm", name="n"), layer("relu")]
+    network = trained(build_graph(read_layers([*layers, layer("linear", out_features=3)]), PICTURE))
+    images_NCx = torch.cat(batches(network))
+    assert recalibrate_batch_norm(network, images_NCx.split(sizes)) == 48
+    output_NC = network.get_submodule("linear1")(images_NCx.flatten(1)).detach()
+    torch.testing.assert_close(network.get_buffer("n.running_mean"), output_NC.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(network.get_buffer("n.running_var"), output_NC.var(0), rtol=1e-5, atol=1e-6)

@@ -22,9 +22,11 @@ from tests.support.networks.topologies import HEAD, PICTURE, TOPOLOGIES, Layers,
 from worker.compression.low_rank import replace_trained_layers
 from worker.network import Network
 from worker.pruning import reconstruction
-from worker.pruning.reconstruction import Reconstruction, images_within, reconstruct
+from worker.pruning.normal_equations import NormalEquations, NoSolution
+from worker.pruning.reconstruction import Reconstruction, images_within, products_within, reconstruct
 from worker.pruning.surgery import kept_channels, shrink
 from worker.pruning.weight_masks import joined_masks
+from worker.training.masks import Masks
 
 EXACT = 1e-9
 """A ridge that pulls at nothing that the images determine."""
@@ -327,20 +329,27 @@ def test_images_are_as_many_as_the_outputs_of_both_networks_leave_room_for() -> 
     assert images_within(graph, limit_bytes=1) == 1
 
 
-def test_one_image_serves_for_fit_and_judgement_and_none_is_refused() -> None:
+def test_one_image_to_fit_on_is_too_few_and_none_is_refused() -> None:
     network = network_of([conv(4, name="cut"), layer("relu"), conv(5), *HEAD])
     smaller, kept = cut_channel(network, "cut", 2)
-    assert reconstruct(smaller, network, images(network.graph, 1), kept=kept).images == 1
+    for count in (1, 2):  # of two, one is left to judge
+        found = reconstruct(smaller, network, images(network.graph, count), kept=kept)
+        assert found.images == 1
+        assert not found.kept
+        assert {outcome["not_reconstructed"] for outcome in found.layers.values()} == {
+            "two images to fit on are needed"
+        }
     with pytest.raises(ValueError, match="at least one image"):
         reconstruct(smaller, network, [], kept=kept)
 
 
-def test_it_is_looked_at_before_every_layer_and_can_be_ended() -> None:
+def test_it_is_looked_at_between_batches_and_can_be_ended() -> None:
     network = network_of([conv(4, name="cut"), layer("relu"), conv(5), *HEAD])
     smaller, kept = cut_channel(network, "cut", 2)
     looks: list[int] = []
     reconstruct(smaller, network, images(network.graph), kept=kept, look=lambda: looks.append(1))
-    assert len(looks) == 3
+    batches = len(images(network.graph)) + 1  # one of them is partly fitted on, partly judged on
+    assert len(looks) > len(network.graph.nodes) * 2 * batches
 
     def end() -> None:
         raise InterruptedError
@@ -348,3 +357,105 @@ def test_it_is_looked_at_before_every_layer_and_can_be_ended() -> None:
     with pytest.raises(InterruptedError):
         reconstruct(smaller, network, images(network.graph), kept=kept, look=end)
     assert smaller.training == network.training
+
+
+NORM_OF_ONE_VALUE = [
+    layer("flatten"),
+    layer("linear", out_features=6, name="wide"),
+    layer("batch_norm"),
+    layer("relu"),
+    layer("linear", out_features=3),
+]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.integers(1, 40), st.integers(1, 9))
+def test_any_number_of_images_in_any_batches_can_be_fitted_on(count: int, size: int) -> None:
+    """A norm behind a linear layer has one value per channel of a batch of one image: no variance."""
+    target, network = (network_of(NORM_OF_ONE_VALUE) for _ in range(2))
+    masks = joined_masks(network, Prune.model_validate({"sparsity": 0.5}), 0.5, None, seed=0)
+    masks.apply(network)
+    found = reconstruct(network, target, torch.cat(images(network.graph, count)).split(size), masks=masks)
+    assert found.images == max(1, count - -(-count // reconstruction.JUDGING_PART))
+    assert all(torch.isfinite(tensor).all() for tensor in network.state_dict().values())
+
+
+def masked_copy(target: Network, *names: str) -> tuple[Network, Masks]:
+    """The network with half of the weights of some layers zero."""
+    network, generator = copy.deepcopy(target), torch.Generator().manual_seed(0)
+    weights = {f"{name}.weight": network.get_parameter(f"{name}.weight") for name in names}
+    masks = Masks({key: (torch.rand(w.shape, generator=generator) > 0.5).float() for key, w in weights.items()})
+    masks.apply(network)
+    return network, masks
+
+
+def test_layers_that_cost_more_than_is_left_are_left_with_the_reason() -> None:
+    target = network_of([conv(6, name="one"), layer("relu"), conv(6, name="two"), layer("relu"), *HEAD])
+    network, masks = masked_copy(target, "one", "two")
+    bare = copy.deepcopy(network)
+    whole = reconstruct(network, target, images(target.graph), masks=masks)
+    assert all(whole.layers[name]["reconstructed"] for name in ("one", "two"))
+    found = reconstruct(bare, target, images(target.graph), masks=masks, products=2.5e6)
+    assert found.layers["one"]["reconstructed"]
+    assert "more than the layers before it have left" in found.layers["two"]["not_reconstructed"]
+
+
+def test_a_layer_that_costs_too_much_alone_is_left_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconstruction, "MOST_LAYER_PRODUCTS", 1e3)
+    target = network_of([conv(6, name="one"), layer("relu"), *HEAD])
+    network, masks = masked_copy(target, "one")
+    found = reconstruct(network, target, images(target.graph), masks=masks)
+    assert "more than 1e+03" in found.layers["one"]["not_reconstructed"]
+
+
+def test_a_repair_may_cost_an_epoch_of_training_or_a_few_seconds() -> None:
+    graph = topology("chain")
+    assert products_within(graph, 1) == reconstruction.MOST_JOB_PRODUCTS
+    assert products_within(graph, 10**9) == 3e9 * cost(graph).macs
+
+
+def test_norms_behind_a_frozen_layer_count_again_only_if_its_outputs_have_changed() -> None:
+    layers = [conv(4, name="held"), layer("batch_norm", name="norm"), layer("relu"), conv(6, name="cut"), *HEAD]
+    target = network_of(layers)
+    for cut, counted in (("cut", False), ("held", True)):
+        network, masks = masked_copy(target, cut)
+        before = network.get_buffer("norm.running_mean").clone()
+        found = reconstruct(network, target, images(target.graph), masks=masks, frozen={"held"})
+        assert found.layers["held"]["not_reconstructed"] == "frozen"
+        assert found.kept
+        assert torch.equal(network.get_buffer("norm.running_mean"), before) != counted
+
+
+SHARED = [conv(8, name="stem"), layer("relu"), conv(8, padding=1, name="twice"), layer("relu")]
+AGAIN = [layer("conv", shares="twice"), layer("batch_norm", name="norm"), layer("relu")]
+
+
+def test_the_second_sweep_counts_norms_behind_a_shared_layer_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = []
+    count = reconstruction._Sweep._recount
+    monkeypatch.setattr(reconstruction._Sweep, "_recount", lambda *given: (counted.append(1), count(*given)))
+    target = network_of([*SHARED, *AGAIN, *HEAD])
+    network, masks = masked_copy(target, "twice")
+    found = reconstruct(network, target, images(target.graph), masks=masks)
+    assert found.layers["twice"]["reconstructed"]
+    assert len(counted) == 2
+
+
+def test_a_shared_layer_does_not_keep_a_fit_that_is_good_at_one_place_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = network_of([*SHARED, *AGAIN, *HEAD])
+    network, masks = masked_copy(target, "twice")
+    before = network.get_parameter("twice.weight").clone()
+    solve, solved = NormalEquations.solve, []
+
+    def first_place_only(self: NormalEquations, start: Tensor, **given: Any) -> Tensor:
+        if start.shape[1:] == (8, 73):
+            solved.append(self.rows)
+            if self.rows > solved[0]:
+                raise NoSolution
+        return solve(self, start, **given)
+
+    monkeypatch.setattr(NormalEquations, "solve", first_place_only)
+    found = reconstruct(network, target, images(target.graph), masks=masks)
+    assert len(set(solved)) == 2
+    assert not found.layers["twice"]["reconstructed"]
+    assert torch.equal(network.get_parameter("twice.weight"), before)

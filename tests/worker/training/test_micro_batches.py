@@ -7,7 +7,7 @@ import torch
 
 from tests.support.jobs.blobs import blobs, small_cnn
 from worker.network import Network, build_network
-from worker.training.micro_batches import norms_paced, split_batch
+from worker.training.micro_batches import joined_batches, norms_paced, split_batch
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,12 @@ def test_norms_that_keep_their_statistics_keep_them_and_momenta_come_back_after_
     with pytest.raises(MemoryError), norms_paced(network, 2):
         raise MemoryError
     assert network.get_submodule("batch_norm1").momentum == 0.1
+
+
+@pytest.mark.parametrize("sizes", [[1], [1, 1], [4, 1], [1, 4], [1, 1, 1], [4, 1, 4, 1], [2, 3]])
+def test_joined_batches_have_two_images_where_there_are_two(sizes: list[int]) -> None:
+    images = torch.arange(sum(sizes)).float()
+    joined = joined_batches(images.split(sizes))
+    assert torch.equal(torch.cat(joined), images)
+    assert all(len(batch) >= min(2, sum(sizes)) for batch in joined)
+    assert max(map(len, joined)) <= max(3, max(sizes) + 1)
