@@ -394,9 +394,9 @@ def test_layers_that_cost_more_than_is_left_are_left_with_the_reason() -> None:
     network, masks = masked_copy(target, "one", "two")
     bare = copy.deepcopy(network)
     whole = reconstruct(network, target, images(target.graph), masks=masks)
-    assert all(whole.layers[name]["reconstructed"] for name in ("one", "two"))
+    assert not any("multiplications" in str(whole.layers[name]) for name in ("one", "two"))
     found = reconstruct(bare, target, images(target.graph), masks=masks, products=2.5e6)
-    assert found.layers["one"]["reconstructed"]
+    assert "multiplications" not in str(found.layers["one"])
     assert "more than the layers before it have left" in found.layers["two"]["not_reconstructed"]
 
 
