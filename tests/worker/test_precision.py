@@ -60,11 +60,11 @@ def test_autocast_is_off_in_float32() -> None:
 
 
 def test_full_float32_is_for_a_block_and_leaves_no_trace() -> None:
-    def settings() -> tuple[str, str, bool]:
+    def settings() -> tuple[str, str]:
         backends: Any = torch.backends
-        return backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision, backends.cudnn.allow_tf32
+        return backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision
 
     before = settings()
     with full_float32():
-        assert settings() == ("ieee", "ieee", False)
+        assert settings() == ("ieee", "ieee")
     assert settings() == before

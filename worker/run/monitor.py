@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from app.errors import EspalierError
@@ -24,6 +25,20 @@ class Interrupted(EspalierError):
     def __init__(self, wish: Wish) -> None:
         super().__init__(f"the user asked for: {wish}")
         self.wish: Wish = wish
+
+
+def at_most_every(seconds: float, look: Callable[[], None]) -> Callable[[], None]:
+    """`look`, for loops that turn quickly: called at the first turn, and then when so many seconds have passed."""
+    last = -math.inf
+
+    def turn() -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= seconds:
+            last = now
+            look()
+
+    return turn
 
 
 class Monitored(Protocol):

@@ -19,7 +19,7 @@ from worker.pruning.schedules import retrain_rates
 from worker.pruning.weight_masks import joined_masks, pruned_part
 from worker.run.handlers import compression_handler
 from worker.run.job import Job, Stage, halved_batches, stage_name
-from worker.run.monitor import Interrupted
+from worker.run.monitor import Interrupted, at_most_every
 from worker.run.record import StepRecord
 from worker.run.removal import check_budget, recalibrate, repair
 from worker.run.report import Row, measures
@@ -30,6 +30,7 @@ from worker.training.masks import Masks
 from worker.training.race import losses_of, winner
 from worker.training.resume import restore_fit
 
+LOOK_S = 0.5  # between two looks at the user's wishes in a repair
 RACE_START = "race/start"  # weights that every try starts from
 ALLOCATION_FAILED = (
     "can't allocate memory",
@@ -224,7 +225,7 @@ def _compress(job: Job, stage: Stage) -> None:
     after_cut = job.score(reached.network)
     reconstruction = None
     if removed is not None:
-        look = job.monitor.check_cancel_or_pause
+        look = at_most_every(LOOK_S, job.monitor.check_cancel_or_pause)
         reconstruction = repair(reached.network, removed, reached.masks, job.removal_context, look)
         record.reconstructed = dict(reconstruction.layers)
     recalibrated = recalibrate(reached.network, job.removal_context)

@@ -33,8 +33,8 @@ from worker.run.job import Task
 from worker.run.monitor import Interrupted
 from worker.run.state import Reached
 
-ASKS_OF_A_REMOVAL = 16
-"""A removal asks after each cut of its curves and before each layer of its repair; left in the repair, it begins anew."""
+ASKS_OF_A_REMOVAL = 12
+"""A removal asks after each cut of its curves and now and then in its repair; left in the repair, it begins anew."""
 PRUNE_WEIGHTS = {
     "type": "prune",
     "sparsity": 0.7,
