@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ def _dtype(wanted: str, device: torch.device) -> tuple[torch.dtype | None, tuple
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Inside the block a GPU multiplies float32 with all of its bits (24), not with the 11 of TF32; elsewhere nothing changes."""
-    places = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    places: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [place.allow_tf32 for place in places]
     for place in places:
         place.allow_tf32 = False
