@@ -79,16 +79,15 @@ def _dtype(wanted: str, device: torch.device) -> tuple[torch.dtype | None, tuple
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Inside the block a GPU multiplies float32 with all of its bits (24), not with the 11 of TF32; elsewhere nothing changes."""
-    backends: Any = torch.backends
-    places = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
-    before = [place.fp32_precision for place in places]
+    places: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [place.allow_tf32 for place in places]
     for place in places:
-        place.fp32_precision = "ieee"
+        place.allow_tf32 = False
     try:
         yield
     finally:
-        for place, precision in zip(places, before, strict=True):
-            place.fp32_precision = precision
+        for place, allowed in zip(places, before, strict=True):
+            place.allow_tf32 = allowed
 
 
 def _own_tensors(module: nn.Module) -> Iterable[Tensor]:

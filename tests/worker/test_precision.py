@@ -59,12 +59,13 @@ def test_autocast_is_off_in_float32() -> None:
         assert network(torch.zeros(2, 1, 8, 8)).dtype == torch.bfloat16
 
 
-def test_full_float32_is_for_a_block_and_leaves_no_trace() -> None:
-    def settings() -> tuple[str, str]:
-        backends: Any = torch.backends
-        return backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision
+def _tf32() -> tuple[bool, bool]:
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
-    before = settings()
+
+def test_full_float32_is_for_a_block_and_leaves_no_trace() -> None:
+    before = _tf32()
+    assert True in before
     with full_float32():
-        assert settings() == ("ieee", "ieee")
-    assert settings() == before
+        assert _tf32() == (False, False)
+    assert _tf32() == before

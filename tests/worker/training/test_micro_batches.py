@@ -63,4 +63,4 @@ def test_joined_batches_have_two_images_where_there_are_two(sizes: list[int]) ->
     joined = joined_batches(images.split(sizes))
     assert torch.equal(torch.cat(joined), images)
     assert all(len(batch) >= min(2, sum(sizes)) for batch in joined)
-    assert max(map(len, joined)) <= max(3, max(sizes) + 1)
+    assert max(map(len, joined)) <= max(sizes) + 2
