@@ -25,7 +25,8 @@ QUALITY = """*Ours* is a plain `{"type": "prune", ...}` with every default. The 
 layer by layer, and Torch-Pruning's global and local scope, retrained on the same images in the same batches for as many
 epochs, by SGD at constant rates or along a line to 0, and along our schedule with our optimizer; of all their scopes and
 schedules the best cell of a row counts. Ours reconstructs what it cuts and learns from the dense network, as a plain job
-does; the peers have neither. `letters` was in no choice. The goals: nowhere below it, above it by more than the standard error
+does; the peers have neither. `letters` was in no choice. Rows with fewer than 5 seeds are of a grid that is still being
+run: a single seed says little. The goals: nowhere below it, above it by more than the standard error
 from a quarter of the MACs down, by a point at 0.12 of the MACs and at 95 % zeros; dense networks never below the best
 training that peers use."""
 
