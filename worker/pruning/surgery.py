@@ -110,9 +110,8 @@ def _zero(network: Network, classes: Classes, dropped: Collection[int]) -> None:
     parameters = dict(network.named_parameters())
     for axis in classes.axes:
         key = f"{axis.layer}.{axis.tensor}"
-        if (
-            key in parameters and not kept[axis.slots.ids].all()
-        ):  # running statistics stay: nothing depends on them after a scale and a bias of zero
+        # running statistics stay: nothing depends on them after a scale and a bias of zero
+        if key in parameters and not kept[axis.slots.ids].all():
             places = torch.from_numpy(np.flatnonzero(~kept[axis.slots.runs(1)])).to(parameters[key].device)
             parameters[key].index_fill_(axis.axis, places, 0.0)
 
