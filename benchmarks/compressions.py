@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -119,24 +118,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--retrain-epochs", type=int, default=4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--results", type=Path, help="default: var/benchmarks/compressions.jsonl")
-    parser.add_argument("--resume", action="store_true", help="go on with the results that are there")
-    parser.add_argument("--write", action="store_true", help="store what was gathered in benchmarks/results")
+    records.add_gathering_options(parser)
     parser.add_argument("--short", action="store_true", help="jobs on images drawn from a seed: does it still run?")
-    parser.add_argument("--table", action="store_true", help="print the table of what is there and end")
     options = parser.parse_args()
     if options.short:
         options.data, options.seeds, options.epochs, options.retrain_epochs = ["synthetic"], 1, 2, 1
-    path = options.results or records.unfinished("compressions")
-    if options.table and not path.exists():
-        path = records.latest("compressions", ".jsonl") or sys.exit("no results yet")
-    if not options.table:
-        if path.exists() and not options.resume:
-            sys.exit(f"{path.name} is there already: --resume goes on with it, --results takes another file")
-        run(options, path)
-    print(table(list(records.rows(path))))
-    if options.write:
-        print(f"\n{records.store('compressions', path).name}")
+    records.gather("compressions", options, run, table)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import argparse
 import functools
 import hashlib
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -407,25 +406,17 @@ def main() -> None:
     parser.add_argument("--retrain-epochs", type=int, default=4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--results", type=Path, help="where lines are gathered; default: var/benchmarks/quality.jsonl")
-    parser.add_argument("--resume", action="store_true", help="go on with the results that are there")
-    parser.add_argument("--write", action="store_true", help="store what was gathered in benchmarks/results")
+    records.add_gathering_options(parser)
     parser.add_argument("--short", action="store_true", help="a minute on images drawn from a seed: does it still run?")
-    parser.add_argument("--table", action="store_true", help="print the tables of what is there and end")
     options = parser.parse_args()
     if options.short:
         options.data, options.seeds, options.epochs, options.retrain_epochs = ["synthetic"], 1, 2, 1
         options.points = options.points or ["weights=0.9", "channels=0.5"]
-    path = options.results or records.unfinished("quality")
-    if options.table and not path.exists():
-        path = records.latest("quality", ".jsonl") or sys.exit("no results yet")
-    if not options.table:
-        if path.exists() and not options.resume:
-            sys.exit(f"{path.name} is there already: --resume goes on with it, --results takes another file")
+
+    def measured(options: argparse.Namespace, path: Path) -> None:
         run(options, path, lambda line: print(line, flush=True))
-    print(quality_tables.document(list(records.rows(path))))
-    if options.write:
-        print(f"\n{records.store('quality', path).name}")
+
+    records.gather("quality", options, measured, quality_tables.document)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -213,24 +212,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--results", type=Path, help="where lines are gathered; default: var/benchmarks/recipes.jsonl")
-    parser.add_argument("--resume", action="store_true", help="go on with the results that are there")
-    parser.add_argument("--write", action="store_true", help="store what was gathered in benchmarks/results")
+    records.add_gathering_options(parser)
     parser.add_argument("--short", action="store_true", help="a few trainings on drawn images: does it still run?")
-    parser.add_argument("--table", action="store_true", help="print the tables of what is there and end")
     options = parser.parse_args()
     if options.short:
         options.sets, options.epochs, options.seeds, options.parts = ["synthetic"], [1], 1, ["rate", "loss"]
-    path = options.results or records.unfinished("recipes")
-    if options.table and not path.exists():
-        path = records.latest("recipes", ".jsonl") or sys.exit("no results yet")
-    if not options.table:
-        if path.exists() and not options.resume:
-            sys.exit(f"{path.name} is there already: --resume goes on with it, --results takes another file")
-        run(options, path)
-    print(table(list(records.rows(path))))
-    if options.write:
-        print(f"\n{records.store('recipes', path).name}")
+    records.gather("recipes", options, run, table)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,33 @@ def write(name: str, document: dict[str, Any]) -> Path:
     path = dated(name)
     path.write_text(json.dumps(about() | document, indent=1) + "\n")
     return path
+
+
+def add_gathering_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a benchmark that gathers lines and may be resumed."""
+    parser.add_argument("--results", type=Path, help="where lines are gathered; default: var/benchmarks/<script>.jsonl")
+    parser.add_argument("--resume", action="store_true", help="go on with the results that are there")
+    parser.add_argument("--write", action="store_true", help="store what was gathered in benchmarks/results")
+    parser.add_argument("--table", action="store_true", help="print the tables of what is there and end")
+
+
+def gather(
+    name: str,
+    options: argparse.Namespace,
+    run: Callable[[argparse.Namespace, Path], None],
+    table: Callable[[list[dict[str, Any]]], str],
+) -> None:
+    """Run a benchmark that gathers lines as its options say, print its tables, and store the lines if asked to."""
+    path = options.results or unfinished(name)
+    if options.table and not path.exists():
+        path = latest(name, ".jsonl") or sys.exit("no results yet")
+    if not options.table:
+        if path.exists() and not options.resume:
+            sys.exit(f"{path.name} is there already: --resume goes on with it, --results takes another file")
+        run(options, path)
+    print(table(list(rows(path))))
+    if options.write:
+        print(f"\n{store(name, path).name}")
 
 
 def append(path: Path, row: dict[str, Any]) -> None:

@@ -214,27 +214,13 @@ def main() -> None:
     parser.add_argument("--retrain-epochs", nargs="+", type=int, default=[5, 10])
     parser.add_argument("--limit", type=int, default=10_000, help="training images of Fashion-MNIST")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument(
-        "--results", type=Path, help="where lines are gathered; default: var/benchmarks/retraining.jsonl"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with the results that are there")
-    parser.add_argument("--write", action="store_true", help="store what was gathered in benchmarks/results")
+    records.add_gathering_options(parser)
     parser.add_argument("--short", action="store_true", help="two jobs on images drawn from a seed: does it still run?")
-    parser.add_argument("--table", action="store_true", help="print the tables of what is there and end")
     options = parser.parse_args()
     if options.short:
         options.data, options.seeds, options.epochs, options.retrain_epochs = "synthetic", 1, 2, [1]
         options.structures, options.policies = ["channels"], ["none", "lr_rewind"]
-    path = options.results or records.unfinished("retraining")
-    if options.table and not path.exists():
-        path = records.latest("retraining", ".jsonl") or sys.exit("no results yet")
-    if not options.table:
-        if path.exists() and not options.resume:
-            sys.exit(f"{path.name} is there already: --resume goes on with it, --results takes another file")
-        run(options, path)
-    print(table(list(records.rows(path))))
-    if options.write:
-        print(f"\n{records.store('retraining', path).name}")
+    records.gather("retraining", options, run, table)
 
 
 if __name__ == "__main__":
