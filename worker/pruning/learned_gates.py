@@ -139,6 +139,7 @@ def learned_gates(
     allowed: int,
     images: int,
     start: Graph,
+    fraction: float = 1.0,
     look: Callable[[], None] = lambda: None,
 ) -> dict[int, float]:
     """The gate of every class, in [0, 1]: the score with which `choose_removals` removes classes in scope `learned`.
@@ -156,6 +157,7 @@ def learned_gates(
         allowed: The cost that may be left, in the measure of the budget.
         images: How many training images there are.
         start: The graph before the first stage of the step: floors refer to its widths.
+        fraction: How far this stage goes, in (0, 1]: of what overrides take, it takes this part.
         look: Called before every step; may raise to leave.
 
     Raises:
@@ -165,7 +167,7 @@ def learned_gates(
     measure = step.budget.cost_measure if step.budget is not None else None
     assert measure is not None, "gates are learned within a budget that can be counted"
     step = step.model_copy(update={"round_to": step.round_to or 1, "scope": "layer"})  # whatever blocks will leave
-    openings = _openings(network.graph, classes, step, scores, start, {measure: allowed})
+    openings = _openings(network.graph, classes, step, scores, start, {measure: allowed}, fraction)
     gated, cost_of = GatedNetwork(network, classes), GatedCost(network.graph, classes, measure)
     whole = float(cost_of(openings.standing))
     logits_C = _first_logits(openings, scores, classes.slot_count).requires_grad_()
@@ -200,13 +202,14 @@ def _openings(
     scores: Mapping[int, float],
     start: Graph,
     allowed: Mapping[CostMeasure, int],
+    fraction: float,
 ) -> _Openings:
     """Which gates are free, and where the others stand: what overrides take is closed. Raises BudgetUnreachable."""
     ((measure, most),) = allowed.items()
 
     def within(amount: float) -> Removals:
         wanted = step.model_copy(update={"budget": Budget.model_validate({measure: amount})})
-        return choose_removals(graph, classes, scores, wanted, start=start, baseline=cost(graph))
+        return choose_removals(graph, classes, scores, wanted, start=start, baseline=cost(graph), fraction=fraction)
 
     smallest, forced = within(max(2, most)).floor_dropped, within(1.0).dropped
     free, standing = np.zeros(classes.slot_count, dtype=np.bool_), np.ones(classes.slot_count)

@@ -236,6 +236,7 @@ def _gates(
         allowed=allowed_cost(step, context.baseline, fraction, cost(start)),
         images=context.images,
         start=start,
+        fraction=fraction,
         look=context.look,
     )
 

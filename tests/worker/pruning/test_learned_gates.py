@@ -191,6 +191,16 @@ def test_channels_that_do_nothing_are_closed_first_whatever_their_scores_are() -
     assert dead[2] < 0.5 < alive[0]  # one stays: the floor keeps that of the largest score
 
 
+def test_a_stage_closes_its_own_part_of_what_an_override_takes() -> None:
+    network = learnt((8, 16, 8))
+    step = step_of(budget={"macs": 0.3}, overrides={"conv2": {"sparsity": 0.75}})
+    classes = channel_classes(network.graph)
+    (group,) = (group for group in classes.groups[1:] if classes.layers_of(group)[0] == "conv2")
+    for fraction, closed in ((0.5, 8), (1.0, 12)):  # a half of the way to a quarter of the channels is a half of them
+        gates = gates_of(network, step, fraction=fraction)
+        assert sum(gates[c] == 0.0 for c in group.classes.tolist()) == closed
+
+
 def test_floors_and_overrides_hold() -> None:
     network = learnt((8, 16, 8))
     step = step_of(
