@@ -49,8 +49,9 @@ def cheapest_within(
 
     A block's price is the slope of the lower convex hull of loss over saving where it lies: a cut behind which the loss
     rises no more is reached through blocks that are dear alone. Savings shrink as other groups do, so a price that was
-    worked out earlier is never too high, and only the lowest has to be worked out again (lazy greedy, Minoux 1978). Blocks
-    of equal price leave where the smallest part of a group is gone, then by group.
+    worked out earlier is never too high, and only the lowest has to be worked out again (lazy greedy, Minoux 1978). Where
+    both widths of a layer follow one group, the hull is that over its classes: near the one over savings, which moves.
+    Blocks of equal price leave where the smallest part of a group is gone, then by group.
 
     Args:
         losses: For each group the foreseen rise of the loss after 0, 1, 2, ... of its blocks, not falling.
