@@ -131,7 +131,8 @@ def test_every_variant_is_a_step_that_a_job_may_have() -> None:
     for name, (structures, _) in quality.VARIANTS.items():
         for structure in structures:
             step = quality._step(setting, quality.Cell(structure, 0.5, f"espalier {name}", "own"))
-            parse_job(setting.spec([step]))
+            (part,) = parse_job(setting.spec([step])).optimizations
+            assert part.type == "prune"
 
 
 def test_ours_and_a_peer_start_from_one_network_and_a_second_run_does_not_train_it_again(

@@ -46,8 +46,6 @@ from worker.training.masks import Masks
 
 RECALIBRATION_IMAGES = 4096
 REPAIR_IMAGES = 512  # by which the cuts of loss curves are repaired
-# Of a removal by the loss: 2 gave +0.2 and +0.7 points on mnist1d (4 seeds, 0.25 and 0.12 of the MACs), -1.1, -2.7 and -2.0 on
-# coloured pictures (3 cells), for twice the time; 3 lost at 0.12 on both.
 
 Pairs = Iterator[tuple[Tensor, Tensor]]
 

@@ -23,7 +23,7 @@ def losses_of(network: Network, batches: Iterable[tuple[Tensor, Tensor]], precis
     """The cross-entropy of every image (N, float64, on the CPU), in eval mode; infinite where it is no number."""
     was_training = network.training
     network.eval()
-    losses = []
+    losses = [torch.zeros(0, dtype=torch.float64)]  # of no image: the first try wins
     for images, labels_N in batches:
         with precision.autocast():
             logits_NK = network(images)

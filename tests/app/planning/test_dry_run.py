@@ -9,7 +9,7 @@ import pytest
 
 from app.network.cost import cost
 from app.planning.plan import Plan
-from app.pruning.budget import choose_block, choose_removals
+from app.pruning.budget import choose_block, choose_removals, choose_removals_in_blocks
 from app.pruning.channel_classes import channel_classes, shrink_graph
 from app.spec.prune import Prune
 from tests.support.jobs.specs import COLOUR, GREY, misplanned, plan, preset_graph
@@ -54,19 +54,40 @@ def test_the_plan_of_scope_layer_is_what_any_scores_give(preset: str, amount: di
     assert [node.shape for node in shrunk.nodes] == [node.shape for node in planned.planned.nodes]
 
 
-@pytest.mark.parametrize("preset", ["deep_cnn", "resnet20"])
-def test_rounds_are_gone_through_as_the_worker_does(preset: str) -> None:
-    planned = pruned(preset, budget={"macs": 0.3}, scope="layer", schedule={"name": "iterative", "steps": 3})
+def chain(*widths: int) -> dict[str, Any]:
+    layers: list[dict[str, Any]] = [
+        {"type": "conv", "out_channels": width, "kernel_size": 3, "padding": 1} for width in widths
+    ]
+    ends = [{"type": "global_avg_pool"}, {"type": "flatten"}, {"type": "linear", "out_features": 10}]
+    return {"layers": [*layers, *ends], "input_shape": [3, 32, 32]}
+
+
+@pytest.mark.parametrize(
+    ("model", "budget", "steps"),
+    [
+        ({"preset": "deep_cnn"}, {"macs": 0.3}, 3),
+        ({"preset": "resnet20"}, {"macs": 0.3}, 3),
+        (chain(64, 12, 64), {"macs": 0.5}, 4),  # blocks are halved in some of the rounds
+        (chain(16, 8), {"params": 0.3}, 3),
+    ],
+)
+def test_rounds_are_gone_through_as_the_worker_does(
+    model: dict[str, Any], budget: dict[str, float], steps: int
+) -> None:
+    asked = {"type": "prune", "budget": budget, "scope": "layer", "schedule": {"name": "iterative", "steps": steps}}
+    planned = plan(COLOUR, model=model, optimizations=[asked])
     step = planned.spec.optimizations[0]
     assert isinstance(step, Prune)
     start = graph = planned.baseline
     draw = random.Random(5)
-    for fraction in (1 / 3, 2 / 3, 1.0):
+    for number in range(1, steps + 1):
         classes = channel_classes(graph)
         scores = {int(c): draw.random() for c in classes.all()}
-        removals = choose_removals(graph, classes, scores, step, start=start, baseline=cost(start), fraction=fraction)
+        removals = choose_removals_in_blocks(
+            graph, classes, scores, step, start=start, baseline=cost(start), fraction=number / steps
+        )
         graph = shrink_graph(graph, removals.dropped, classes)
-    assert cost(graph) == planned.planned_cost
+    assert [node.shape for node in graph.nodes] == [node.shape for node in planned.planned.nodes]
     assert all(row.exact for row in planned.layers)
 
 

@@ -161,6 +161,8 @@ def test_a_batch_size_that_is_not_stated_is_no_larger_than_the_training_part() -
 def test_few_steps_get_small_batches_and_muon_and_many_the_usual_batch() -> None:
     few = plan(data={"dataset": "x", "limit": 5000}).spec.training
     assert (few.batch_size, few.optimizer) == (64, Optimizer(name="muon"))
+    long = {"type": "prune", "sparsity": 0.5, "retrain": {"epochs": 100}}
+    assert plan(optimizations=[long]).spec.training.batch_size == 128, "a long retraining has steps enough"
     many = plan(training={"epochs": 100}).spec.training
     assert (many.batch_size, many.optimizer.name) == (128, "muon")
     for partly in ({"lr": 0.05}, {"weight_decay": 0.0}, {"momentum": 0.8}):
@@ -194,3 +196,11 @@ def test_the_memory_of_a_job_counts_a_teacher() -> None:
     assert taught.activations > untaught.activations
     none = plan(optimizations=[zeros | {"retrain": {"policy": "none"}}]).memory
     assert none == untaught
+
+
+def test_gates_take_as_much_memory_as_gradients_do() -> None:
+    def choices(scope: str) -> int:
+        step = {"type": "prune", "budget": {"macs": 0.5}, "scope": scope, "retrain": {"policy": "none"}}
+        return plan(model={"preset": "deep_cnn"}, optimizations=[step]).memory.choices
+
+    assert choices("learned") > choices("sensitivity")

@@ -12,15 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from app.network.graph import build_graph
+from app.network.layers.registry import read_layers
 from app.pruning.budget import Curve, choose_removals
 from app.pruning.channel_classes import Classes, channel_classes
 from app.pruning.group_limits import free_limits
 from app.spec.job import Training
-from app.spec.prune import Prune
+from app.spec.prune import Prune, PruneOverride
 from tests.support.networks.dags import random_graph
-from tests.support.networks.topologies import TOPOLOGIES, topology, trained
+from tests.support.networks.topologies import HEAD, PICTURE, TOPOLOGIES, Layers, conv, layer, topology, trained
 from worker.evaluation import evaluate
-from worker.network import Network
+from worker.network import Network, build_network
 from worker.precision import choose_precision
 from worker.pruning.importance import channel_scores
 from worker.pruning.loss_curves import curve_effort, loss_curves
@@ -211,6 +213,24 @@ def test_a_small_job_has_four_points_a_curve_and_a_deep_network_fewer() -> None:
     assert len(curve_effort(100, 60_000).parts) == 3
     assert curve_effort(100, 5_000).parts == (0.5,)
     assert curve_effort(100, 5_000).images == 37
+
+
+def test_a_curve_goes_as_far_as_an_override_lets_its_group_go() -> None:
+    network = topology_network()
+    classes = channel_classes(network.graph)
+    step = Prune.model_validate({"budget": {"macs": 0.5}, "max_sparsity": 0.5})
+    looser = step.model_copy(update={"overrides": {"first": PruneOverride(max_sparsity=0.875)}})
+    ends = [
+        {classes.layers_of(classes.groups[index])[0]: curve.points[-1][0] for index, curve in found.items()}
+        for found in (measured(network, classes, step), measured(network, classes, looser))
+    ]
+    assert ends == [{"first": 0.5, "second": 0.5}, {"first": 0.125, "second": 0.5}]
+
+
+def topology_network() -> Network:
+    """Two groups of eight channels."""
+    layers: Layers = [conv(8, name="first"), layer("relu"), conv(8, name="second"), layer("relu"), *HEAD]
+    return build_network(build_graph(read_layers(layers), PICTURE), seed=0)
 
 
 def test_batches_are_equally_large_whatever_the_number_of_images() -> None:

@@ -202,3 +202,18 @@ def test_muon_is_torchs_on_inner_weights_and_sgd_on_the_others() -> None:
         )
         > 0.9
     )
+
+
+def test_muon_shrinks_inner_weights_by_a_stated_decay() -> None:
+    layers = [{"type": "conv", "out_channels": 4, "kernel_size": 3} for _ in range(2)]
+    ends = [{"type": "flatten"}, {"type": "linear", "out_features": 3}]
+    graph = build_graph(read_layers([*layers, *ends]), (1, 8, 8))
+    kept, shrunk = (build_network(graph, seed=0) for _ in range(2))
+    for network, decay in ((kept, 0.0), (shrunk, 0.5)):
+        optimizer = build_optimizer(network, OptimizerSpec(name="muon", lr=0.1, weight_decay=decay))
+        for parameter in network.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        before = network.get_parameter("conv2.weight").detach().clone()
+        optimizer.step()
+    difference = kept.get_parameter("conv2.weight") - shrunk.get_parameter("conv2.weight")
+    torch.testing.assert_close(difference.detach(), 0.5 * 0.05 * before)

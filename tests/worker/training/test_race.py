@@ -11,15 +11,19 @@ import torch
 
 from app.errors import Diverged
 from app.spec.data import DataSpec
+from app.spec.job import Training
+from tests.support.jobs.blobs import small_cnn
 from tests.support.jobs.tiny import SHAPE, prepared, task_of, tiny_data, tiny_spec, train_alone
 from tests.support.services.uploads import images, labels
 from worker.data.dataset import Dataset, Split, Splits, split_dataset
 from worker.data.race_images import race_images
 from worker.journal import MemoryJournal
+from worker.network import build_network
+from worker.precision import choose_precision
 from worker.pruning import schedules
 from worker.run.job import Stage
 from worker.run.state import Reached
-from worker.training.race import winner
+from worker.training.race import losses_of, winner
 
 RETRAIN = {"type": "prune", "budget": {"macs": 0.5}, "round_to": 1, "retrain": {"epochs": 9}}
 
@@ -38,6 +42,12 @@ def test_the_first_wins_where_the_difference_may_be_chance() -> None:
     assert winner([first, first - 0.01 + losses(0.0, seed=1)]) == 0
     assert winner([first, first - 0.01]) == 1, "image by image it is better each time"
     assert winner([first, first]) == 0
+
+
+def test_the_first_wins_where_there_is_no_image_to_judge_by() -> None:
+    nothing = losses_of(build_network(small_cnn(), seed=0), [], choose_precision(Training(), "cpu", spatial_axes=2))
+    assert len(nothing) == 0
+    assert winner([nothing, nothing, nothing]) == 0
 
 
 def test_a_loss_that_is_no_number_never_wins() -> None:
